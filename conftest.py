@@ -1,0 +1,76 @@
+"""Settings for every test: where the packages are found, the seeds, and --run-goldens."""
+
+import importlib.util
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent
+BUILD = ROOT / "build/packages/ssm-kernels/python"
+SEED = 20240531
+
+# Behind PYTHONPATH, before site-packages: `meson test` names its own build tree, and a bare
+# `pytest` should test this checkout and not an installed package.
+_first = (
+    len(os.environ.get("PYTHONPATH", "").split(os.pathsep)) if os.environ.get("PYTHONPATH") else 0
+)
+for _position, _folder in enumerate((BUILD, ROOT / "packages/ssm-models/src")):
+    if str(_folder) not in sys.path:
+        sys.path.insert(_first + _position, str(_folder))
+
+
+def _is_built() -> bool:
+    return importlib.util.find_spec("ssm_kernels") is not None
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Register --run-goldens."""
+    parser.addoption(
+        "--run-goldens",
+        action="store_true",
+        help="also run the tests marked `goldens`: the slow comparisons with upstream's tensors",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the markers."""
+    config.addinivalue_line(
+        "markers", "goldens: slow comparison with upstream's tensors; needs --run-goldens"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip the tests marked `goldens` unless they were asked for."""
+    if not config.getoption("--run-goldens"):
+        for item in items:
+            if "goldens" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs --run-goldens"))
+
+
+def pytest_report_header() -> list[str]:
+    """Say so when the library was not built yet."""
+    if _is_built():
+        return []
+    return [f"ssm_kernels is not built (looked in {BUILD}): run `python3 tools/dev.py build` first"]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Repeat it where a failed run is read: at the end."""
+    if not _is_built() and terminalreporter.stats.get("error", []) + terminalreporter.stats.get(
+        "failed", []
+    ):
+        terminalreporter.write_line(pytest_report_header()[0], red=True, bold=True)
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    """Start every test from the same random numbers, whatever ran before it."""
+    random.seed(SEED)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(SEED)
+    # tests/kernels must stay free of torch, so this only follows a test module that imported it.
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(SEED)
