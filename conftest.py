@@ -14,9 +14,7 @@ SEED = 20240531
 
 # Behind PYTHONPATH, before site-packages: `meson test` names its own build tree, and a bare
 # `pytest` should test this checkout and not an installed package.
-_first = (
-    len(os.environ.get("PYTHONPATH", "").split(os.pathsep)) if os.environ.get("PYTHONPATH") else 0
-)
+_first = len([p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p])
 for _position, _folder in enumerate((BUILD, ROOT / "packages/ssm-models/src")):
     if str(_folder) not in sys.path:
         sys.path.insert(_first + _position, str(_folder))
@@ -37,9 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the markers."""
-    config.addinivalue_line(
-        "markers", "goldens: slow comparison with upstream's tensors; needs --run-goldens"
-    )
+    config.addinivalue_line("markers", "goldens: slow comparison with upstream; --run-goldens")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -59,9 +55,8 @@ def pytest_report_header() -> list[str]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Repeat it where a failed run is read: at the end."""
-    if not _is_built() and terminalreporter.stats.get("error", []) + terminalreporter.stats.get(
-        "failed", []
-    ):
+    red = any(terminalreporter.stats.get(outcome) for outcome in ("error", "failed"))
+    if red and not _is_built():
         terminalreporter.write_line(pytest_report_header()[0], red=True, bold=True)
 
 

@@ -1,7 +1,10 @@
-"""Find the CUTLASS headers.  Usage: find_cutlass.py [explicit folder]
+"""Find the CUTLASS headers.
 
-Prints the version and then one include folder per line, or nothing when there is no CUTLASS. An explicit
-folder (argument or CUTLASS_PATH) that holds none is an error: falling back would hide a typing mistake.
+Usage: find_cutlass.py [explicit folder]
+
+Prints the version and then one include folder per line, or nothing when there is no CUTLASS. An
+explicit folder (argument or CUTLASS_PATH) that holds none is an error: falling back would hide a
+typing mistake.
 """
 
 import importlib.util

@@ -1,8 +1,11 @@
-"""Seal the objects of one instruction set.  Usage: seal_isa.py LD OBJCOPY ISA ARCHIVE OUTPUT
+"""Seal the objects of one instruction set.
 
-Joins an archive into one object and makes every symbol local that does not belong to ssm::cpu::<ISA>. Without
-this an inline function compiled with AVX-512 could be the copy that the linker keeps for the baseline path:
-an illegal instruction on an older CPU, which no test on a newer one would see.
+Usage: seal_isa.py LD OBJCOPY ISA ARCHIVE OUTPUT
+
+Joins an archive into one object and makes every symbol local that does not belong to
+ssm::cpu::<ISA>. Without this an inline function compiled with AVX-512 could be the copy that the
+linker keeps for the baseline path: an illegal instruction on an older CPU, which no test on a newer
+one would see.
 """
 
 import subprocess
@@ -10,7 +13,7 @@ import sys
 
 
 def own_symbols(isa: str) -> list[str]:
-    """Return the symbol patterns that may stay global: the namespace, and the DW.ref of exceptions."""
+    """Return the patterns that may stay global: the namespace, and the DW.ref of exceptions."""
     space = f"3ssm3cpu{len(isa)}{isa}"
     return [f"_ZN{space}*", f"_ZNK{space}*", f"_Z*TI*N{space}*", "DW.ref.*"]
 
