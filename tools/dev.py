@@ -1,0 +1,283 @@
+#!/usr/bin/env python3
+"""The commands of this repository; needs nothing but Python, a C++ compiler and the network once.
+
+Usage: python3 tools/dev.py demo | test [SUITE...] | build | setup   [--python PYTHON] [-j JOBS]
+
+    setup   make .venv and install what the build and the tests need
+    build   setup, then configure and compile into build/
+    test    build, then run every test; the last line is `N passed, N failed, N skipped`
+    demo    build, then let a small Mamba language model write text
+
+A step that has nothing to do costs next to nothing, so there is no reason to call them one by one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+BUILD = ROOT / "build"
+JUNIT = BUILD / "junit"
+
+# One pip call each: a constraint of one step never slows the search of another.
+REQUIREMENTS = (
+    ("torch==2.13.0",),
+    (
+        "meson>=1.3",
+        "meson-python>=0.16",
+        "nanobind>=3.0,<4",
+        "ninja",
+        "numpy",
+        "pytest>=8",
+        "safetensors",
+    ),
+)
+
+# Runs in the interpreter that --python names, which may be older than this file expects.
+PROBE = """
+import importlib.util, json, os, sys, sysconfig
+print(json.dumps({
+    "version": list(sys.version_info[:3]),
+    "headers": os.path.join(sysconfig.get_path("include"), "Python.h"),
+    "venv": all(importlib.util.find_spec(name) for name in ("venv", "ensurepip")),
+}))
+"""
+
+
+class Fault(Exception):
+    """A reason to stop that the user can remove; its text is the whole message."""
+
+
+def compiler_fault() -> str:
+    """Return what is wrong with the C++ compiler, or an empty string."""
+    named = os.environ.get("CXX", "")
+    found = [
+        c for c in ([named.split()[0]] if named else ["c++", "g++", "clang++"]) if shutil.which(c)
+    ]
+    if not found:
+        return (
+            "a C++ compiler must be on PATH, got none: install g++ 11 or later "
+            "(Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++)"
+        )
+    banner = subprocess.run([found[0], "--version"], capture_output=True, text=True).stdout
+    dump = subprocess.run([found[0], "-dumpversion"], capture_output=True, text=True).stdout
+    major = dump.split(".")[0].strip()
+    if "Free Software Foundation" in banner and major.isdigit() and int(major) < 11:
+        return (
+            f"{found[0]} must be version 11 or later, got {dump.strip()}: name a newer one in CXX"
+        )
+    return ""
+
+
+def check_machine(python: str) -> None:
+    """Raise Fault, before anything is written, if something is missing that pip cannot install."""
+    try:
+        probe = subprocess.run([python, "-c", PROBE], capture_output=True, text=True, check=True)
+        facts = json.loads(probe.stdout)
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        raise Fault(f"--python must be a working Python 3.10 or later, got {python}") from error
+    version = ".".join(map(str, facts["version"]))
+    if facts["version"] < [3, 10]:
+        raise Fault(f"Python must be 3.10 or later, got {version}: name a newer one with --python")
+    faults = [compiler_fault()]
+    if not Path(facts["headers"]).is_file():
+        faults.append(
+            f"the headers of Python {version} must be installed, got no {facts['headers']}: "
+            "Debian, Ubuntu: apt install python3-dev; Fedora: dnf install python3-devel"
+        )
+    if not facts["venv"]:
+        faults.append(
+            f"Python {version} must be able to make virtual environments, got no ensurepip: "
+            "Debian, Ubuntu: apt install python3-venv"
+        )
+    faults = [fault for fault in faults if fault]
+    if faults:
+        raise Fault("\n".join(faults))
+
+
+def say(text: str) -> None:
+    """Print a line about progress, in order with the output of the programs called."""
+    print(f"-- {text}", flush=True)
+
+
+def call(*command: str | Path, **options) -> int:
+    """Run a program of .venv (first on PATH) in the repository; return its exit status."""
+    env = dict(os.environ, PATH=f"{VENV / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}")
+    # Neither an outer package path nor the user's own packages may stand in for what is built here.
+    env.pop("PYTHONPATH", None)
+    env["PYTHONNOUSERSITE"] = "1"
+    env.update(options.pop("env", {}))
+    return subprocess.run([str(c) for c in command], cwd=ROOT, env=env, **options).returncode
+
+
+def must(what: str, *command: str | Path) -> None:
+    """Run a program; raise Fault if it fails."""
+    if call(*command) != 0:
+        raise Fault(f"{what} failed; the reason is above")
+
+
+def setup(arguments: argparse.Namespace) -> None:
+    """Make .venv and fill it, unless it already holds exactly this."""
+    # The folder belongs to it: a virtual environment does not survive being moved.
+    origin = [str(VENV), shutil.which(arguments.python) or arguments.python]
+    wanted = json.dumps([origin, REQUIREMENTS])
+    stamp = VENV / "ssm-stamp"
+    found = stamp.read_text() if stamp.is_file() and (VENV / "bin/python").exists() else ""
+    if found == wanted:
+        return
+    check_machine(arguments.python)
+    started = time.monotonic()
+    if not found or json.loads(found)[0] != origin:
+        say(f"making {VENV.name}")
+        must("making the virtual environment", arguments.python, "-m", "venv", "--clear", VENV)
+    stamp.unlink(missing_ok=True)
+    quiet = () if sys.stdout.isatty() else ("-q",)
+    for step in REQUIREMENTS:
+        say(f"installing {', '.join(step)}")
+        pip = (VENV / "bin/python", "-m", "pip", "install", "--disable-pip-version-check")
+        must("installing", *pip, *quiet, *step)
+    # Written last: an interrupted installation has no stamp and starts again.
+    stamp.write_text(wanted)
+    say(f"installed in {time.monotonic() - started:.0f} s")
+
+
+def listing() -> str:
+    """Hash the names of all files whose coming and going changes the build."""
+    names = []
+    for folder in ("packages", "tests", "third_party"):
+        for path in (ROOT / folder).rglob("*"):
+            if "__pycache__" not in path.parts and path.is_file():
+                names.append(str(path.relative_to(ROOT)))
+    text = "\n".join([*sorted(names), (VENV / "ssm-stamp").read_text()])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def build(arguments: argparse.Namespace) -> None:
+    """Configure when there is a reason to, and compile."""
+    setup(arguments)
+    stamp, now = BUILD / "ssm-listing", f"{ROOT}\n{listing()}"
+    found = stamp.read_text() if stamp.is_file() else ""
+    if found != now:
+        check_machine(arguments.python)
+        # Meson finds files when it configures and does not notice new ones by itself. A build tree
+        # that was moved keeps the old paths and has to go.
+        moved = found and found.splitlines()[0] != str(ROOT)
+        known = (
+            ["--wipe"] if moved else ["--reconfigure"] if (BUILD / "build.ninja").is_file() else []
+        )
+        must("meson setup", "meson", "setup", *known, BUILD)
+        stamp.write_text(now)
+    must("meson compile", "meson", "compile", "-C", BUILD, "-j", str(arguments.jobs))
+
+
+def junit_counts(path: Path) -> tuple[Counter, list[str], Counter]:
+    """Read one pytest report: counts by outcome, names of the failed, skips by reason."""
+    counts, failed, reasons = Counter(), [], Counter()
+    for case in ElementTree.parse(path).iter("testcase"):
+        skip = case.find("skipped")
+        if case.find("failure") is not None or case.find("error") is not None:
+            counts["failed"] += 1
+            failed.append(f"{case.get('classname')}::{case.get('name')}")
+        elif skip is not None:
+            counts["skipped"] += 1
+            reasons[skip.get("message", "")] += 1
+        else:
+            counts["passed"] += 1
+    return counts, failed, reasons
+
+
+def summarise(testlog: Path, junit: Path) -> tuple[Counter, list[str], Counter]:
+    """Sum all tests: a pytest suite counts its cases, every other program counts as one."""
+    counts, failed, reasons = Counter(), [], Counter()
+    lines = testlog.read_text().splitlines() if testlog.is_file() else []
+    for entry in map(json.loads, lines):
+        name, result = entry["name"].rpartition(":")[2], entry["result"]
+        report = junit / f"{name}.xml"
+        cases_failed = False
+        if report.is_file():
+            suite, names, why = junit_counts(report)
+            counts, failed, reasons = counts + suite, failed + names, reasons + why
+            cases_failed = bool(names)
+        elif result in ("OK", "EXPECTEDFAIL"):
+            counts["passed"] += 1
+        elif result == "SKIP":
+            counts["skipped"] += 1
+            reasons[f"{name} is not for this machine"] += 1
+        # A suite may also die outside its cases: a crash, a time limit, nothing collected.
+        if result not in ("OK", "EXPECTEDFAIL", "SKIP") and not cases_failed:
+            counts["failed"] += 1
+            failed.append(f"{name} ({result})")
+    return counts, failed, reasons
+
+
+def test(arguments: argparse.Namespace) -> int:
+    """Build, run the tests, print the summary; return the exit status."""
+    build(arguments)
+    testlog = BUILD / "meson-logs/testlog.json"
+    # What an earlier run left must not count for this one.
+    shutil.rmtree(JUNIT, ignore_errors=True)
+    testlog.unlink(missing_ok=True)
+    meson_test = ("meson", "test", "-C", BUILD, "--no-rebuild", "--print-errorlogs")
+    status = call(*meson_test, "--num-processes", str(arguments.jobs), *arguments.suites)
+    counts, failed, reasons = summarise(testlog, JUNIT)
+    for reason, number in sorted(reasons.items()):
+        print(f"skipped {number}: {reason}")
+    for name in failed:
+        print(f"failed: {name}")
+    print(
+        "{passed} passed, {failed} failed, {skipped} skipped".format_map(
+            {outcome: counts[outcome] for outcome in ("passed", "failed", "skipped")}
+        ),
+        flush=True,
+    )
+    return 1 if status or failed or not counts["passed"] else 0
+
+
+def demo(arguments: argparse.Namespace) -> int:
+    """Build, then stream text from the committed model; return the exit status."""
+    build(arguments)
+    paths = (BUILD / "packages/ssm-kernels/python", ROOT / "packages/ssm-models/src")
+    env = {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+    return call(VENV / "bin/python", ROOT / "tools/demo.py", env=env)
+
+
+COMMANDS = {"demo": demo, "test": test, "build": build, "setup": setup}
+
+
+def main() -> int:
+    """Do what the command line says; return the exit status."""
+    description, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="dev.py",
+        description=description,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("suites", nargs="*", help="test: only these, for example `kernels`")
+    parser.add_argument("--python", default=sys.executable, help="interpreter to make .venv from")
+    parser.add_argument("-j", "--jobs", type=int, default=2, help="parallel jobs (default 2)")
+    arguments = parser.parse_args()
+    try:
+        return COMMANDS[arguments.command](arguments) or 0
+    except Fault as fault:
+        for line in str(fault).splitlines():
+            print(f"dev.py: {line}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
