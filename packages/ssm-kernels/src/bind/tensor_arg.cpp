@@ -1,0 +1,110 @@
+#include "tensor_arg.h"
+
+#include "dlpack.h"
+
+#include <atomic>
+
+namespace ssm::bind {
+
+namespace {
+
+DType dtype_of(std::uint8_t code, std::uint8_t bits) {
+    if (code == 2) return bits == 64 ? DType::f64 : bits == 32 ? DType::f32 : bits == 16 ? DType::f16 : DType::other;
+    if (code == 4 && bits == 16) return DType::bf16;
+    if (code == 0) return bits == 64 ? DType::i64 : bits == 32 ? DType::i32 : bits == 8 ? DType::i8 : DType::other;
+    if (code == 1 && bits == 8) return DType::u8;
+    return DType::other;
+}
+
+Device device_of(std::int32_t type, std::int32_t id) {
+    return {type == 1 ? DeviceType::cpu : type == 2 ? DeviceType::cuda : DeviceType::other, id};
+}
+
+bool fill(TensorView& view, const dlpack::Tensor& tensor) {
+    if (tensor.ndim > kMaxDims) return false;
+    view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+    view.dtype = tensor.dtype.lanes == 1 ? dtype_of(tensor.dtype.code, tensor.dtype.bits) : DType::other;
+    view.device = device_of(tensor.device.type, tensor.device.id);
+    view.ndim = tensor.ndim;
+    std::int64_t dense = 1;
+    for (int i = tensor.ndim - 1; i >= 0; --i) {
+        view.shape[i] = tensor.shape[i];
+        view.stride[i] = tensor.strides != nullptr ? tensor.strides[i] : dense;
+        dense *= tensor.shape[i];
+    }
+    return true;
+}
+
+// The exchange table of the last type seen. Nearly every process passes one tensor type; types live
+// as long as their module, and a lost race only costs one more look-up.
+struct CachedApi {
+    std::atomic<PyTypeObject*> type{nullptr};
+    std::atomic<const dlpack::ExchangeApi*> api{nullptr};
+};
+CachedApi cached;
+
+const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
+    const dlpack::ExchangeApi* api = cached.api.load(std::memory_order_acquire);
+    if (cached.type.load(std::memory_order_acquire) == type) return api;
+    PyObject* capsule = PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__");
+    if (capsule == nullptr) {
+        PyErr_Clear();
+        return nullptr;
+    }
+    api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule, PyCapsule_GetName(capsule)));
+    Py_DECREF(capsule);
+    PyErr_Clear();
+    while (api != nullptr && api->version.major > 1) api = api->previous;
+    if (api == nullptr || api->version.major != 1 || api->borrow_from_object == nullptr) return nullptr;
+    // Cleared first, so that no reader pairs the new type with the old table.
+    cached.type.store(nullptr, std::memory_order_release);
+    cached.api.store(api, std::memory_order_release);
+    cached.type.store(type, std::memory_order_release);
+    return api;
+}
+
+template <class Array>
+bool borrow_ndarray(nb::handle object, TensorArg& arg, Array& held) {
+    if (!nb::try_cast<Array>(object, held, false) || !held.is_valid()) return false;
+    if (held.ndim() > kMaxDims) return false;
+    arg.view.data = const_cast<void*>(static_cast<const void*>(held.data()));
+    arg.view.dtype = held.dtype().lanes == 1 ? dtype_of(held.dtype().code, held.dtype().bits) : DType::other;
+    arg.view.device = device_of(held.device_type(), held.device_id());
+    arg.view.ndim = static_cast<int>(held.ndim());
+    for (int i = 0; i < arg.view.ndim; ++i) {
+        arg.view.shape[i] = static_cast<std::int64_t>(held.shape(static_cast<std::size_t>(i)));
+        arg.view.stride[i] = held.stride(static_cast<std::size_t>(i));
+    }
+    return true;
+}
+
+}  // namespace
+
+bool borrow(nb::handle object, TensorArg& arg, bool writable) noexcept {
+    arg.object = object;
+    arg.is_tensor = true;
+    if (object.is_none()) return true;
+    if (const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(object.ptr()))) {
+        dlpack::Tensor tensor{};
+        if (api->borrow_from_object(object.ptr(), &tensor) == 0 && fill(arg.view, tensor)) return true;
+        PyErr_Clear();
+    }
+    try {
+        arg.is_tensor = writable ? borrow_ndarray(object, arg, arg.held_output)
+                                 : borrow_ndarray(object, arg, arg.held_input);
+    } catch (...) {
+        PyErr_Clear();
+        arg.is_tensor = false;
+    }
+    return arg.is_tensor;
+}
+
+void fail_type(const char* op, const char* name, nb::handle object, bool writable) {
+    const std::string type = nb::cast<std::string>(nb::handle(object.type()).attr("__name__"));
+    throw nb::type_error((std::string(op) + ": " + name + " must be " +
+                          (writable ? "a writable array or tensor" : "an array or tensor") +
+                          " with DLPack and at most 6 axes, got " + type)
+                             .c_str());
+}
+
+}  // namespace ssm::bind

@@ -1,0 +1,65 @@
+// Python arrays as TensorView, without copies: the one place where Python objects become data.
+#pragma once
+
+#include <ssm/tensor.h>
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <string>
+
+namespace ssm::bind {
+
+namespace nb = nanobind;
+
+/// An argument as it came, and what keeps its memory alive during the call.
+struct TensorArg {
+    TensorView view{};
+    nb::handle object{};
+    nb::ndarray<nb::ro> held_input{};
+    nb::ndarray<> held_output{};
+    bool is_tensor = false;  // false: `object` is not an array (None counts as an absent one)
+};
+
+/// Inputs may be read-only arrays, outputs may not.
+struct Input : TensorArg {};
+struct Output : TensorArg {};
+
+/// Fills `arg` from `object`; false when it is neither None nor an array with DLPack.
+bool borrow(nb::handle object, TensorArg& arg, bool writable) noexcept;
+
+[[noreturn]] void fail_type(const char* op, const char* name, nb::handle object, bool writable);
+
+/// The view of an argument, or TypeError `<op>: <name> must be ..., got <type>`.
+inline TensorView view(const char* op, const char* name, const Input& arg) {
+    if (!arg.is_tensor) fail_type(op, name, arg.object, false);
+    return arg.view;
+}
+inline TensorView view(const char* op, const char* name, const Output& arg) {
+    if (!arg.is_tensor) fail_type(op, name, arg.object, true);
+    return arg.view;
+}
+
+}  // namespace ssm::bind
+
+namespace nanobind::detail {
+
+template <>
+struct type_caster<ssm::bind::Input> {
+    NB_TYPE_CASTER(ssm::bind::Input, const_name("object | None"))
+    bool from_python(handle source, std::uint8_t, cleanup_list*) noexcept {
+        ssm::bind::borrow(source, value, false);
+        return true;
+    }
+};
+
+template <>
+struct type_caster<ssm::bind::Output> {
+    NB_TYPE_CASTER(ssm::bind::Output, const_name("object | None"))
+    bool from_python(handle source, std::uint8_t, cleanup_list*) noexcept {
+        ssm::bind::borrow(source, value, true);
+        return true;
+    }
+};
+
+}  // namespace nanobind::detail

@@ -1,0 +1,23 @@
+// Work sharing. The only file with an OpenMP directive.
+#pragma once
+
+#include "simd.h"
+
+#include <omp.h>
+
+namespace ssm::cpu::SSM_ISA {
+
+/// Calls body(task, thread) for each task in [0, tasks), thread in [0, threads).
+/// How tasks are cut may not depend on `threads`: then results do not depend on it either.
+/// The thread count is a clause of this region; the process-wide setting belongs to others.
+template <class Body>
+static inline void parallel_for(std::int64_t tasks, int threads, const Body& body) {
+    if (threads <= 1 || tasks <= 1) {
+        for (std::int64_t task = 0; task < tasks; ++task) body(task, 0);
+        return;
+    }
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (std::int64_t task = 0; task < tasks; ++task) body(task, omp_get_thread_num());
+}
+
+}  // namespace ssm::cpu::SSM_ISA

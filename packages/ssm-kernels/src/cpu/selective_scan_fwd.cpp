@@ -1,0 +1,129 @@
+// Selective scan, forward. A task owns one row and up to 32 channels of it; lanes are channels, so a
+// state element of all lanes is one vector and no sum crosses lanes.
+// docs/ops/selective_scan.md#algorithm
+#include "parallel.h"
+#include "selective_scan_tile.h"
+
+#include "../op/scratch.h"
+
+namespace ssm::cpu::SSM_ISA {
+
+namespace {
+
+// Advances kStates states of one vector of channels over the steps [begin, end) of a tile and adds
+// their part of the output.
+template <class T, int kStates, bool kConstB, bool kConstC>
+SSM_INLINE void scan_states(const ScanTile<T>& tile, std::int64_t dstate, std::int64_t first,
+                            std::int64_t lane, std::int64_t begin, std::int64_t end) {
+    T* const state = tile.h + first * kScanChannels + lane;
+    const T* const rate = tile.A + first * kScanChannels + lane;
+    Vec<T> h[kStates];
+    for (int n = 0; n < kStates; ++n) h[n] = load<T>(state + n * kScanChannels);
+    for (std::int64_t t = begin; t < end; ++t) {
+        const Vec<T> dt = load<T>(tile.dt + t * kScanChannels + lane);
+        const Vec<T> dtu = load<T>(tile.dtu + t * kScanChannels + lane);
+        // Two sums, since one would chain kStates dependent additions.
+        Vec<T> even = load<T>(tile.y + t * kScanChannels + lane), odd = zero<T>();
+#pragma GCC unroll 16
+        for (int n = 0; n < kStates; ++n) {
+            const Vec<T> a = exp2(dt * load<T>(rate + n * kScanChannels));
+            h[n] = a * h[n] + dtu * input_vector<kConstB>(tile.B, dstate, t, first + n, lane);
+            (n % 2 == 0 ? even : odd) += h[n] * input_vector<kConstC>(tile.C, dstate, t, first + n, lane);
+        }
+        store<T>(tile.y + t * kScanChannels + lane, even + odd);
+    }
+    for (int n = 0; n < kStates; ++n) store<T>(state + n * kScanChannels, h[n]);
+}
+
+template <class T, bool kConstB, bool kConstC>
+void scan_run(const ScanTile<T>& tile, std::int64_t dstate, std::int64_t width, std::int64_t begin,
+              std::int64_t end) {
+    for (std::int64_t lane = 0; lane < width; lane += kLanes<T>) {
+        std::int64_t n = 0;
+        // Sixteen states fill the register file. A constant B or C is rare and stays small.
+        if constexpr (!kConstB && !kConstC)
+            for (; n + 16 <= dstate; n += 16)
+                scan_states<T, 16, kConstB, kConstC>(tile, dstate, n, lane, begin, end);
+        for (; n + 4 <= dstate; n += 4)
+            scan_states<T, 4, kConstB, kConstC>(tile, dstate, n, lane, begin, end);
+        for (; n < dstate; ++n)
+            scan_states<T, 1, kConstB, kConstC>(tile, dstate, n, lane, begin, end);
+    }
+}
+
+template <class T>
+void gate_run(const ScanTile<T>& tile, std::int64_t width, std::int64_t begin, std::int64_t end) {
+    for (std::int64_t t = begin; t < end; ++t)
+        for (std::int64_t i = t * kScanChannels; i < t * kScanChannels + width; i += kLanes<T>)
+            store<T>(tile.y + i, load<T>(tile.y + i) * silu<T>(load<T>(tile.z + i)));
+}
+
+// Skipped steps give 0, whatever their inputs hold.
+template <class T>
+void clear_gap(const ScanTile<T>& tile, std::int64_t begin, std::int64_t end) {
+    if (begin < end)
+        std::memset(tile.y + begin * kScanChannels, 0,
+                    sizeof(T) * static_cast<std::size_t>((end - begin) * kScanChannels));
+}
+
+template <class T>
+void scan_block(const SelectiveScanArgs& args, const Runs& runs, const ScanShape& shape,
+                const ScanBlock& block, T* memory) {
+    const ScanTile<T> tile(memory, shape.dstate);
+    tile.load_parameters(args, shape, block);
+    const auto scan = args.B.ndim == 2
+                          ? (args.C.ndim == 2 ? &scan_run<T, true, true> : &scan_run<T, true, false>)
+                          : (args.C.ndim == 2 ? &scan_run<T, false, true> : &scan_run<T, false, false>);
+    const Run* run = runs.runs + runs.row_begin[block.row];
+    const Run* const end_run = runs.runs + runs.row_begin[block.row + 1];
+    for (std::int64_t t0 = 0; t0 < shape.seqlen; t0 += kScanSteps) {
+        const std::int64_t steps = min(kScanSteps, shape.seqlen - t0);
+        tile.load_groups(args, shape, block, t0, steps);
+        tile.load_inputs(args, block, t0, steps);
+        if (args.checkpoints.ndim >= 0)
+            store_tile(checkpoint_plane(args.checkpoints, block, t0), tile.h, kScanChannels,
+                       shape.dstate, block.width);
+        std::int64_t done = 0;
+        for (; run < end_run && run->begin < t0 + steps; ++run) {
+            const std::int64_t begin = max(run->begin - t0, 0), end = min(run->end - t0, steps);
+            clear_gap(tile, done, begin);
+            done = end;
+            if (run->begin >= t0) tile.enter(args, shape, block, run->state_in);
+            scan(tile, shape.dstate, block.padded_width, begin, end);
+            if (args.z.ndim >= 0) gate_run(tile, block.padded_width, begin, end);
+            if (run->end > t0 + steps) break;
+            if (args.last_state.ndim >= 0 && run->state_out != Run::kNone)
+                store_tile(channel_state_plane(args.last_state, run->state_out, block.channel), tile.h,
+                           kScanChannels, shape.dstate, block.width);
+        }
+        clear_gap(tile, done, steps);
+        store_tile(sequence_plane(args.y, block, t0), tile.y, kScanChannels, steps, block.width);
+    }
+}
+
+template <class T>
+void scan_rows(const SelectiveScanArgs& args, const Runs& runs, int threads) {
+    const ScanShape shape(args);
+    // A sequence without steps hands its state on unchanged.
+    if (args.last_state.ndim >= 0 && (shape.seqlen == 0 || !runs.covers_all))
+        copy_states<T>(args.initial_state, args.last_state, threads);
+    if (shape.seqlen == 0) return;
+    const std::int64_t elements = ScanTile<T>::elements(shape.dstate);
+    const Scratch scratch(sizeof(T) * static_cast<std::size_t>(elements * threads));
+    parallel_for(shape.batch * shape.blocks_per_row(), threads, [&](std::int64_t task, int thread) {
+        const ScanBlock block = shape.block(task / shape.blocks_per_row(),
+                                            task % shape.blocks_per_row(), kLanes<T>);
+        scan_block<T>(args, runs, shape, block, static_cast<T*>(scratch.data()) + elements * thread);
+    });
+}
+
+}  // namespace
+
+void selective_scan_fwd(const SelectiveScanArgs& args, const Runs& runs, int threads) {
+    if (args.u.dtype == DType::f64)
+        scan_rows<double>(args, runs, threads);
+    else
+        scan_rows<float>(args, runs, threads);
+}
+
+}  // namespace ssm::cpu::SSM_ISA

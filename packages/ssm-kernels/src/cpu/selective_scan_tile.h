@@ -1,0 +1,231 @@
+// What the selective scan's forward and backward share: the cut of the work and the tile in cache.
+#pragma once
+
+#include "parallel.h"
+#include "tile.h"
+#include "vmath.h"
+
+#include "../op/runs.h"
+
+#include <ssm/selective_scan.h>
+
+#include <cstddef>
+
+namespace ssm::cpu::SSM_ISA {
+
+constexpr std::int64_t kScanSteps = kSelectiveScanCheckpoint;
+constexpr std::int64_t kScanChannels = 32;  // two AVX-512 vectors: one B and C tile serves both
+
+/// Some channels of one row that share their B and C.
+struct ScanBlock {
+    std::int64_t row;
+    std::int64_t channel;
+    std::int64_t width;
+    std::int64_t padded_width;  // width rounded up to whole vectors
+};
+
+/// Sizes of one call and its cut into blocks, which depends on nothing but these sizes.
+struct ScanShape {
+    std::int64_t batch, dim, seqlen, dstate;
+    std::int64_t groups;            // runs of channels that share both B and C
+    std::int64_t blocks_per_group;
+
+    explicit ScanShape(const SelectiveScanArgs& args)
+        : batch(args.u.shape[0]), dim(args.u.shape[1]), seqlen(args.u.shape[2]),
+          dstate(args.A.shape[1]) {
+        // B and C may have different group counts: the least common multiple cuts at both.
+        const std::int64_t b = groups_of(args.B), c = groups_of(args.C);
+        std::int64_t divisor = b, rest = c;
+        while (rest != 0) {
+            const std::int64_t next = divisor % rest;
+            divisor = rest;
+            rest = next;
+        }
+        groups = b / divisor * c;
+        blocks_per_group = (dim / groups + kScanChannels - 1) / kScanChannels;
+    }
+
+    static std::int64_t groups_of(const TensorView& view) {
+        return view.ndim == 2 ? 1 : view.shape[1];
+    }
+    std::int64_t blocks_per_row() const { return groups * blocks_per_group; }
+
+    /// Block `index` of a row, groups in order.
+    ScanBlock block(std::int64_t row, std::int64_t index, std::int64_t lanes) const {
+        const std::int64_t offset = index % blocks_per_group * kScanChannels;
+        const std::int64_t width = min(kScanChannels, dim / groups - offset);
+        return {row, index / blocks_per_group * (dim / groups) + offset, width,
+                (width + lanes - 1) / lanes * lanes};
+    }
+};
+
+/// (B, D, L) from step t0 on: rows are steps, columns are channels.
+SSM_INLINE Plane sequence_plane(const TensorView& view, const ScanBlock& block, std::int64_t t0) {
+    return plane_at(view,
+                    block.row * view.stride[0] + block.channel * view.stride[1] + t0 * view.stride[2],
+                    view.stride[2], view.stride[1]);
+}
+
+/// (D, N), or (S, D, N) at one sequence: rows are states, columns are channels.
+SSM_INLINE Plane channel_state_plane(const TensorView& view, std::int64_t sequence,
+                                     std::int64_t channel) {
+    const int axis = view.ndim - 2;
+    const std::int64_t base = view.ndim == 3 ? sequence * view.stride[0] : 0;
+    return plane_at(view, base + channel * view.stride[axis], view.stride[axis + 1],
+                    view.stride[axis]);
+}
+
+/// (B, chunks, N, D) at the chunk of step t0: rows are states, columns are channels.
+SSM_INLINE Plane checkpoint_plane(const TensorView& view, const ScanBlock& block, std::int64_t t0) {
+    return plane_at(view,
+                    block.row * view.stride[0] + t0 / kScanSteps * view.stride[1] +
+                        block.channel * view.stride[3],
+                    view.stride[2], view.stride[3]);
+}
+
+/// (B, G, N, L) from step t0 on, for the group of a channel: rows are steps, columns are states.
+SSM_INLINE Plane group_plane(const TensorView& view, const ScanShape& shape, const ScanBlock& block,
+                             std::int64_t t0) {
+    const std::int64_t group = block.channel / (shape.dim / view.shape[1]);
+    return plane_at(view, block.row * view.stride[0] + group * view.stride[1] + t0 * view.stride[3],
+                    view.stride[3], view.stride[2]);
+}
+
+/// (D): one row of channels.
+SSM_INLINE Plane channel_plane(const TensorView& view, std::int64_t channel) {
+    return plane_at(view, channel * view.stride[0], 0, view.stride[0]);
+}
+
+/// B or C of one step and state for all lanes: per channel when constant over time, else shared.
+template <bool kConst, class T>
+SSM_INLINE Vec<T> input_vector(const T* tile, std::int64_t dstate, std::int64_t t, std::int64_t n,
+                               std::int64_t lane) {
+    if constexpr (kConst)
+        return load<T>(tile + n * kScanChannels + lane);
+    else
+        return broadcast(tile[t * dstate + n]);
+}
+
+/// Dense arrays for 32 steps of 32 channels in the compute type. Channels beyond the block's width
+/// are zero on input and never stored.
+template <class T>
+struct ScanTile {
+    static constexpr std::int64_t kArea = kScanSteps * kScanChannels;
+
+    T* u;       // [step][channel]
+    T* raw;     // [step][channel]   delta + dt_bias
+    T* dt;      // [step][channel]   after softplus
+    T* dtu;     // [step][channel]   dt * u
+    T* y;       // [step][channel]
+    T* z;       // [step][channel]
+    T* A;       // [state][channel]  times log2(e), for exp2
+    T* h;       // [state][channel]
+    T* B;       // [step][state], or [state][channel] when constant
+    T* C;       // as B
+    T* D;       // [channel]
+    T* bias;    // [channel]
+    T* end;     // first element after the tile
+
+    static std::int64_t elements(std::int64_t dstate) {
+        return 6 * kArea + 4 * dstate * kScanChannels + 2 * kScanChannels;
+    }
+
+    ScanTile(T* memory, std::int64_t dstate) {
+        const std::int64_t states = dstate * kScanChannels;  // also kScanSteps * dstate
+        T** const areas[] = {&u, &raw, &dt, &dtu, &y, &z};
+        for (T** area : areas) {
+            *area = memory;
+            memory += kArea;
+        }
+        T** const tables[] = {&A, &h, &B, &C};
+        for (T** table : tables) {
+            *table = memory;
+            memory += states;
+        }
+        D = memory;
+        bias = memory + kScanChannels;
+        end = memory + 2 * kScanChannels;
+    }
+
+    void load_parameters(const SelectiveScanArgs& args, const ScanShape& shape,
+                         const ScanBlock& block) const {
+        std::memset(u, 0, sizeof(T) * static_cast<std::size_t>(end - u));
+        load_tile(A, kScanChannels, channel_state_plane(args.A, 0, block.channel), shape.dstate,
+                  block.width);
+        constexpr T log2e = static_cast<T>(1.4426950408889634);
+        for (std::int64_t i = 0; i < shape.dstate * kScanChannels; ++i) A[i] *= log2e;
+        if (args.B.ndim == 2)
+            load_tile(B, kScanChannels, channel_state_plane(args.B, 0, block.channel), shape.dstate,
+                      block.width);
+        if (args.C.ndim == 2)
+            load_tile(C, kScanChannels, channel_state_plane(args.C, 0, block.channel), shape.dstate,
+                      block.width);
+        if (args.D.ndim >= 0)
+            load_tile(D, kScanChannels, channel_plane(args.D, block.channel), 1, block.width);
+        if (args.dt_bias.ndim >= 0)
+            load_tile(bias, kScanChannels, channel_plane(args.dt_bias, block.channel), 1, block.width);
+    }
+
+    /// B and C of the steps from t0 on; the same for all blocks of a group.
+    void load_groups(const SelectiveScanArgs& args, const ScanShape& shape, const ScanBlock& block,
+                     std::int64_t t0, std::int64_t steps) const {
+        if (args.B.ndim == 4)
+            load_tile(B, shape.dstate, group_plane(args.B, shape, block, t0), steps, shape.dstate);
+        if (args.C.ndim == 4)
+            load_tile(C, shape.dstate, group_plane(args.C, shape, block, t0), steps, shape.dstate);
+    }
+
+    /// u, delta and z from t0 on, the step sizes, and the skip term D u as the output so far.
+    void load_inputs(const SelectiveScanArgs& args, const ScanBlock& block, std::int64_t t0,
+                     std::int64_t steps) const {
+        load_tile(u, kScanChannels, sequence_plane(args.u, block, t0), steps, block.width);
+        load_tile(raw, kScanChannels, sequence_plane(args.delta, block, t0), steps, block.width);
+        if (args.z.ndim >= 0)
+            load_tile(z, kScanChannels, sequence_plane(args.z, block, t0), steps, block.width);
+        for (std::int64_t lane = 0; lane < block.padded_width; lane += kLanes<T>) {
+            const Vec<T> offset = load<T>(bias + lane), skip = load<T>(D + lane);
+            for (std::int64_t i = lane; i < steps * kScanChannels; i += kScanChannels) {
+                const Vec<T> x = load<T>(raw + i) + offset, in = load<T>(u + i);
+                const Vec<T> size = args.softplus ? softplus<T>(x) : x;
+                store<T>(raw + i, x);
+                store<T>(dt + i, size);
+                store<T>(dtu + i, size * in);
+                store<T>(y + i, skip * in);
+            }
+        }
+    }
+
+    /// The state with which a run begins.
+    void enter(const SelectiveScanArgs& args, const ScanShape& shape, const ScanBlock& block,
+               std::int64_t state_in) const {
+        if (state_in == Run::kContinue) return;
+        if (state_in == Run::kZero || args.initial_state.ndim < 0)
+            std::memset(h, 0, sizeof(T) * static_cast<std::size_t>(shape.dstate * kScanChannels));
+        else
+            load_tile(h, kScanChannels, channel_state_plane(args.initial_state, state_in, block.channel),
+                      shape.dstate, block.width);
+    }
+};
+
+/// to = from, or zero where `from` is absent: states of shape (S, D, N).
+template <class T>
+void copy_states(const TensorView& from, const TensorView& to, int threads) {
+    parallel_for(to.shape[0], threads, [&](std::int64_t sequence, int) {
+        T line[kScanChannels];
+        std::memset(line, 0, sizeof line);
+        for (std::int64_t d = 0; d < to.shape[1]; ++d)
+            for (std::int64_t n = 0; n < to.shape[2]; n += kScanChannels) {
+                const std::int64_t count = min(kScanChannels, to.shape[2] - n);
+                if (from.ndim >= 0)
+                    load_tile(line, 0,
+                              plane_at(from, sequence * from.stride[0] + d * from.stride[1] + n * from.stride[2],
+                                       0, from.stride[2]),
+                              1, count);
+                store_tile(plane_at(to, sequence * to.stride[0] + d * to.stride[1] + n * to.stride[2], 0,
+                                    to.stride[2]),
+                           line, 0, 1, count);
+            }
+    });
+}
+
+}  // namespace ssm::cpu::SSM_ISA

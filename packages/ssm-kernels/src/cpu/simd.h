@@ -1,0 +1,76 @@
+// Vectors of the instruction set that this translation unit is compiled for.
+//
+// Everything here lives in ssm::cpu::SSM_ISA and is always inlined: a function that the compiler
+// emitted once per instruction set under one name could be served to an older processor.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define SSM_INLINE static inline __attribute__((always_inline))
+
+namespace ssm::cpu::SSM_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T>
+struct VectorOf {
+    typedef T type __attribute__((vector_size(kVectorBytes)));
+};
+/// Native vector of T. GCC's vector type: + - * / and comparisons work lane by lane, and a * b + c
+/// becomes one fused operation where the instruction set has it.
+template <class T>
+using Vec = typename VectorOf<T>::type;
+
+template <class T>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+template <class T>
+SSM_INLINE Vec<T> load(const T* from) {
+    Vec<T> v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+template <class T>
+SSM_INLINE void store(T* to, Vec<T> v) {
+    std::memcpy(to, &v, sizeof v);
+}
+
+template <class T>
+SSM_INLINE Vec<T> broadcast(T value) {
+    return value - Vec<T>{};
+}
+
+template <class T>
+SSM_INLINE Vec<T> zero() {
+    return Vec<T>{};
+}
+
+/// Lane-wise choice; the mask is the result of a comparison.
+template <class T, class Mask>
+SSM_INLINE Vec<T> select(Mask mask, Vec<T> yes, Vec<T> no) {
+    return mask ? yes : no;
+}
+
+/// Sum of the lanes in a fixed order (halves, quarters, ...).
+template <class T>
+SSM_INLINE T reduce_add(Vec<T> v) {
+    T lanes[kLanes<T>];
+    store<T>(lanes, v);
+    for (int width = kLanes<T> / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    return lanes[0];
+}
+
+}  // namespace ssm::cpu::SSM_ISA

@@ -1,0 +1,247 @@
+// Rectangles of strided tensors in and out of local arrays of the compute type.
+//
+// Kernels compute on dense tiles only. All element types, strides and alignments end here, so a
+// kernel has one instantiation per compute type.
+#pragma once
+
+#include "simd.h"
+
+#include <ssm/tensor.h>
+
+#include <type_traits>
+
+namespace ssm::cpu::SSM_ISA {
+
+/// A rectangle of a tensor: element (row, column) is data[row * row_stride + column * column_stride].
+struct Plane {
+    void* data;
+    DType dtype;
+    std::int64_t row_stride;
+    std::int64_t column_stride;
+};
+
+SSM_INLINE std::int64_t min(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+SSM_INLINE std::int64_t max(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
+
+SSM_INLINE std::int64_t dtype_bytes(DType dtype) {
+    switch (dtype) {
+        case DType::f64:
+        case DType::i64: return 8;
+        case DType::f32:
+        case DType::i32: return 4;
+        case DType::bf16:
+        case DType::f16: return 2;
+        default: return 1;
+    }
+}
+
+/// The rectangle that starts `offset` elements into `view`.
+SSM_INLINE Plane plane_at(const TensorView& view, std::int64_t offset, std::int64_t row_stride,
+                          std::int64_t column_stride) {
+    return {static_cast<char*>(view.data) + offset * dtype_bytes(view.dtype), view.dtype, row_stride,
+            column_stride};
+}
+
+// Element types as stored. Each knows how to become float and how to be rounded from it.
+struct BFloat16 {
+    std::uint16_t bits;
+};
+struct Float16 {
+    std::uint16_t bits;
+};
+
+SSM_INLINE float bits_to_float(std::uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+SSM_INLINE std::uint32_t float_to_bits(float value) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+SSM_INLINE double widen(double value) { return value; }
+SSM_INLINE float widen(float value) { return value; }
+SSM_INLINE float widen(BFloat16 value) {
+    return bits_to_float(static_cast<std::uint32_t>(value.bits) << 16);
+}
+SSM_INLINE float widen(Float16 value) {
+#if defined(__F16C__)
+    return _cvtsh_ss(value.bits);
+#else
+    const std::uint32_t sign = (value.bits & 0x8000u) << 16;
+    const std::uint32_t rest = value.bits & 0x7fffu;
+    if (rest >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (rest << 13));  // inf, NaN
+    // A multiplication by 2^112 moves the exponent and normalises subnormal numbers.
+    return bits_to_float(sign | float_to_bits(bits_to_float(rest << 13) * 0x1p112f));
+#endif
+}
+
+SSM_INLINE void narrow(double* to, double value) { *to = value; }
+SSM_INLINE void narrow(float* to, double value) { *to = static_cast<float>(value); }
+SSM_INLINE void narrow(BFloat16* to, double value) {
+    const std::uint32_t bits = float_to_bits(static_cast<float>(value));
+    const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest even
+    const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    to->bits = static_cast<std::uint16_t>(is_nan ? (bits >> 16) | 0x40u : rounded);
+}
+SSM_INLINE void narrow(Float16* to, double value) {
+#if defined(__F16C__)
+    to->bits = static_cast<std::uint16_t>(
+        _cvtss_sh(static_cast<float>(value), _MM_FROUND_TO_NEAREST_INT));
+#else
+    const std::uint32_t bits = float_to_bits(static_cast<float>(value));
+    const std::uint32_t sign = (bits >> 16) & 0x8000u;
+    const std::uint32_t rest = bits & 0x7fffffffu;
+    std::uint32_t half;
+    if (rest > 0x7f800000u) {
+        half = 0x7e00u;  // NaN
+    } else if (rest >= 0x477ff000u) {
+        half = 0x7c00u;  // rounds beyond the largest half: infinity
+    } else if (rest < 0x38800000u) {
+        // Subnormal: adding 0.5 aligns the bits and rounds to nearest even.
+        half = float_to_bits(bits_to_float(rest) + 0.5f) - 0x3f000000u;
+    } else {
+        half = (rest - 0x38000000u + 0xfffu + ((rest >> 13) & 1u)) >> 13;
+    }
+    to->bits = static_cast<std::uint16_t>(sign | half);
+#endif
+}
+
+/// Calls visitor(typed pointer) with the stored element type of `plane`.
+template <class Visitor>
+SSM_INLINE void visit_elements(const Plane& plane, const Visitor& visitor) {
+    switch (plane.dtype) {
+        case DType::f64: visitor(static_cast<double*>(plane.data)); break;
+        case DType::bf16: visitor(static_cast<BFloat16*>(plane.data)); break;
+        case DType::f16: visitor(static_cast<Float16*>(plane.data)); break;
+        default: visitor(static_cast<float*>(plane.data)); break;
+    }
+}
+
+/// In-register transpose of a square of vectors, by swapping ever larger blocks.
+template <class T>
+SSM_INLINE void transpose_square(Vec<T>* rows) {
+    typedef std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t> Index;
+    typedef Index Mask __attribute__((vector_size(kVectorBytes)));
+    constexpr int n = kLanes<T>;
+#pragma GCC unroll 4
+    for (int block = 1; block < n; block *= 2) {
+        Mask low, high;
+        for (int i = 0; i < n; ++i) {
+            const bool upper = (i & block) != 0;
+            low[i] = upper ? n + i - block : i;
+            high[i] = upper ? n + i : i + block;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < n; ++i) {
+            if ((i & block) != 0) continue;
+            const Vec<T> a = rows[i], b = rows[i + block];
+            rows[i] = __builtin_shuffle(a, b, low);
+            rows[i + block] = __builtin_shuffle(a, b, high);
+        }
+    }
+}
+
+/// Converts `count` adjacent elements.
+template <class T, class E>
+SSM_INLINE void widen_row(T* __restrict to, const E* __restrict from, std::int64_t count) {
+    for (std::int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(widen(from[i]));
+}
+template <class T, class E>
+SSM_INLINE void narrow_row(E* __restrict to, const T* __restrict from, std::int64_t count) {
+    for (std::int64_t i = 0; i < count; ++i) narrow(to + i, from[i]);
+}
+
+/// tile[row * pitch + column] = plane(row, column), as T.
+template <class T>
+static inline void load_tile(T* tile, std::int64_t pitch, const Plane& plane, std::int64_t rows,
+                             std::int64_t columns) {
+    constexpr int n = kLanes<T>;
+    visit_elements(plane, [&](const auto* data) {
+        const std::int64_t row_stride = plane.row_stride, column_stride = plane.column_stride;
+        if (column_stride == 1) {
+            for (std::int64_t r = 0; r < rows; ++r)
+                widen_row(tile + r * pitch, data + r * row_stride, columns);
+            return;
+        }
+        std::int64_t done = 0;
+        if (row_stride == 1) {
+            T line[n];
+            Vec<T> square[n];
+            for (; done + n <= rows; done += n) {
+                for (std::int64_t c = 0; c < columns; c += n) {
+                    const int width = static_cast<int>(columns - c < n ? columns - c : n);
+                    for (int i = 0; i < n; ++i) {
+                        if (i >= width) {
+                            square[i] = zero<T>();
+                            continue;
+                        }
+                        widen_row(line, data + done + (c + i) * column_stride, n);
+                        square[i] = load<T>(line);
+                    }
+                    transpose_square<T>(square);
+                    for (int r = 0; r < n; ++r) {
+                        T* to = tile + (done + r) * pitch + c;
+                        if (width == n) {
+                            store<T>(to, square[r]);
+                        } else {
+                            store<T>(line, square[r]);
+                            std::memcpy(to, line, sizeof(T) * static_cast<std::size_t>(width));
+                        }
+                    }
+                }
+            }
+        }
+        for (std::int64_t r = done; r < rows; ++r)
+            for (std::int64_t c = 0; c < columns; ++c)
+                tile[r * pitch + c] =
+                    static_cast<T>(widen(data[r * row_stride + c * column_stride]));
+    });
+}
+
+/// plane(row, column) = tile[row * pitch + column], rounded to the plane's type.
+template <class T>
+static inline void store_tile(const Plane& plane, const T* tile, std::int64_t pitch,
+                              std::int64_t rows, std::int64_t columns) {
+    constexpr int n = kLanes<T>;
+    visit_elements(plane, [&](auto* data) {
+        const std::int64_t row_stride = plane.row_stride, column_stride = plane.column_stride;
+        if (column_stride == 1) {
+            for (std::int64_t r = 0; r < rows; ++r)
+                narrow_row(data + r * row_stride, tile + r * pitch, columns);
+            return;
+        }
+        std::int64_t done = 0;
+        if (row_stride == 1) {
+            T line[n];
+            Vec<T> square[n];
+            for (; done + n <= rows; done += n) {
+                for (std::int64_t c = 0; c < columns; c += n) {
+                    const int width = static_cast<int>(columns - c < n ? columns - c : n);
+                    for (int r = 0; r < n; ++r) {
+                        const T* from = tile + (done + r) * pitch + c;
+                        if (width == n) {
+                            square[r] = load<T>(from);
+                        } else {
+                            std::memset(line, 0, sizeof line);
+                            std::memcpy(line, from, sizeof(T) * static_cast<std::size_t>(width));
+                            square[r] = load<T>(line);
+                        }
+                    }
+                    transpose_square<T>(square);
+                    for (int i = 0; i < width; ++i) {
+                        store<T>(line, square[i]);
+                        narrow_row(data + done + (c + i) * column_stride, line, n);
+                    }
+                }
+            }
+        }
+        for (std::int64_t r = done; r < rows; ++r)
+            for (std::int64_t c = 0; c < columns; ++c)
+                narrow(data + r * row_stride + c * column_stride, tile[r * pitch + c]);
+    });
+}
+
+}  // namespace ssm::cpu::SSM_ISA

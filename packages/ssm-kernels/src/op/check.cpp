@@ -1,0 +1,154 @@
+#include "check.h"
+
+#include <stdexcept>
+
+namespace ssm {
+
+namespace {
+
+std::string device_text(const Device& device) {
+    switch (device.type) {
+        case DeviceType::cpu: return "cpu";
+        case DeviceType::cuda: return "cuda:" + std::to_string(device.index);
+        case DeviceType::other: break;
+    }
+    return "an unknown device";
+}
+
+std::string tuple_text(const std::int64_t* sizes, int count) {
+    std::string text = "(";
+    for (int i = 0; i < count; ++i) {
+        if (i > 0) text += ", ";
+        text += std::to_string(sizes[i]);
+    }
+    return text + (count == 1 ? ",)" : ")");
+}
+
+}  // namespace
+
+void fail(std::string_view op, std::string_view argument, std::string_view rule,
+          std::string_view got) {
+    std::string message;
+    message.append(op).append(": ").append(argument).append(" must ").append(rule);
+    message.append(", got ").append(got);
+    throw std::invalid_argument(message);
+}
+
+const char* dtype_name(DType dtype) {
+    switch (dtype) {
+        case DType::f64: return "float64";
+        case DType::f32: return "float32";
+        case DType::bf16: return "bfloat16";
+        case DType::f16: return "float16";
+        case DType::i64: return "int64";
+        case DType::i32: return "int32";
+        case DType::i8: return "int8";
+        case DType::u8: return "uint8";
+        case DType::other: break;
+    }
+    return "an unsupported dtype";
+}
+
+std::string shape_text(const TensorView& view) { return tuple_text(view.shape, view.ndim); }
+
+bool is_float(DType dtype) {
+    return dtype == DType::f64 || dtype == DType::f32 || dtype == DType::bf16 || dtype == DType::f16;
+}
+
+void Checker::given(std::string_view name, const TensorView& view) const {
+    if (!present(view)) fail(name, "be given", "None");
+}
+
+void Checker::rank(std::string_view name, const TensorView& view, int ndim,
+                   std::string_view letters) const {
+    given(name, view);
+    if (view.ndim != ndim)
+        fail(name, "have shape " + std::string(letters),
+             "shape " + shape_text(view) + " of rank " + std::to_string(view.ndim));
+}
+
+void Checker::shape(std::string_view name, const TensorView& view,
+                    std::initializer_list<Axis> axes) const {
+    given(name, view);
+    bool same = view.ndim == static_cast<int>(axes.size());
+    std::string letters = "(";
+    std::int64_t sizes[kMaxDims] = {};
+    int i = 0;
+    for (const Axis& axis : axes) {
+        if (i > 0) letters += ", ";
+        letters += axis.letter;
+        sizes[i] = axis.size;
+        same = same && view.shape[i] == axis.size;
+        ++i;
+    }
+    letters += i == 1 ? ",)" : ")";
+    if (!same) fail(name, "have shape " + letters + " = " + tuple_text(sizes, i), shape_text(view));
+}
+
+void Checker::same_shape(std::string_view name, const TensorView& view,
+                         const TensorView& like) const {
+    bool same = view.ndim == like.ndim;
+    for (int i = 0; same && i < view.ndim; ++i) same = view.shape[i] == like.shape[i];
+    if (!same) fail(name, "have shape " + shape_text(like), shape_text(view));
+}
+
+void Checker::floating(std::string_view name, const TensorView& view) const {
+    if (!is_float(view.dtype))
+        fail(name, "have dtype float64, float32, bfloat16 or float16", dtype_name(view.dtype));
+}
+
+void Checker::dtype(std::string_view name, const TensorView& view, DType wanted) const {
+    if (view.dtype != wanted)
+        fail(name, std::string("have dtype ") + dtype_name(wanted), dtype_name(view.dtype));
+}
+
+void Checker::device(std::string_view name, const TensorView& view) const {
+    if (view.device.type != device_.type || view.device.index != device_.index)
+        fail(name, "be on " + device_text(device_), device_text(view.device));
+    std::int64_t count = 1;
+    for (int i = 0; i < view.ndim; ++i) count *= view.shape[i];
+    if (view.data == nullptr && count > 0) fail(name, "have storage", "a null data pointer");
+}
+
+void Checker::input(std::string_view name, const TensorView& view,
+                    std::initializer_list<Axis> axes) const {
+    shape(name, view, axes);
+    floating(name, view);
+    device(name, view);
+}
+
+void Checker::optional_input(std::string_view name, const TensorView& view,
+                             std::initializer_list<Axis> axes) const {
+    if (present(view)) input(name, view, axes);
+}
+
+void Checker::output(std::string_view name, const TensorView& view,
+                     std::initializer_list<Axis> axes) const {
+    input(name, view, axes);
+    for (int i = 0; i < view.ndim; ++i)
+        if (view.shape[i] > 1 && view.stride[i] == 0)
+            fail(name, "not overlap itself", "stride 0 along axis " + std::to_string(i));
+}
+
+void Checker::optional_output(std::string_view name, const TensorView& view,
+                              std::initializer_list<Axis> axes) const {
+    if (present(view)) output(name, view, axes);
+}
+
+void Checker::contiguous(std::string_view name, const TensorView& view) const {
+    std::int64_t wanted = 1;
+    for (int i = view.ndim - 1; i >= 0; --i) {
+        if (view.shape[i] > 1 && view.stride[i] != wanted)
+            fail(name, "be contiguous",
+                 "stride " + std::to_string(view.stride[i]) + " along axis " + std::to_string(i));
+        wanted *= view.shape[i];
+    }
+}
+
+void check_device_served(std::string_view op, const Device& device) {
+    if (device.type == DeviceType::cpu) return;
+    throw std::runtime_error(std::string(op) + ": built without CUDA, got tensors on " +
+                             device_text(device));
+}
+
+}  // namespace ssm

@@ -1,0 +1,61 @@
+// The error grammar `<op>: <argument> must <rule>, got <value>` and the checks that speak it.
+#pragma once
+
+#include <ssm/tensor.h>
+
+#include <initializer_list>
+#include <string>
+#include <string_view>
+
+namespace ssm {
+
+inline bool present(const TensorView& view) { return view.ndim != kAbsent; }
+
+[[noreturn]] void fail(std::string_view op, std::string_view argument, std::string_view rule,
+                       std::string_view got);
+
+const char* dtype_name(DType dtype);
+std::string shape_text(const TensorView& view);
+bool is_float(DType dtype);
+
+/// One named axis: its letter in the documentation and the size it must have.
+struct Axis {
+    const char* letter;
+    std::int64_t size;
+};
+
+/// Checks of one operator's arguments, made in argument order: presence, rank, shape, dtype, device.
+class Checker {
+public:
+    Checker(std::string_view op, const Device& device) : op_(op), device_(device) {}
+
+    void rank(std::string_view name, const TensorView& view, int ndim, std::string_view letters) const;
+    void shape(std::string_view name, const TensorView& view, std::initializer_list<Axis> axes) const;
+    /// Shape, floating dtype and device of an input.
+    void input(std::string_view name, const TensorView& view, std::initializer_list<Axis> axes) const;
+    void optional_input(std::string_view name, const TensorView& view,
+                        std::initializer_list<Axis> axes) const;
+    /// As input; besides, no two elements may share memory.
+    void output(std::string_view name, const TensorView& view, std::initializer_list<Axis> axes) const;
+    void optional_output(std::string_view name, const TensorView& view,
+                         std::initializer_list<Axis> axes) const;
+    void dtype(std::string_view name, const TensorView& view, DType wanted) const;
+    void floating(std::string_view name, const TensorView& view) const;
+    void device(std::string_view name, const TensorView& view) const;
+    void contiguous(std::string_view name, const TensorView& view) const;
+    void same_shape(std::string_view name, const TensorView& view, const TensorView& like) const;
+    void given(std::string_view name, const TensorView& view) const;
+    [[noreturn]] void fail(std::string_view argument, std::string_view rule,
+                           std::string_view got) const {
+        ssm::fail(op_, argument, rule, got);
+    }
+
+private:
+    std::string_view op_;
+    Device device_;
+};
+
+/// Refuses anything but CPU tensors while this build has no kernels for other devices.
+void check_device_served(std::string_view op, const Device& device);
+
+}  // namespace ssm

@@ -1,0 +1,116 @@
+// Process-wide choices: instruction set, threads, working memory.
+#include <ssm/device.h>
+
+#include "scratch.h"
+
+#include <omp.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+namespace ssm {
+
+namespace {
+
+constexpr Isa kPriority[] = {Isa::avx512, Isa::avx2, Isa::baseline};
+
+Isa choose_isa() {
+    const char* wanted = std::getenv("SSM_ISA");
+    if (wanted == nullptr || *wanted == '\0' || std::strcmp(wanted, "auto") == 0) {
+        for (const Isa isa : kPriority)
+            if (isa_available(isa)) return isa;
+    }
+    for (const Isa isa : kPriority) {
+        if (std::strcmp(wanted, isa_name(isa)) != 0) continue;
+        if (!isa_available(isa))
+            throw std::runtime_error("SSM_ISA must name an instruction set of this processor, got " +
+                                     std::string(wanted));
+        return isa;
+    }
+    throw std::runtime_error("SSM_ISA must be auto, baseline, avx2 or avx512, got " +
+                             std::string(wanted));
+}
+
+std::atomic<int> thread_setting{0};
+
+constexpr std::size_t kKeptBytes = std::size_t{32} << 20;
+constexpr std::align_val_t kAlignment{64};
+
+struct KeptBlock {
+    void* data = nullptr;
+    std::size_t bytes = 0;
+    bool lent = false;
+    ~KeptBlock() { ::operator delete(data, kAlignment); }
+};
+thread_local KeptBlock kept;
+
+}  // namespace
+
+bool isa_available(Isa isa) {
+#if defined(__x86_64__)
+    switch (isa) {
+        case Isa::avx512: return __builtin_cpu_supports("x86-64-v4");
+        case Isa::avx2: return __builtin_cpu_supports("x86-64-v3");
+        case Isa::baseline: return true;
+    }
+#endif
+    return isa == Isa::baseline;
+}
+
+const char* isa_name(Isa isa) {
+    switch (isa) {
+        case Isa::avx512: return "avx512";
+        case Isa::avx2: return "avx2";
+        case Isa::baseline: break;
+    }
+    return "baseline";
+}
+
+Isa active_isa() {
+    static const Isa isa = choose_isa();
+    return isa;
+}
+
+int num_threads() {
+    const int count = thread_setting.load(std::memory_order_relaxed);
+    return count > 0 ? count : omp_get_max_threads();
+}
+
+void set_num_threads(int count) {
+    if (count < 1)
+        throw std::invalid_argument("set_num_threads: count must be at least 1, got " +
+                                    std::to_string(count));
+    thread_setting.store(count, std::memory_order_relaxed);
+}
+
+const char* version() { return SSM_VERSION; }
+
+Scratch::Scratch(std::size_t bytes) : data_(nullptr), bytes_(bytes) {
+    if (bytes == 0) return;
+    if (kept.lent || bytes > kKeptBytes) {
+        data_ = ::operator new(bytes, kAlignment);
+        return;
+    }
+    if (kept.bytes < bytes) {
+        ::operator delete(kept.data, kAlignment);
+        kept.data = nullptr;
+        kept.bytes = 0;
+        kept.data = ::operator new(bytes, kAlignment);
+        kept.bytes = bytes;
+    }
+    kept.lent = true;
+    data_ = kept.data;
+}
+
+Scratch::~Scratch() {
+    if (data_ != nullptr && data_ == kept.data)
+        kept.lent = false;
+    else
+        ::operator delete(data_, kAlignment);
+}
+
+}  // namespace ssm
