@@ -14,14 +14,17 @@ SEED = 20240531
 
 # Behind PYTHONPATH, before site-packages: `meson test` names its own build tree, and a bare
 # `pytest` should test this checkout and not an installed package.
-_first = len([p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p])
-for _position, _folder in enumerate((BUILD, ROOT / "packages/ssm-models/src")):
+_named = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p in sys.path]
+_first = max((sys.path.index(p) for p in _named), default=-1) + 1
+for _folder in (ROOT / "packages/ssm-models/src", BUILD):
     if str(_folder) not in sys.path:
-        sys.path.insert(_first + _position, str(_folder))
+        sys.path.insert(_first, str(_folder))
 
 
 def _is_built() -> bool:
-    return importlib.util.find_spec("ssm_kernels") is not None
+    spec = importlib.util.find_spec("ssm_kernels")
+    folders = spec.submodule_search_locations if spec else ()
+    return any(path for folder in folders for path in Path(folder).glob("_cpu*.so"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

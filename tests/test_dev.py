@@ -1,0 +1,105 @@
+"""tools/dev.py counts every test once, loses no failure, and refuses a bad machine in one sentence.
+
+Judge: reports written by hand.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools import dev
+
+SUITE = """<testsuites><testsuite>
+<testcase classname="a" name="good"/>
+<testcase classname="a" name="bad"><failure message="x"/></testcase>
+<testcase classname="a" name="broken"><error message="x"/></testcase>
+<testcase classname="a" name="gpu"><skipped message="no CUDA device"/></testcase>
+</testsuite></testsuites>"""
+GOOD = '<testsuites><testsuite><testcase classname="a" name="b"/></testsuite></testsuites>'
+
+
+def summarise(tmp_path: Path, results: dict[str, str], reports: dict[str, str]):
+    log = tmp_path / "testlog.json"
+    lines = [json.dumps({"name": f"x - ssm:{n}", "result": r}) for n, r in results.items()]
+    log.write_text("\n".join(lines))
+    for name, text in reports.items():
+        (tmp_path / f"{name}.xml").write_text(text)
+    counts, failed, reasons = dev.summarise(log, tmp_path)
+    return tuple(counts[k] for k in ("passed", "failed", "skipped")), failed, dict(reasons)
+
+
+def test_counts_cases_of_suites_and_programs(tmp_path):
+    results = {"models": "FAIL", "test_tensor": "OK", "test_vmath_avx512": "SKIP"}
+    counts, failed, reasons = summarise(tmp_path, results, {"models": SUITE})
+    assert counts == (2, 2, 2)
+    assert failed == ["a::bad", "a::broken"]
+    assert reasons == {"no CUDA device": 1, "test_vmath_avx512 is not for this machine": 1}
+
+
+@pytest.mark.parametrize("result", ["FAIL", "TIMEOUT", "ERROR", "INTERRUPT"])
+def test_counts_a_suite_that_died(tmp_path, result):
+    assert summarise(tmp_path, {"kernels": result}, {})[:2] == ((0, 1, 0), [f"kernels ({result})"])
+    # It died after its report was written, as a crash at exit does.
+    assert summarise(tmp_path, {"kernels": result}, {"kernels": GOOD})[0] == (1, 1, 0)
+
+
+def test_counts_nothing_without_a_log(tmp_path):
+    counts, failed, _ = dev.summarise(tmp_path / "testlog.json", tmp_path)
+    assert (sum(counts.values()), failed) == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--python", "/nowhere/python"], "--python must be a working Python 3.10 or later"),
+        (["--python", sys.executable], "a C++ compiler must be on PATH, got none"),
+    ],
+)
+def test_refuses_a_bad_machine(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(dev, "VENV", tmp_path / "venv")
+    monkeypatch.setattr(dev, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(sys, "argv", ["dev.py", "build", *arguments])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert dev.main() == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1
+    assert errors[0].startswith(f"dev.py: {message}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"version": [3, 9, 1]}, "Python must be 3.10 or later, got 3.9.1"),
+        ({"headers": "/nowhere/Python.h"}, "the headers of Python 3.11.2 must be installed"),
+        ({"venv": False}, "Python 3.11.2 must be able to make virtual environments"),
+    ],
+)
+def test_refuses_an_incomplete_python(tmp_path, monkeypatch, facts, message):
+    complete = {"version": [3, 11, 2], "headers": __file__, "venv": True}
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho '{json.dumps({**complete, **facts})}'\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(dev, "compiler_fault", lambda: "")
+    with pytest.raises(dev.Fault, match=f"^{message}.*(apt|--python)"):
+        dev.check_machine(str(python))
+
+
+def test_refuses_an_old_compiler(tmp_path, monkeypatch):
+    compiler = tmp_path / "old-g++"
+    version = "[ $1 = -dumpversion ] && echo 9.4.0 || echo Free Software Foundation"
+    compiler.write_text(f"#!/bin/sh\n{version}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert "must be version 11 or later, got 9.4.0" in dev.compiler_fault()
+
+
+def test_prints_its_commands():
+    command = [sys.executable, dev.__file__, "--help"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0
+    assert all(command in result.stdout for command in dev.COMMANDS)
