@@ -1,0 +1,269 @@
+"""Input checks of the reference operators: one sentence per rule, the sentences of the kernels."""
+
+import torch
+
+from ssm.seq_meta import SeqMeta
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _either(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
+
+
+def _tuple(sizes) -> str:
+    """Spell sizes as a tuple; a free size stands as its letter."""
+    return "(" + ", ".join(map(str, sizes)) + (",)" if len(sizes) == 1 else ")")
+
+
+def _spell(letters: str, sizes: tuple) -> str:
+    """Spell one permitted shape: its letters, and its sizes where any of them is fixed."""
+    fixed = any(isinstance(size, int) for size in sizes)
+    return f"({letters}) = {_tuple(sizes)}" if fixed else f"({letters})"
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_value(op: str, name: str, is_right: bool, rule: str, got: object) -> None:
+    """Raise ValueError in the project's error grammar unless ``is_right``."""
+    if not is_right:
+        raise ValueError(f"{op}: {name} must {rule}, got {got}")
+
+
+def check_shape(op: str, name: str, tensor: torch.Tensor, forms: dict[str, tuple]) -> None:
+    """Check the rank and shape of a tensor.
+
+    Args:
+        op: operator, the first word of the sentence.
+        name: argument.
+        tensor: its value.
+        forms: permitted shapes: letters -> sizes. A size is an int, or a letter where it is free.
+
+    Raises:
+        ValueError: no form has the tensor's shape.
+    """
+    got = tuple(tensor.shape)
+    same_rank = {letters: sizes for letters, sizes in forms.items() if len(sizes) == len(got)}
+    for sizes in same_rank.values():
+        if all(
+            isinstance(want, str) or want == have for want, have in zip(sizes, got, strict=True)
+        ):
+            return
+    wanted = []
+    for letters, sizes in (same_rank or forms).items():
+        if same_rank:
+            sizes = tuple(h if isinstance(w, str) else w for w, h in zip(sizes, got, strict=True))
+        wanted.append(_spell(letters, sizes))
+    raise ValueError(f"{op}: {name} must have shape {_either(wanted)}, got {_tuple(got)}")
+
+
+def check_tensor(op, name, tensor, forms, device=None, dtypes=FLOATS, optional=False) -> None:
+    """Check the Python type, rank, shape, dtype and device of one argument, in that order.
+
+    Args:
+        op: operator, the first word of the sentence.
+        name: argument.
+        tensor: its value.
+        forms: permitted shapes, as in :func:`check_shape`.
+        device: device of the main input; None for the main input itself.
+        dtypes: permitted dtypes.
+        optional: None is permitted.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: rank, shape, dtype or device.
+    """
+    if tensor is None and optional:
+        return
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+    check_shape(op, name, tensor, forms)
+    if tensor.dtype not in dtypes:
+        wanted = _either([_dtype(dtype) for dtype in dtypes])
+        raise ValueError(f"{op}: {name} must have dtype {wanted}, got {_dtype(tensor.dtype)}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{op}: {name} must be on {device}, got {tensor.device}")
+
+
+def check_groups(op: str, name: str, ngroups: int, letter: str, size: int) -> None:
+    """Check that a group count divides the channels (or heads) that share it."""
+    is_right = ngroups > 0 and size % ngroups == 0
+    check_value(op, name, is_right, f"have a group count that divides {letter} = {size}", ngroups)
+
+
+def check_int(op: str, name: str, value: object, low: int) -> None:
+    """Check that a scalar argument is an int of at least ``low``."""
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+    check_value(op, name, value >= low, f"be at least {low}", value)
+
+
+def check_seq_meta(op: str, seq_meta: object, batch: int) -> int:
+    """Check the type of ``seq_meta`` and return the number S of states that it asks for."""
+    if seq_meta is None:
+        return batch
+    if not isinstance(seq_meta, SeqMeta):
+        raise TypeError(f"{op}: seq_meta must be a SeqMeta, got {type(seq_meta).__name__}")
+    return seq_meta.num_sequences if seq_meta.state_per_sequence else batch
+
+
+def check_rows(op: str, state_indices, nrows: int, batch: int, device, state: str) -> None:
+    """Check ``state_indices``: (B,), int32, -1 or a row of ``state``, no row twice.
+
+    Without it, the state must have one row per batch row. Values are not looked at inside
+    ``torch.compile``.
+    """
+    if state_indices is None:
+        check_value(
+            op, state, nrows == batch, f"have B = {batch} rows without state_indices", nrows
+        )
+        return
+    check_tensor(op, "state_indices", state_indices, {"B,": (batch,)}, device, (torch.int32,))
+    if torch.compiler.is_compiling() or state_indices.is_meta:
+        return
+    rows = state_indices.tolist()
+    for row in rows:
+        check_value(op, "state_indices", -1 <= row < nrows, f"lie in -1..{nrows - 1}", row)
+    used = [row for row in rows if row >= 0]
+    twice = next((row for row in used if used.count(row) > 1), None)
+    check_value(op, "state_indices", twice is None, "not name a row twice", twice)
+
+
+def selective_scan(u, delta, A, B, C, D, z, dt_bias, initial_state, seq_meta) -> None:
+    """Check the arguments of ``reference.selective_scan``."""
+    op = "selective_scan"
+    check_tensor(op, "u", u, {"B, D, L": ("B", "D", "L")})
+    batch, dim, seqlen = u.shape
+    check_tensor(op, "delta", delta, {"B, D, L": (batch, dim, seqlen)}, u.device)
+    check_tensor(op, "A", A, {"D, N": (dim, "N")}, u.device)
+    dstate = A.shape[1]
+    forms = {
+        "D, N": (dim, dstate),
+        "B, N, L": (batch, dstate, seqlen),
+        "B, G, N, L": (batch, "G", dstate, seqlen),
+    }
+    for name, matrix in (("B", B), ("C", C)):
+        check_tensor(op, name, matrix, forms, u.device)
+        if matrix.ndim == 4:
+            check_groups(op, name, matrix.shape[1], "D", dim)
+    check_tensor(op, "D", D, {"D,": (dim,)}, u.device, optional=True)
+    check_tensor(op, "z", z, {"B, D, L": (batch, dim, seqlen)}, u.device, optional=True)
+    check_tensor(op, "dt_bias", dt_bias, {"D,": (dim,)}, u.device, optional=True)
+    form = {"S, D, N": (check_seq_meta(op, seq_meta, batch), dim, dstate)}
+    check_tensor(op, "initial_state", initial_state, form, u.device, optional=True)
+
+
+def selective_state_step(state, x, dt, A, B, C, D, z, dt_bias, state_indices) -> None:
+    """Check the arguments of ``reference.selective_state_step``."""
+    op = "selective_state_step"
+    check_tensor(
+        op, "state", state, {"R, D, N": ("R", "D", "N"), "R, H, P, N": ("R", "H", "P", "N")}
+    )
+    nrows, *channels, dstate = state.shape
+    names = "H, P" if len(channels) == 2 else "D"
+    forms = {f"B, {names}": ("B", *channels), f"B, T, {names}": ("B", "T", *channels)}
+    check_tensor(op, "x", x, forms, state.device)
+    lead = tuple(x.shape[: x.ndim - len(channels)])  # (B,) or (B, T)
+    letters = "B, T" if len(lead) == 2 else "B"
+    heads = channels[0]
+    if len(channels) == 2:
+        steps = {f"{letters}, H": (*lead, heads), f"{letters}, H, P": (*lead, *channels)}
+        rates = {"H,": (heads,), "H, P, N": (*channels, dstate)}
+        weights = {"H,": (heads,), "H, P": tuple(channels)}
+    else:
+        steps = {f"{letters}, D": (*lead, heads)}
+        rates, weights = {"D, N": (heads, dstate)}, {"D,": (heads,)}
+    check_tensor(op, "dt", dt, steps, state.device)
+    check_tensor(op, "A", A, rates, state.device)
+    forms = {f"{letters}, N": (*lead, dstate), f"{letters}, G, N": (*lead, "G", dstate)}
+    for name, matrix in (("B", B), ("C", C)):
+        check_tensor(op, name, matrix, forms, state.device)
+        if matrix.ndim == len(lead) + 2:
+            check_groups(op, name, matrix.shape[-2], names[0], heads)
+    check_tensor(op, "D", D, weights, state.device, optional=True)
+    form = {f"{letters}, {names}": tuple(x.shape)}
+    check_tensor(op, "z", z, form, state.device, optional=True)
+    check_tensor(op, "dt_bias", dt_bias, weights, state.device, optional=True)
+    check_rows(op, state_indices, nrows, x.shape[0], state.device, "state")
+
+
+def ssd_chunk_scan(
+    X, dt, A, B, C, chunk_size, D, z, seq_meta, initial_states, dt_bias, dt_limit
+) -> None:
+    """Check the arguments of ``reference.ssd_chunk_scan``."""
+    op = "ssd_chunk_scan"
+    check_tensor(op, "X", X, {"B, L, H, P": ("B", "L", "H", "P")})
+    batch, seqlen, nheads, headdim = X.shape
+    check_tensor(op, "dt", dt, {"B, L, H": (batch, seqlen, nheads)}, X.device)
+    check_tensor(op, "A", A, {"H,": (nheads,)}, X.device)
+    check_tensor(op, "B", B, {"B, L, G, N": (batch, seqlen, "G", "N")}, X.device)
+    check_groups(op, "B", B.shape[2], "H", nheads)
+    dstate = B.shape[3]
+    check_tensor(op, "C", C, {"B, L, G, N": (batch, seqlen, "G", dstate)}, X.device)
+    check_groups(op, "C", C.shape[2], "H", nheads)
+    check_int(op, "chunk_size", chunk_size, 1)
+    forms = {"H,": (nheads,), "H, P": (nheads, headdim)}
+    check_tensor(op, "D", D, forms, X.device, optional=True)
+    check_tensor(op, "z", z, {"B, L, H, P": tuple(X.shape)}, X.device, optional=True)
+    form = {"S, H, P, N": (check_seq_meta(op, seq_meta, batch), nheads, headdim, dstate)}
+    check_tensor(op, "initial_states", initial_states, form, X.device, optional=True)
+    check_tensor(op, "dt_bias", dt_bias, {"H,": (nheads,)}, X.device, optional=True)
+    is_pair = isinstance(dt_limit, (tuple, list)) and len(dt_limit) == 2
+    check_value(op, "dt_limit", is_pair and dt_limit[0] <= dt_limit[1], "be (low, high)", dt_limit)
+
+
+def _filter(op: str, x, weight, bias, activation) -> int:
+    """Check what both convolutions share; return the width W."""
+    dim, device = x.shape[1], x.device
+    check_tensor(op, "weight", weight, {"D, W": (dim, "W"), "D, 1, W": (dim, 1, "W")}, device)
+    width = weight.shape[-1]
+    check_value(op, "weight", width >= 1, "have a width of at least 1", width)
+    check_tensor(op, "bias", bias, {"D,": (dim,)}, device, optional=True)
+    rule = "be 'silu', 'swish', 'identity' or None"
+    is_known = activation is None or activation in ("silu", "swish", "identity")
+    check_value(op, "activation", is_known, rule, repr(activation))
+    return width
+
+
+def dw_causal_conv(x, weight, bias, activation, initial_state, seq_meta) -> None:
+    """Check the arguments of ``reference.dw_causal_conv``."""
+    op = "dw_causal_conv"
+    check_tensor(op, "x", x, {"B, D, L": ("B", "D", "L")})
+    width = _filter(op, x, weight, bias, activation)
+    nstates = check_seq_meta(op, seq_meta, x.shape[0])
+    form = {"S, D, W - 1": (nstates, x.shape[1], width - 1)}
+    check_tensor(op, "initial_state", initial_state, form, x.device, optional=True)
+
+
+def dw_causal_conv_step(
+    x, conv_state, weight, bias, activation, cache_seqlens, state_indices
+) -> None:
+    """Check the arguments of ``reference.dw_causal_conv_step``."""
+    op = "dw_causal_conv_step"
+    check_tensor(op, "x", x, {"B, D": ("B", "D"), "B, D, T": ("B", "D", "T")})
+    batch, dim = x.shape[:2]
+    check_tensor(op, "conv_state", conv_state, {"R, D, K": ("R", dim, "K")}, x.device)
+    width, memory = _filter(op, x, weight, bias, activation), conv_state.shape[2]
+    is_enough = memory >= width - 1
+    check_value(op, "conv_state", is_enough, f"hold at least W - 1 = {width - 1} inputs", memory)
+    if cache_seqlens is not None:
+        check_tensor(op, "cache_seqlens", cache_seqlens, {"B,": (batch,)}, x.device, (torch.int32,))
+        if batch and not torch.compiler.is_compiling() and not cache_seqlens.is_meta:
+            low = cache_seqlens.min().item()
+            check_value(op, "cache_seqlens", low >= 0, "not be negative", low)
+    check_rows(op, state_indices, conv_state.shape[0], batch, x.device, "conv_state")
+
+
+def fused_layer_norm(x, weight, bias, residual, eps) -> None:
+    """Check the arguments of ``reference.fused_layer_norm``."""
+    op = "fused_layer_norm"
+    if isinstance(x, torch.Tensor) and x.ndim == 0:
+        raise ValueError(f"{op}: x must have shape (..., D), got ()")
+    check_tensor(op, "x", x, {"..., D": tuple(x.shape) if isinstance(x, torch.Tensor) else ()})
+    dim = x.shape[-1]
+    check_tensor(op, "weight", weight, {"D,": (dim,)}, x.device)
+    check_tensor(op, "bias", bias, {"D,": (dim,)}, x.device, optional=True)
+    check_tensor(op, "residual", residual, {"..., D": tuple(x.shape)}, x.device, optional=True)
+    check_value(op, "eps", eps > 0, "be positive", eps)

@@ -1,0 +1,223 @@
+"""Which implementation serves an operator, and why: table (operator, device type) -> function.
+
+A compiled operator is ``ssm.ops.compiled.<op>.<op>``; where it cannot be loaded, for whatever
+reason, the reference serves and the reason is kept for :func:`why`. Nothing is loaded before the
+first use. ``SSM_BACKEND`` (auto, python, cpu, cuda) is read once, at first use.
+"""
+
+import contextlib
+import contextvars
+import importlib
+import os
+import types
+from collections.abc import Callable, Iterator
+
+import torch
+
+BACKENDS = ("auto", "python", "cpu", "cuda")
+# Operators that have a compiled cell; all others are served by the reference on every device.
+COMPILED = (
+    "selective_scan",
+    "selective_state_step",
+    "dw_causal_conv",
+    "dw_causal_conv_step",
+    "fused_layer_norm",
+)
+# The extension module that holds the kernels of a device type.
+_KERNELS = {"cpu": "ssm_kernels", "cuda": "ssm_kernels._cuda"}
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("ssm_backend", default=None)
+# The choices made: "op:device", and "op:device:backend" where use_backend forces one.
+# Attributes, because dynamo looks at a dictionary only once per trace.
+_choices = types.SimpleNamespace()
+_table: dict[str, Callable] = vars(_choices)
+_attempts: dict[tuple[str, str], Callable | str] = {}  # a loaded function, or why it is not there
+_from_environment: list[str] = []  # SSM_BACKEND, once read
+
+
+def _named(backend: object, source: str) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"dispatch: {source} must be one of {', '.join(BACKENDS)}, got {backend!r}"
+        )
+    return backend
+
+
+def _environment() -> str:
+    if not _from_environment:
+        _from_environment.append(_named(os.environ.get("SSM_BACKEND") or "auto", "SSM_BACKEND"))
+    return _from_environment[0]
+
+
+def _reference(op: str) -> Callable:
+    return getattr(importlib.import_module("ssm.ops.python.reference"), op)
+
+
+def _load(op: str, device_type: str) -> Callable | str:
+    """Return the compiled operator, or the reason why there is none; tried once."""
+    key = (op, device_type)
+    if key not in _attempts:
+        try:
+            importlib.import_module(_KERNELS[device_type])
+            function = getattr(importlib.import_module(f"ssm.ops.compiled.{op}"), op)
+            _attempts[key] = function
+        except Exception as error:  # any fault of a backend must leave the reference usable
+            _attempts[key] = f"{type(error).__name__}: {error}"
+    return _attempts[key]
+
+
+def _choose(op: str, device_type: str, backend: str) -> tuple[Callable, str]:
+    """Return the implementation and a sentence saying why it was chosen."""
+    reference = _reference(op)
+    if op not in COMPILED:
+        return reference, "the operator has no compiled kernels"
+    if backend == "python":
+        return reference, "backend python is forced"
+    if device_type not in _KERNELS:
+        return reference, f"there are no kernels for device type {device_type}"
+    if backend != "auto" and backend != device_type:
+        raise RuntimeError(
+            f"{op}: tensors must be on {backend} when that is forced, got {device_type}"
+        )
+    loaded = _load(op, device_type)
+    if callable(loaded):
+        return loaded, f"the {device_type} kernels are loaded"
+    if backend != "auto":
+        raise RuntimeError(
+            f"{op}: backend {backend} must be loadable when it is forced, got {loaded}"
+        )
+    return reference, f"the {device_type} kernels did not load: {loaded}"
+
+
+# Dynamo runs this while tracing and keeps the result, a string, as a constant: nothing inside is
+# traceable, and a function could not be kept.
+@torch.compiler.assume_constant_result
+def _resolve(op: str, device_type: str) -> str:
+    """Choose, remember the choice in ``_table`` and return its key there."""
+    backend = _forced.get()
+    function, _ = _choose(op, device_type, backend or _environment())
+    key = f"{op}:{device_type}" if backend is None else f"{op}:{device_type}:{backend}"
+    _table[key] = function
+    return key
+
+
+def implementation(op: str, tensor: torch.Tensor) -> Callable:
+    """Return the function that serves an operator for a tensor.
+
+    Args:
+        op: name of the operator.
+        tensor: its main input, any shape and dtype; only its device type is looked at. What is not
+            a tensor goes to the reference, which refuses it.
+
+    Returns:
+        The function; it has the signature of ``ssm.ops.python.reference.<op>``.
+
+    Raises:
+        ValueError: SSM_BACKEND is not a backend.
+        RuntimeError: a backend is forced that cannot serve the tensor.
+
+    Source:
+        This project's design: the best loadable backend serves, the reference always can.
+    """
+    device_type = tensor.device.type if isinstance(tensor, torch.Tensor) else "none"
+    if torch.compiler.is_compiling():
+        return getattr(_choices, _resolve(op, device_type))
+    if _forced.get() is None:
+        function = _table.get(f"{op}:{device_type}")
+        if function is not None:
+            return function
+    return _table[_resolve(op, device_type)]
+
+
+def has_cpu_kernels() -> bool:
+    """Return whether compiled CPU kernels can be loaded.
+
+    Returns:
+        True if every operator of the compiled set loads for the CPU.
+
+    Source:
+        API document of this project, section Utils.
+    """
+    return all(callable(_load(op, "cpu")) for op in COMPILED)
+
+
+def has_cuda_kernels() -> bool:
+    """Return whether compiled CUDA kernels can be loaded.
+
+    Returns:
+        True if every operator of the compiled set loads for CUDA. Does not ask for a GPU.
+
+    Source:
+        API document of this project, section Utils.
+    """
+    return all(callable(_load(op, "cuda")) for op in COMPILED)
+
+
+def get_available_backend() -> str:
+    """Return the best backend that this machine can use.
+
+    Returns:
+        "cuda" if the CUDA kernels load and there is a GPU, else "cpu" if the CPU kernels load, else
+        "python". A forced backend is not looked at.
+
+    Source:
+        API document of this project, section Utils.
+    """
+    if has_cuda_kernels() and torch.cuda.is_available():
+        return "cuda"
+    return "cpu" if has_cpu_kernels() else "python"
+
+
+def why(op: str, where: torch.Tensor | torch.device | str = "cpu") -> str:
+    """Say which implementation serves an operator, and why not another.
+
+    Args:
+        op: name of the operator.
+        where: a tensor, any shape and dtype, or a device.
+
+    Returns:
+        One line, such as ``selective_scan on cpu: python, the cpu kernels did not load: ...``.
+
+    Raises:
+        ValueError: the operator or the device is unknown, or SSM_BACKEND is not a backend.
+
+    Source:
+        This project's design: any failure to load a backend is recorded and shown.
+    """
+    device = where.device if isinstance(where, torch.Tensor) else torch.device(where)
+    reference = importlib.import_module("ssm.ops.python.reference")
+    if not callable(getattr(reference, op, None)) or op.startswith("_"):
+        raise ValueError(f"dispatch: op must name an operator, got {op!r}")
+    forced = _forced.get()
+    try:
+        function, reason = _choose(op, device.type, forced or _environment())
+    except RuntimeError as error:
+        return f"{op} on {device.type}: none, {error}"
+    name = "python" if function is getattr(reference, op) else device.type
+    return f"{op} on {device.type}: {name}, {reason}"
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force a backend in a ``with`` block, in this thread or task only; wins over SSM_BACKEND.
+
+    A function compiled by ``torch.compile`` keeps the backend it was traced under.
+
+    Args:
+        name: "auto", "python", "cpu" or "cuda".
+
+    Raises:
+        ValueError: not a backend.
+
+    Source:
+        This project's design: tests compare implementations with one another.
+
+    Example:
+        >>> with use_backend("python"):
+        ...     y = ssm.ops.selective_scan(u, delta, A, B, C)
+    """
+    token = _forced.set(_named(name, "backend"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
