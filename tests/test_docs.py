@@ -208,23 +208,31 @@ def signature_of(thing) -> tuple[list[str], bool]:
     return names, not silent
 
 
-def docstring_faults(name: str, thing) -> list[str]:
-    """Return what is missing from a docstring."""
-    doc = inspect.getdoc(thing) or ""
-    if getattr(thing, "__nb_signature__", None):
-        doc = thing.__nb_signature__[0][1] or ""
+def docstring_of(thing) -> str:
+    """Return a docstring without the signature that nanobind writes above it."""
+    signatures = getattr(thing, "__nb_signature__", None)
+    return (signatures[0][1] if signatures else inspect.getdoc(thing)) or ""
+
+
+def docstring_faults(name: str, thing, forward=None) -> list[str]:
+    """Return what is missing from a docstring; a gradient may leave the inputs to its forward."""
+    doc = docstring_of(thing)
     if not doc.strip():
         return [f"{name}: no docstring"]
     parameters, returns = signature_of(thing)
     faults = []
     if parameters and "Args:" not in doc:
         faults.append(f"{name}: no Args")
+    explained = doc.partition("Args:")[2]
+    if forward and forward.__name__ in doc:
+        explained += docstring_of(forward).partition("Args:")[2]
     faults += [
         f"{name}: {p} is not explained"
         for p in parameters
-        if "Args:" in doc and not re.search(rf"\b{re.escape(p)}\b", doc.split("Args:", 1)[1])
+        if "Args:" in doc and not re.search(rf"\b{re.escape(p)}\b", explained)
     ]
-    if returns and "Returns:" not in doc and "Yields:" not in doc:
+    # The one sentence of a function without parameters already says what it returns.
+    if parameters and returns and "Returns:" not in doc and "Yields:" not in doc:
         faults.append(f"{name}: no Returns")
     return faults
 
@@ -247,7 +255,8 @@ def test_public_names_have_docstrings(module_name):
     assert offered, f"{module_name} offers nothing"
     faults = []
     for name, thing in offered:
-        faults += docstring_faults(f"{module_name}.{name}", thing)
+        forward = getattr(module, name.replace("_bwd", "_fwd"), None)
+        faults += docstring_faults(f"{module_name}.{name}", thing, forward)
         for method, function in vars(thing).items() if inspect.isclass(thing) else ():
             if inspect.isfunction(function) and not method.startswith("_") and not function.__doc__:
                 faults.append(f"{module_name}.{name}.{method}: no docstring")
@@ -287,6 +296,13 @@ def test_command_fault(command, fault):
 
 
 def test_docstring_faults():
+    def half_bwd(u, delta):
+        """As half.
+
+        Args:
+            delta: (B, L).
+        """
+
     def undocumented(u):
         return u
 
@@ -300,4 +316,6 @@ def test_docstring_faults():
 
     assert docstring_faults("f", undocumented) == ["f: no docstring"]
     assert docstring_faults("f", half) == ["f: delta is not explained", "f: no Returns"]
+    assert "f: u is not explained" in docstring_faults("f", half_bwd)
+    assert docstring_faults("f", half_bwd, half) == ["f: no Returns"]
     assert docstring_faults("f", docstring_faults) == ["f: no Args", "f: no Returns"]

@@ -47,10 +47,19 @@ OPERATORS = {
 # Folder of the grid -> the names in it that are not operators.
 HELPERS = {
     f"{KERNELS}/include/ssm": {"ssm", "tensor", "device"},
-    f"{KERNELS}/src/op": {"check", "visit", "isa", "device"},
-    f"{KERNELS}/src/cpu": {"kernels", "simd", "vmath", "tile", "parallel"},
+    f"{KERNELS}/src/op": {"check", "device", "isa", "runs", "scratch", "visit", "vmath"},
+    f"{KERNELS}/src/cpu": {"kernels", "parallel", "simd", "tile", "vmath"}
+    # What the forward and the backward of one operator share.
+    | {"selective_scan_tile"},
     f"{KERNELS}/src/cuda": {"kernels", "launch", "vector", "scan", "tile_gemm"},
-    f"{KERNELS}/src/bind": {"tensor_arg", "module_cpu", "module_cuda", "nanobind_lib"},
+    f"{KERNELS}/src/bind": {
+        "device",
+        "dlpack",
+        "module_cpu",
+        "module_cuda",
+        "nanobind_lib",
+        "tensor_arg",
+    },
     f"{MODELS}/ops/compiled": {"__init__"},
     "goldens/ops": set(),
     "tools/bench": set(),
