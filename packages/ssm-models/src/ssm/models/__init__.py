@@ -1,0 +1,1 @@
+"""Models: how many blocks, how wide, which of them share weights."""

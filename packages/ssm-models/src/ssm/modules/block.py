@@ -1,0 +1,98 @@
+"""One residual block: add, normalise and mix over time, and once more over channels if wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ssm.modules.norm import add_norm, is_fusable
+
+
+class Block(nn.Module):
+    """Pre-norm block with the residual stream apart: Add, Norm, Mixer [, Add, Norm, MLP].
+
+    The residual enters at the start instead of being added at the end, so that the addition can be
+    fused with the normalisation; the caller adds the last one (Gu & Dao 2023, released code).
+
+    Args:
+        dim: D, width of the stream.
+        mixer_cls: dim -> module that mixes over time.
+        mlp_cls: dim -> module that mixes over channels; ``nn.Identity`` for none.
+        norm_cls: dim -> norm.
+        fused_add_norm: use ``ssm.ops.fused_layer_norm`` for addition and norm together.
+        residual_in_fp32: keep the residual stream in float32 whatever the model dtype.
+
+    Shape:
+        hidden_states, residual (B, L, D) -> (hidden_states, residual), both (B, L, D).
+
+    Raises:
+        ValueError: fused_add_norm with a norm that the operator does not compute.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mixer_cls: Callable[[int], nn.Module],
+        mlp_cls: Callable[[int], nn.Module] | type[nn.Identity] = nn.Identity,
+        norm_cls: type[nn.Module] = nn.LayerNorm,
+        fused_add_norm: bool = False,
+        residual_in_fp32: bool = False,
+    ) -> None:
+        super().__init__()
+        self.residual_in_fp32 = residual_in_fp32
+        self.fused_add_norm = fused_add_norm
+        self.norm = norm_cls(dim)
+        self.mixer = mixer_cls(dim)
+        self.mlp = None
+        if mlp_cls is not nn.Identity:
+            self.norm2 = norm_cls(dim)
+            self.mlp = mlp_cls(dim)
+        if fused_add_norm and not is_fusable(self.norm):
+            raise ValueError(
+                "Block: norm_cls must give an RMSNorm or a LayerNorm if fused_add_norm, "
+                f"got {type(self.norm).__name__}"
+            )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        residual: Tensor | None = None,
+        inference_params=None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the block.
+
+        Args:
+            hidden_states: (B, L, D), output of the block before.
+            residual: (B, L, D), residual stream before that output is added; None at the first
+                block.
+            inference_params: state in the protocol of mamba_ssm, handed to the mixer.
+            **kwargs: handed to the mixer.
+
+        Returns:
+            hidden_states: (B, L, D), in the dtype of the input.
+            residual: (B, L, D), float32 (or float64) if residual_in_fp32.
+        """
+        hidden_states, residual = self._add_norm(self.norm, hidden_states, residual)
+        hidden_states = self.mixer(hidden_states, inference_params=inference_params, **kwargs)
+        if self.mlp is not None:
+            hidden_states, residual = self._add_norm(self.norm2, hidden_states, residual)
+            hidden_states = self.mlp(hidden_states)
+        return hidden_states, residual
+
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs
+    ) -> tuple[Tensor, ...]:
+        """Return the zero state of the mixer; see there for shapes."""
+        return self.mixer.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)
+
+    def _add_norm(self, norm, hidden_states, residual):
+        return add_norm(
+            norm,
+            hidden_states,
+            residual,
+            fused=self.fused_add_norm,
+            residual_in_fp32=self.residual_in_fp32,
+        )

@@ -1,0 +1,429 @@
+"""The Mamba block of the first paper: projections around a convolution and a selective scan."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssm import ops
+from ssm.modules.sequence import sequence_meta
+from ssm.seq_meta import SeqMeta
+from ssm.state import State
+from ssm.utils import dispatch
+
+
+class DeltaProjection(nn.Linear):
+    """Linear map from rank R to the step sizes (D,), whose bias is kept and added in float32.
+
+    The bias (dt_bias of the paper) is about -4.6 while the low-rank part is small: a sum rounded to
+    bfloat16 would change the step size by up to 2 %. The bias is inside this module, not handed to
+    the scan, so that a replacement (LoRA, quantised linear) and a forward hook see the whole map.
+
+    Shape:
+        (..., R) -> (..., D), float32 (float64 stays float64).
+    """
+
+    def __init__(self, dt_rank: int, dim: int, device=None, dtype=None) -> None:
+        super().__init__(dt_rank, dim, bias=False, device=device, dtype=dtype)
+        self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=at_least_fp32(dtype)))
+
+    def forward(self, dt: Tensor) -> Tensor:
+        """Map dt (..., R) to step sizes before softplus (..., D)."""
+        same = self.bias.dtype == self.weight.dtype == dt.dtype == at_least_fp32(dt.dtype)
+        if same and not torch.is_autocast_enabled(dt.device.type):
+            return F.linear(dt, self.weight, self.bias)
+        delta = F.linear(dt, self.weight)
+        return delta + self.bias.to(at_least_fp32(delta.dtype))
+
+
+class Mamba1(nn.Module):
+    """Mamba block (Gu & Dao 2023, arXiv:2312.00752, section 3.4 and algorithm 2).
+
+    Args:
+        d_model: width of input and output.
+        d_state: N, states per channel.
+        d_conv: W, taps of the causal convolution.
+        expand: d_inner = expand * d_model channels inside.
+        dt_min: smallest initial step size.
+        dt_max: largest initial step size.
+        dt_init_floor: initial step sizes are raised to this.
+        bias: whether in_proj and out_proj have a bias.
+        conv_bias: whether the convolution has a bias.
+        use_fast_path: False forces the reference operators in place of the compiled ones.
+        layer_idx: key of this layer in a state; needed for more than one layer.
+        device: where the parameters live.
+        dtype: of the parameters. A_log, D and the bias of dt_proj are float32 or better.
+        dt_rank: R, rank of the step size projection; "auto" is ceil(d_model / 16).
+        dt_init: "random" (uniform) or "constant" weights of the step size projection.
+        dt_scale: scale of those weights.
+
+    Shape:
+        (B, L, d_model) -> (B, L, d_model), dtype of the input. Any B and L, 0 included.
+
+    State:
+        conv_state (B, d_inner, W): the last W inputs of the convolution, oldest first. Column 0 is
+        never read; behind a call with packing or padding it is 0. Model dtype.
+        ssm_state (B, d_inner, N): h after the last step, float32 (float64 in a float64 model).
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        dt_init_floor: float = 1e-4,
+        bias: bool = False,
+        conv_bias: bool = True,
+        use_fast_path: bool = True,
+        layer_idx: int | None = None,
+        device=None,
+        dtype=None,
+        *,
+        dt_rank: int | str = "auto",
+        dt_init: str = "random",
+        dt_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if dt_rank == "auto":
+            dt_rank = math.ceil(d_model / 16)
+        for name, value in (
+            ("d_model", d_model),
+            ("d_state", d_state),
+            ("d_conv", d_conv),
+            ("expand", expand),
+            ("dt_min", dt_min),
+            ("dt_init_floor", dt_init_floor),
+            ("dt_rank", dt_rank),
+            ("dt_scale", dt_scale),
+        ):
+            if isinstance(value, str) or not value > 0:
+                raise ValueError(f"Mamba1: {name} must be positive, got {value!r}")
+        if dt_max < dt_min:
+            raise ValueError(f"Mamba1: dt_max must be at least dt_min = {dt_min}, got {dt_max}")
+        if dt_init not in ("random", "constant"):
+            raise ValueError(f"Mamba1: dt_init must be 'random' or 'constant', got {dt_init!r}")
+
+        self.d_model = d_model
+        self.d_state = d_state
+        self.d_conv = d_conv
+        self.expand = expand
+        self.d_inner = int(expand * d_model)
+        self.dt_rank = dt_rank
+        self.use_fast_path = use_fast_path
+        self.layer_idx = layer_idx
+
+        factory = {"device": device, "dtype": dtype}
+        stable = {"device": device, "dtype": at_least_fp32(dtype)}
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **factory)
+        self.conv1d = nn.Conv1d(
+            self.d_inner,
+            self.d_inner,
+            d_conv,
+            groups=self.d_inner,
+            padding=d_conv - 1,
+            bias=conv_bias,
+            **factory,
+        )
+        self.x_proj = nn.Linear(self.d_inner, dt_rank + 2 * d_state, bias=False, **factory)
+        self.dt_proj = DeltaProjection(dt_rank, self.d_inner, **factory)
+        decay_rates = torch.arange(1, d_state + 1, **stable).expand(self.d_inner, -1)
+        self.A_log = nn.Parameter(torch.log(decay_rates).contiguous())
+        self.D = nn.Parameter(torch.ones(self.d_inner, **stable))
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **factory)
+        self._init_delta(dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
+        # Weight decay would pull the decay rates to 1 and the skip to 0, which no loss asks for.
+        self.A_log._no_weight_decay = True
+        self.D._no_weight_decay = True
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        inference_params=None,
+        *,
+        state: State | None = None,
+        seq_meta: SeqMeta | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """Mix over time, from and into a state if one is given.
+
+        Args:
+            hidden_states: (B, L, d_model). Without gradients and with L = 1 the states are stepped
+                in place; else a scan runs from them and they are written at its end.
+            inference_params: state in the protocol of mamba_ssm. ``seqlen_offset`` 0 starts from
+                nothing, any other continues; the caller advances it.
+            state: state that is continued, always. Excludes inference_params.
+            seq_meta: packing and padding in one object; excludes the next three.
+            seq_idx: (B, L) int, sequence id per step, -1 = padding.
+            cu_seqlens: (S + 1,) int, boundaries over the flattened B L steps. States have S rows
+                then.
+            attention_mask: (B, L or more), nonzero = real token.
+            position_ids: accepted and unused, a recurrence knows where it is.
+            **kwargs: refused; named in the API for subclasses.
+
+        Returns:
+            (B, L, d_model), dtype of hidden_states; skipped steps give 0 (or the bias of out_proj).
+
+        Raises:
+            ValueError: a shape does not fit, or two arguments exclude each other.
+            TypeError: an argument that nobody knows.
+        """
+        if kwargs:
+            raise TypeError(f"Mamba1: got an unexpected keyword argument {next(iter(kwargs))!r}")
+        if hidden_states.dim() != 3 or hidden_states.shape[-1] != self.d_model:
+            raise ValueError(
+                f"Mamba1: hidden_states must have shape (B, L, {self.d_model}), "
+                f"got {tuple(hidden_states.shape)}"
+            )
+        batch, seqlen, _ = hidden_states.shape
+        seq_meta = sequence_meta(
+            "Mamba1", batch, seqlen, seq_meta, seq_idx, cu_seqlens, attention_mask
+        )
+        rows = batch
+        if seq_meta is not None and seq_meta.state_per_sequence:
+            rows = seq_meta.cu_seqlens.numel() - 1
+        memory = self._memory(inference_params, state, rows)
+        layer_state = None if memory is None else memory[self._key]
+        y, new_state = self._mix(hidden_states, layer_state, seq_meta)
+        if new_state is not None:
+            memory[self._key] = new_state
+        return y
+
+    def step(
+        self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Decode one token and change both states in place (signature of mamba_ssm).
+
+        Args:
+            hidden_states: (B, 1, d_model).
+            conv_state: (B, d_inner, W).
+            ssm_state: (B, d_inner, N).
+
+        Returns:
+            (output (B, 1, d_model), conv_state, ssm_state), the states being the tensors given.
+
+        Raises:
+            ValueError: hidden_states holds more or less than one token.
+        """
+        if hidden_states.dim() != 3 or hidden_states.shape[1] != 1:
+            raise ValueError(
+                f"Mamba1: hidden_states must have shape (B, 1, {self.d_model}) in step, "
+                f"got {tuple(hidden_states.shape)}"
+            )
+        y, new_state = self._mix(hidden_states, (conv_state, ssm_state), None)
+        with torch.no_grad():
+            for old, new in zip((conv_state, ssm_state), new_state, strict=True):
+                if new is not old:
+                    old.copy_(new)
+        return y, conv_state, ssm_state
+
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """Return the state before the first token, all zero.
+
+        Args:
+            batch_size: B.
+            max_seqlen: accepted and unused, the state does not grow.
+            dtype: of conv_state; None takes the model dtype.
+            **kwargs: accepted and unused, as in mamba_ssm.
+
+        Returns:
+            conv_state: (B, d_inner, W).
+            ssm_state: (B, d_inner, N), float32, or float64 in a float64 model.
+        """
+        weight = self.conv1d.weight
+        dtype = weight.dtype if dtype is None else dtype
+        conv_state = torch.zeros(
+            batch_size, self.d_inner, self.d_conv, device=weight.device, dtype=dtype
+        )
+        ssm_state = torch.zeros(
+            batch_size,
+            self.d_inner,
+            self.d_state,
+            device=weight.device,
+            dtype=at_least_fp32(torch.promote_types(dtype, weight.dtype)),
+        )
+        return conv_state, ssm_state
+
+    def allocate_state(self, batch: int, dtype: torch.dtype | None = None) -> State:
+        """Return a State that holds this layer alone, for a block used outside a language model."""
+        return State({self._key: self.allocate_inference_cache(batch, 0, dtype)}, batch)
+
+    @property
+    def _key(self) -> int:
+        return 0 if self.layer_idx is None else self.layer_idx
+
+    def _init_delta(self, dt_min, dt_max, dt_init, dt_scale, dt_init_floor) -> None:
+        spread = self.dt_rank**-0.5 * dt_scale
+        if dt_init == "constant":
+            nn.init.constant_(self.dt_proj.weight, spread)
+        else:
+            nn.init.uniform_(self.dt_proj.weight, -spread, spread)
+        with torch.no_grad():
+            low, high = math.log(dt_min), math.log(dt_max)
+            bias = self.dt_proj.bias
+            dt = torch.exp(torch.rand_like(bias) * (high - low) + low).clamp(min=dt_init_floor)
+            # The inverse of softplus, in the form that does not overflow.
+            bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        self.dt_proj.bias._no_reinit = True
+        self.dt_proj.bias._no_weight_decay = True
+
+    def _memory(self, inference_params, state, rows):
+        """Return the dict that holds this layer's state, filled; None without a state."""
+        if inference_params is not None and state is not None:
+            raise ValueError("Mamba1: state must not be given beside inference_params")
+        source = inference_params if state is None else state
+        if source is None:
+            return None
+        if self.layer_idx is None and state is None:
+            raise ValueError("Mamba1: layer_idx must be set for inference_params, got None")
+        memory = source.key_value_memory_dict
+        if self._key not in memory:
+            memory[self._key] = self.allocate_inference_cache(rows, 0)
+        elif state is None and inference_params.seqlen_offset == 0:
+            with torch.no_grad():
+                memory[self._key] = tuple(old.detach().zero_() for old in memory[self._key])
+        held = memory[self._key][0].shape[0]
+        if held != rows:
+            name = "state" if inference_params is None else "inference_params"
+            raise ValueError(f"Mamba1: {name} must hold {rows} rows, got {held}")
+        return memory
+
+    def _mix(self, hidden_states, layer_state, seq_meta):
+        """The one path of forward and step: returns (y (B, L, d_model), state after it or None)."""
+        batch, seqlen, _ = hidden_states.shape
+        keep = None
+        if seq_meta is not None:
+            keep = seq_meta.positions(batch, seqlen, hidden_states.device) >= 0
+            # A NaN in padding would reach the weight gradient of in_proj as 0 * NaN.
+            hidden_states = hidden_states.masked_fill(~keep[..., None], 0)
+        x, z = project(self.in_proj, hidden_states).chunk(2, dim=-1)  # each (B, L, D)
+        with nullcontext() if self.use_fast_path else dispatch.use_backend("python"):
+            if layer_state is not None and self._can_step(seqlen, seq_meta):
+                y = self._step(x[:, 0], z[:, 0], layer_state, keep)[:, None]
+            else:
+                y, layer_state = self._scan(x, z, layer_state, seq_meta)
+        return project(self.out_proj, y).to(hidden_states.dtype), layer_state
+
+    def _can_step(self, seqlen, seq_meta) -> bool:
+        # Stepping writes into the state, so autograd needs the scan, also for a single token.
+        if seqlen != 1 or torch.is_grad_enabled():
+            return False
+        return seq_meta is None or not seq_meta.state_per_sequence
+
+    def _step(self, x, z, layer_state, keep):
+        """One token: x and z (B, D), states changed in place; returns y (B, D)."""
+        conv_state, ssm_state = layer_state
+        rows = None
+        if keep is not None:
+            row = torch.arange(x.shape[0], device=x.device, dtype=torch.int32)
+            rows = torch.where(keep[:, 0], row, -1)
+        x = ops.dw_causal_conv_step(
+            x, conv_state, self.conv1d.weight, self.conv1d.bias, "silu", state_indices=rows
+        )
+        delta, B, C = self._select(x)
+        A = self._decay_rates(x.dtype)
+        return ops.selective_state_step(
+            ssm_state, x, delta, A, B, C, self.D, z, None, True, state_indices=rows
+        )
+
+    def _scan(self, x, z, layer_state, seq_meta):
+        """Any number of tokens: x and z (B, L, D); returns (y (B, L, D), new state or None)."""
+        conv_inputs = x.transpose(1, 2)  # (B, D, L), a view: the operators take any strides
+        arguments = (conv_inputs, self.conv1d.weight, self.conv1d.bias, "silu")
+        if layer_state is None:
+            x = ops.dw_causal_conv(*arguments, seq_meta=seq_meta).transpose(1, 2)
+            conv_last = ssm_state = None
+        else:
+            conv_state, ssm_state = layer_state
+            x, conv_last = ops.dw_causal_conv(
+                *arguments,
+                initial_state=conv_state[..., 1:],
+                return_final_state=True,
+                seq_meta=seq_meta,
+            )
+            x = x.transpose(1, 2)
+        delta, B, C = (part.transpose(1, 2) for part in self._select(x))
+        scanned = ops.selective_scan(
+            x.transpose(1, 2),
+            delta,
+            self._decay_rates(x.dtype),
+            B,
+            C,
+            self.D,
+            z.transpose(1, 2),
+            None,
+            True,
+            layer_state is not None,
+            initial_state=ssm_state,
+            seq_meta=seq_meta,
+        )
+        if layer_state is None:
+            return scanned.transpose(1, 2), None
+        y, ssm_last = scanned
+        oldest = oldest_input(conv_state, conv_inputs, seq_meta)
+        conv_last = torch.cat([oldest.to(conv_last.dtype), conv_last], dim=-1)
+        if torch.is_grad_enabled():
+            layer_state = (conv_last.to(conv_state.dtype), ssm_last.to(ssm_state.dtype))
+        else:
+            conv_state.copy_(conv_last)
+            ssm_state.copy_(ssm_last)
+        return y.transpose(1, 2), layer_state
+
+    def _select(self, x):
+        """From x (..., D) the input-dependent delta (..., D), B and C (..., N)."""
+        dt, B, C = project(self.x_proj, x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        return project(self.dt_proj, dt), B, C
+
+    def _decay_rates(self, dtype):
+        """A = -exp(A_log) (D, N), in float32 or better also after ``model.to(torch.bfloat16)``."""
+        return -torch.exp(
+            self.A_log.to(at_least_fp32(torch.promote_types(dtype, self.A_log.dtype)))
+        )
+
+
+def at_least_fp32(dtype: torch.dtype | None) -> torch.dtype:
+    """Return float64 for float64 (or a float64 default), else float32: the accumulate type."""
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def project(linear: nn.Module, x: Tensor) -> Tensor:
+    """Call a projection on x cast to its parameter dtype.
+
+    The module is called, never its weight taken, so that hooks fire and a LoRA or quantised
+    replacement is used. Where the weight is no floating point tensor the module decides itself.
+    """
+    weight = getattr(linear, "weight", None)
+    is_float = isinstance(weight, Tensor) and weight.is_floating_point()
+    if is_float and not torch.is_autocast_enabled(x.device.type):
+        x = x.to(weight.dtype)
+    return linear(x)
+
+
+def oldest_input(conv_state: Tensor, conv_inputs: Tensor, seq_meta: SeqMeta | None) -> Tensor:
+    """Return (S, D, 1): the input W steps back, the one state column that no later output reads.
+
+    It is kept equal to that of single steps where that costs nothing, and is 0 behind packing or
+    padding.
+    """
+    width, seqlen = conv_state.shape[-1], conv_inputs.shape[-1]
+    if seq_meta is not None:
+        return torch.zeros_like(conv_state[..., :1])
+    if seqlen >= width:
+        return conv_inputs[..., seqlen - width : seqlen - width + 1]
+    return conv_state[..., seqlen : seqlen + 1]

@@ -1,0 +1,66 @@
+"""Two-layer gated feed-forward network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class GatedMLP(nn.Module):
+    """Gated MLP ``fc2(up * activation(gate))``; SwiGLU by default (Shazeer 2020, arXiv:2002.05202).
+
+    The rows of ``fc1`` are (up, gate), as in the state-spaces checkpoints.
+
+    Args:
+        in_features: width of the input.
+        hidden_features: inner width before rounding; None takes 8/3 of in_features.
+        out_features: width of the output; None takes in_features.
+        activation: applied to the gate.
+        bias: whether both linears have a bias.
+        multiple_of: the inner width is rounded up to a multiple of this.
+        device: where the parameters live.
+        dtype: of the parameters.
+
+    Shape:
+        (..., in_features) -> (..., out_features), dtype of the input.
+
+    Raises:
+        ValueError: a width is not positive.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        activation: Callable[[Tensor], Tensor] = F.silu,
+        bias: bool = False,
+        multiple_of: int = 128,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        if out_features is None:
+            out_features = in_features
+        if hidden_features is None:
+            hidden_features = 8 * in_features // 3
+        for name, value in (
+            ("in_features", in_features),
+            ("hidden_features", hidden_features),
+            ("out_features", out_features),
+            ("multiple_of", multiple_of),
+        ):
+            if value < 1:
+                raise ValueError(f"GatedMLP: {name} must be positive, got {value}")
+        hidden_features = -(-hidden_features // multiple_of) * multiple_of
+        self.activation = activation
+        factory = {"device": device, "dtype": dtype}
+        self.fc1 = nn.Linear(in_features, 2 * hidden_features, bias=bias, **factory)
+        self.fc2 = nn.Linear(hidden_features, out_features, bias=bias, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., in_features) to (..., out_features)."""
+        up, gate = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(up * self.activation(gate))
