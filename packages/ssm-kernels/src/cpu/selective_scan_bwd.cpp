@@ -1,4 +1,449 @@
+// Selective scan, backward. Tiles of 32 steps are walked from the last to the first: the states
+// inside a tile are computed again from its checkpoint, then the adjoint runs back over them.
+// docs/ops/selective_scan.md#backward
 #include "selective_scan_tile.h"
+
+#include "../op/scratch.h"
+
 namespace ssm::cpu::SSM_ISA {
-void selective_scan_bwd(const SelectiveScanArgs&, const SelectiveScanGrads&, const Runs&, int) {}
+
+namespace {
+
+constexpr std::int64_t kMaxSplits = 8;
+
+// Gradients of one tile, and sums over channels that stay apart by lane until the tile is done.
+template <class T>
+struct GradTile {
+    T* dy;       // [step][channel]   times silu(z)
+    T* dz;       // [step][channel]
+    T* ddt;      // [step][channel]   through the decay, in units of log2
+    T* ddtu;     // [step][channel]   through the input dt u
+    T* entry;    // [segment][state][channel]   state before each stretch of the tile
+    T* lane_dB;  // [state][step][lane]
+    T* lane_dC;  // [state][step][lane]
+
+    static std::int64_t elements(std::int64_t dstate) {
+        return 4 * ScanTile<T>::kArea + kScanSteps * dstate * kScanChannels +
+               2 * dstate * kScanSteps * kLanes<T>;
+    }
+    GradTile(T* memory, std::int64_t dstate) {
+        constexpr std::int64_t area = ScanTile<T>::kArea;
+        dy = memory;
+        dz = dy + area;
+        ddt = dz + area;
+        ddtu = ddt + area;
+        entry = ddtu + area;
+        lane_dB = entry + kScanSteps * dstate * kScanChannels;
+        lane_dC = lane_dB + dstate * kScanSteps * kLanes<T>;
+    }
+};
+
+// Sums of one block over the whole row: [state][channel] each, then [channel] each.
+template <class T>
+struct BlockSums {
+    T* dh;
+    T* dA;
+    T* dB;  // used when B is constant over time
+    T* dC;  // used when C is constant over time
+    T* dD;
+    T* dbias;
+
+    static std::int64_t elements(std::int64_t dstate) { return (4 * dstate + 2) * kScanChannels; }
+    BlockSums(T* memory, std::int64_t dstate)
+        : dh(memory), dA(dh + dstate * kScanChannels), dB(dA + dstate * kScanChannels),
+          dC(dB + dstate * kScanChannels), dD(dC + dstate * kScanChannels),
+          dbias(dD + kScanChannels) {}
+};
+
+// The cut of one call and the working memory that outlives a tile.
+template <class T>
+struct BackwardPlan {
+    ScanShape shape;
+    std::int64_t splits;  // parts of a group's channels, each with its own partial dB and dC
+    T* sums;              // [row][block] of BlockSums
+    T* partial_dB;        // [split][row][group][state][step]
+    T* partial_dC;
+
+    explicit BackwardPlan(const SelectiveScanArgs& args)
+        : shape(args), splits(min(kMaxSplits, shape.blocks_per_group)), sums(nullptr),
+          partial_dB(nullptr), partial_dC(nullptr) {}
+
+    std::int64_t sum_elements() const {
+        return shape.batch * shape.blocks_per_row() * BlockSums<T>::elements(shape.dstate);
+    }
+    std::int64_t partial_elements() const {
+        return splits * shape.batch * shape.groups * shape.dstate * shape.seqlen;
+    }
+    BlockSums<T> block_sums(std::int64_t row, std::int64_t index) const {
+        return {sums + (row * shape.blocks_per_row() + index) * BlockSums<T>::elements(shape.dstate),
+                shape.dstate};
+    }
+    T* partial(T* base, std::int64_t split, std::int64_t row, std::int64_t group) const {
+        return base + ((split * shape.batch + row) * shape.groups + group) * shape.dstate * shape.seqlen;
+    }
+};
+
+// Forward and backward over the steps [begin, end) for kStates states of one vector of channels.
+template <class T, int kStates, bool kConstB, bool kConstC>
+SSM_INLINE void differentiate_states(const ScanTile<T>& tile, const GradTile<T>& grad,
+                                     const BlockSums<T>& sums, const T* entry, std::int64_t dstate,
+                                     std::int64_t first, std::int64_t lane, std::int64_t begin,
+                                     std::int64_t end) {
+    constexpr int lanes = kLanes<T>;
+    alignas(64) T decays[kScanSteps * kStates * lanes];
+    alignas(64) T before[kScanSteps * kStates * lanes];
+    const std::int64_t at = first * kScanChannels + lane;
+    Vec<T> h[kStates], sum_c[kStates];
+    for (int n = 0; n < kStates; ++n) {
+        h[n] = load<T>(entry + at + n * kScanChannels);
+        sum_c[n] = zero<T>();
+    }
+    for (std::int64_t t = begin; t < end; ++t) {
+        const std::int64_t i = t * kScanChannels + lane;
+        const Vec<T> dt = load<T>(tile.dt + i), dtu = load<T>(tile.dtu + i), dy = load<T>(grad.dy + i);
+        Vec<T> y = load<T>(tile.y + i);
+#pragma GCC unroll 4
+        for (int n = 0; n < kStates; ++n) {
+            const Vec<T> a = exp2(dt * load<T>(tile.A + at + n * kScanChannels));
+            store<T>(decays + (t * kStates + n) * lanes, a);
+            store<T>(before + (t * kStates + n) * lanes, h[n]);
+            h[n] = a * h[n] + dtu * input_vector<kConstB>(tile.B, dstate, t, first + n, lane);
+            y += h[n] * input_vector<kConstC>(tile.C, dstate, t, first + n, lane);
+            if constexpr (kConstC) {
+                sum_c[n] += dy * h[n];
+            } else {
+                T* const dC = grad.lane_dC + ((first + n) * kScanSteps + t) * lanes;
+                store<T>(dC, load<T>(dC) + dy * h[n]);
+            }
+        }
+        store<T>(tile.y + i, y);
+    }
+    Vec<T> dh[kStates], sum_a[kStates], sum_b[kStates];
+    for (int n = 0; n < kStates; ++n) {
+        dh[n] = load<T>(sums.dh + at + n * kScanChannels);
+        sum_a[n] = zero<T>();
+        sum_b[n] = zero<T>();
+    }
+    for (std::int64_t t = end - 1; t >= begin; --t) {
+        const std::int64_t i = t * kScanChannels + lane;
+        const Vec<T> dt = load<T>(tile.dt + i), dtu = load<T>(tile.dtu + i), dy = load<T>(grad.dy + i);
+        Vec<T> ddt = load<T>(grad.ddt + i), ddtu = load<T>(grad.ddtu + i);
+#pragma GCC unroll 4
+        for (int n = 0; n < kStates; ++n) {
+            dh[n] += dy * input_vector<kConstC>(tile.C, dstate, t, first + n, lane);
+            ddtu += dh[n] * input_vector<kConstB>(tile.B, dstate, t, first + n, lane);
+            if constexpr (kConstB) {
+                sum_b[n] += dh[n] * dtu;
+            } else {
+                T* const dB = grad.lane_dB + ((first + n) * kScanSteps + t) * lanes;
+                store<T>(dB, load<T>(dB) + dh[n] * dtu);
+            }
+            dh[n] *= load<T>(decays + (t * kStates + n) * lanes);
+            const Vec<T> through_decay = dh[n] * load<T>(before + (t * kStates + n) * lanes);
+            ddt += through_decay * load<T>(tile.A + at + n * kScanChannels);
+            sum_a[n] += through_decay * dt;
+        }
+        store<T>(grad.ddt + i, ddt);
+        store<T>(grad.ddtu + i, ddtu);
+    }
+    for (int n = 0; n < kStates; ++n) {
+        const std::int64_t i = at + n * kScanChannels;
+        store<T>(sums.dh + i, dh[n]);
+        store<T>(sums.dA + i, load<T>(sums.dA + i) + sum_a[n]);
+        if constexpr (kConstB) store<T>(sums.dB + i, load<T>(sums.dB + i) + sum_b[n]);
+        if constexpr (kConstC) store<T>(sums.dC + i, load<T>(sums.dC + i) + sum_c[n]);
+    }
 }
+
+template <class T, bool kConstB, bool kConstC>
+void differentiate_segment(const ScanTile<T>& tile, const GradTile<T>& grad, const BlockSums<T>& sums,
+                           const T* entry, std::int64_t dstate, std::int64_t width,
+                           std::int64_t begin, std::int64_t end) {
+    for (std::int64_t lane = 0; lane < width; lane += kLanes<T>) {
+        std::int64_t n = 0;
+        // Four states: their decays and states over 32 steps stay in the first-level cache.
+        for (; n + 4 <= dstate; n += 4)
+            differentiate_states<T, 4, kConstB, kConstC>(tile, grad, sums, entry, dstate, n, lane,
+                                                         begin, end);
+        for (; n < dstate; ++n)
+            differentiate_states<T, 1, kConstB, kConstC>(tile, grad, sums, entry, dstate, n, lane,
+                                                         begin, end);
+    }
+}
+
+// Moves tile.h over [begin, end) without outputs: the entry of the next segment of the same tile.
+template <class T>
+void advance_states(const ScanTile<T>& tile, std::int64_t dstate, bool const_b, std::int64_t width,
+                    std::int64_t begin, std::int64_t end) {
+    for (std::int64_t n = 0; n < dstate; ++n)
+        for (std::int64_t lane = 0; lane < width; lane += kLanes<T>) {
+            T* const state = tile.h + n * kScanChannels + lane;
+            Vec<T> h = load<T>(state);
+            for (std::int64_t t = begin; t < end; ++t) {
+                const std::int64_t i = t * kScanChannels + lane;
+                const Vec<T> b = const_b ? input_vector<true>(tile.B, dstate, t, n, lane)
+                                         : input_vector<false>(tile.B, dstate, t, n, lane);
+                h = exp2(load<T>(tile.dt + i) * load<T>(tile.A + n * kScanChannels + lane)) * h +
+                    load<T>(tile.dtu + i) * b;
+            }
+            store<T>(state, h);
+        }
+}
+
+// Reads dy and turns it into the gradient before the gate.
+template <class T>
+void load_output_gradient(const SelectiveScanArgs& args, const SelectiveScanGrads& grads,
+                          const ScanTile<T>& tile, const GradTile<T>& grad, const ScanBlock& block,
+                          std::int64_t t0, std::int64_t steps) {
+    load_tile(grad.dy, kScanChannels, sequence_plane(grads.dy, block, t0), steps, block.width);
+    if (args.z.ndim < 0) return;
+    for (std::int64_t t = 0; t < steps; ++t)
+        for (std::int64_t i = t * kScanChannels; i < t * kScanChannels + block.padded_width; i += kLanes<T>) {
+            const Vec<T> dy = load<T>(grad.dy + i), z = load<T>(tile.z + i);
+            const Vec<T> gate = sigmoid<T>(z);
+            store<T>(grad.dz + i, dy * gate * (T(1) + z * (T(1) - gate)));  // times y later
+            store<T>(grad.dy + i, dy * gate * z);
+        }
+}
+
+// From the gradients of dt and dt u to those of the inputs, in the places of ddtu (du) and ddt.
+template <class T>
+void finish_segment(const SelectiveScanArgs& args, const ScanTile<T>& tile, const GradTile<T>& grad,
+                    const BlockSums<T>& sums, std::int64_t width, std::int64_t begin,
+                    std::int64_t end) {
+    constexpr T ln2 = static_cast<T>(0.6931471805599453);
+    for (std::int64_t lane = 0; lane < width; lane += kLanes<T>) {
+        const Vec<T> skip = load<T>(tile.D + lane);
+        Vec<T> sum_d = load<T>(sums.dD + lane), sum_bias = load<T>(sums.dbias + lane);
+        for (std::int64_t i = begin * kScanChannels + lane; i < end * kScanChannels; i += kScanChannels) {
+            const Vec<T> u = load<T>(tile.u + i), dy = load<T>(grad.dy + i), ddtu = load<T>(grad.ddtu + i);
+            Vec<T> ddt = load<T>(grad.ddt + i) * ln2 + u * ddtu;
+            if (args.softplus) ddt *= sigmoid<T>(load<T>(tile.raw + i));
+            sum_bias += ddt;
+            sum_d += dy * u;
+            store<T>(grad.ddt + i, ddt);
+            store<T>(grad.ddtu + i, skip * dy + load<T>(tile.dt + i) * ddtu);
+            if (args.z.ndim >= 0) store<T>(grad.dz + i, load<T>(grad.dz + i) * load<T>(tile.y + i));
+        }
+        store<T>(sums.dD + lane, sum_d);
+        store<T>(sums.dbias + lane, sum_bias);
+    }
+}
+
+template <class T>
+void clear_rows(T* area, std::int64_t begin, std::int64_t end) {
+    if (begin < end)
+        std::memset(area + begin * kScanChannels, 0,
+                    sizeof(T) * static_cast<std::size_t>((end - begin) * kScanChannels));
+}
+
+// All segments of one tile of one block. `after` is the first run that begins beyond the tile.
+template <class T>
+void differentiate_tile(const SelectiveScanArgs& args, const SelectiveScanGrads& grads,
+                        const Runs& runs, const ScanShape& shape, const ScanBlock& block,
+                        const ScanTile<T>& tile, const GradTile<T>& grad, const BlockSums<T>& sums,
+                        std::int64_t t0, std::int64_t steps, const Run* after) {
+    const Run* const first_run = runs.runs + runs.row_begin[block.row];
+    const Run* const end_run = runs.runs + runs.row_begin[block.row + 1];
+    const std::int64_t dstate = shape.dstate, states = dstate * kScanChannels;
+    const bool const_b = args.B.ndim == 2, const_c = args.C.ndim == 2;
+    const auto differentiate =
+        const_b ? (const_c ? &differentiate_segment<T, true, true> : &differentiate_segment<T, true, false>)
+                : (const_c ? &differentiate_segment<T, false, true> : &differentiate_segment<T, false, false>);
+    load_tile(tile.h, kScanChannels, checkpoint_plane(args.checkpoints, block, t0), dstate, block.width);
+    const Run* begin_run = after;
+    while (begin_run > first_run && (begin_run - 1)->end > t0) --begin_run;
+    std::int64_t done = 0;
+    for (const Run* run = begin_run; run < after; ++run) {
+        const std::int64_t begin = max(run->begin - t0, 0), end = min(run->end - t0, steps);
+        if (run->begin >= t0) tile.enter(args, shape, block, run->state_in);
+        std::memcpy(grad.entry + (run - begin_run) * states, tile.h,
+                    sizeof(T) * static_cast<std::size_t>(states));
+        if (run + 1 < after) advance_states(tile, dstate, const_b, block.padded_width, begin, end);
+        for (T* area : {grad.ddt, grad.ddtu, grad.dz}) clear_rows(area, done, begin);
+        done = end;
+    }
+    for (T* area : {grad.ddt, grad.ddtu, grad.dz}) clear_rows(area, done, steps);
+    for (const Run* run = after; run-- > begin_run;) {
+        const std::int64_t begin = max(run->begin - t0, 0), end = min(run->end - t0, steps);
+        const bool continues = run + 1 < end_run && (run + 1)->state_in == Run::kContinue;
+        if (run->end <= t0 + steps && !continues) {
+            std::memset(sums.dh, 0, sizeof(T) * static_cast<std::size_t>(states));
+            if (grads.dlast_state.ndim >= 0 && run->state_out != Run::kNone)
+                load_tile(sums.dh, kScanChannels,
+                          channel_state_plane(grads.dlast_state, run->state_out, block.channel), dstate,
+                          block.width);
+        }
+        for (T* area : {grad.ddt, grad.ddtu}) clear_rows(area, begin, end);
+        differentiate(tile, grad, sums, grad.entry + (run - begin_run) * states, dstate,
+                      block.padded_width, begin, end);
+        finish_segment(args, tile, grad, sums, block.padded_width, begin, end);
+        if (grads.dinitial_state.ndim >= 0 && run->begin >= t0 && run->state_in >= 0)
+            store_tile(channel_state_plane(grads.dinitial_state, run->state_in, block.channel), sums.dh,
+                       kScanChannels, dstate, block.width);
+    }
+}
+
+// partial[state][t0 + step] = sum over the lanes, for one tile.
+template <class T>
+void reduce_lanes(T* partial, const T* lane_sums, std::int64_t dstate, std::int64_t seqlen,
+                  std::int64_t t0, std::int64_t steps) {
+    constexpr int lanes = kLanes<T>;
+    for (std::int64_t n = 0; n < dstate; ++n)
+        for (std::int64_t t = 0; t < steps; t += lanes) {
+            Vec<T> square[lanes];
+            for (int i = 0; i < lanes; ++i)
+                square[i] = load<T>(lane_sums + (n * kScanSteps + t + i) * lanes);
+            transpose_square<T>(square);
+            for (int width = lanes / 2; width > 0; width /= 2)
+                for (int i = 0; i < width; ++i) square[i] += square[i + width];
+            T line[lanes];
+            store<T>(line, square[0]);
+            std::memcpy(partial + n * seqlen + t0 + t, line,
+                        sizeof(T) * static_cast<std::size_t>(min(lanes, steps - t)));
+        }
+}
+
+// One part of the channels of one group of one row, over all of its tiles.
+template <class T>
+void differentiate_split(const SelectiveScanArgs& args, const SelectiveScanGrads& grads,
+                         const Runs& runs, const BackwardPlan<T>& plan, std::int64_t row,
+                         std::int64_t group, std::int64_t split, T* memory) {
+    const ScanShape& shape = plan.shape;
+    const ScanTile<T> tile(memory, shape.dstate);
+    const GradTile<T> grad(tile.end, shape.dstate);
+    tile.clear();
+    const std::int64_t first = group * shape.blocks_per_group + split * shape.blocks_per_group / plan.splits;
+    const std::int64_t last =
+        group * shape.blocks_per_group + (split + 1) * shape.blocks_per_group / plan.splits;
+    for (std::int64_t index = first; index < last; ++index)
+        std::memset(plan.block_sums(row, index).dh, 0,
+                    sizeof(T) * static_cast<std::size_t>(BlockSums<T>::elements(shape.dstate)));
+    const auto lane_bytes = sizeof(T) * static_cast<std::size_t>(shape.dstate * kScanSteps * kLanes<T>);
+    const Run* after = runs.runs + runs.row_begin[row + 1];
+    const Run* const first_run = runs.runs + runs.row_begin[row];
+    for (std::int64_t t0 = (shape.seqlen - 1) / kScanSteps * kScanSteps; t0 >= 0 && t0 < shape.seqlen;
+         t0 -= kScanSteps) {
+        const std::int64_t steps = min(kScanSteps, shape.seqlen - t0);
+        while (after > first_run && (after - 1)->begin >= t0 + steps) --after;
+        std::memset(grad.lane_dB, 0, lane_bytes);
+        std::memset(grad.lane_dC, 0, lane_bytes);
+        for (std::int64_t index = first; index < last; ++index) {
+            const ScanBlock block = shape.block(row, index, kLanes<T>);
+            // The lanes beyond a narrow block's width enter the sums of dB and dC: they must be zero.
+            if (block.width < block.padded_width) {
+                std::memset(tile.u, 0, sizeof(T) * static_cast<std::size_t>(tile.B - tile.u));
+                std::memset(grad.dy, 0, sizeof(T) * static_cast<std::size_t>(ScanTile<T>::kArea));
+            }
+            if (index == first) tile.load_groups(args, shape, block, t0, steps);
+            tile.load_parameters(args, shape, block);
+            tile.load_inputs(args, block, t0, steps);
+            load_output_gradient(args, grads, tile, grad, block, t0, steps);
+            differentiate_tile(args, grads, runs, shape, block, tile, grad, plan.block_sums(row, index),
+                               t0, steps, after);
+            store_tile(sequence_plane(grads.du, block, t0), grad.ddtu, kScanChannels, steps, block.width);
+            store_tile(sequence_plane(grads.ddelta, block, t0), grad.ddt, kScanChannels, steps, block.width);
+            if (args.z.ndim >= 0)
+                store_tile(sequence_plane(grads.dz, block, t0), grad.dz, kScanChannels, steps, block.width);
+        }
+        if (args.B.ndim == 4)
+            reduce_lanes(plan.partial(plan.partial_dB, split, row, group), grad.lane_dB, shape.dstate,
+                         shape.seqlen, t0, steps);
+        if (args.C.ndim == 4)
+            reduce_lanes(plan.partial(plan.partial_dC, split, row, group), grad.lane_dC, shape.dstate,
+                         shape.seqlen, t0, steps);
+    }
+}
+
+// dB or dC (B, G, N, L) from the partial sums, in the order of groups and splits.
+template <class T>
+void reduce_partials(const BackwardPlan<T>& plan, T* partials, const TensorView& out, int threads) {
+    const ScanShape& shape = plan.shape;
+    const std::int64_t merged = shape.groups / out.shape[1];  // groups of channels per group of `out`
+    parallel_for(shape.batch * out.shape[1] * shape.dstate, threads, [&](std::int64_t task, int) {
+        const std::int64_t n = task % shape.dstate, group = task / shape.dstate % out.shape[1];
+        const std::int64_t row = task / shape.dstate / out.shape[1];
+        constexpr std::int64_t kLine = 256;
+        T line[kLine];
+        for (std::int64_t t0 = 0; t0 < shape.seqlen; t0 += kLine) {
+            const std::int64_t steps = min(kLine, shape.seqlen - t0);
+            std::memset(line, 0, sizeof line);
+            for (std::int64_t part = 0; part < merged * plan.splits; ++part) {
+                const T* const from = plan.partial(partials, part % plan.splits, row,
+                                                   group * merged + part / plan.splits) +
+                                      n * shape.seqlen + t0;
+                for (std::int64_t t = 0; t < steps; ++t) line[t] += from[t];
+            }
+            store_tile(plane_at(out,
+                                row * out.stride[0] + group * out.stride[1] + n * out.stride[2] +
+                                    t0 * out.stride[3],
+                                0, out.stride[3]),
+                       line, 0, 1, steps);
+        }
+    });
+}
+
+// Adds the rows' sums of one block in order and stores the gradients that belong to channels.
+template <class T>
+void reduce_rows(const SelectiveScanArgs& args, const SelectiveScanGrads& grads,
+                 const BackwardPlan<T>& plan, std::int64_t index, T* memory) {
+    const ScanShape& shape = plan.shape;
+    const ScanBlock block = shape.block(0, index, kLanes<T>);
+    const std::int64_t elements = BlockSums<T>::elements(shape.dstate);
+    const BlockSums<T> total(memory, shape.dstate);
+    std::memset(memory, 0, sizeof(T) * static_cast<std::size_t>(elements));
+    for (std::int64_t row = 0; row < shape.batch; ++row) {
+        const T* const from = plan.block_sums(row, index).dh;
+        for (std::int64_t i = 0; i < elements; ++i) memory[i] += from[i];
+    }
+    store_tile(channel_state_plane(grads.dA, 0, block.channel), total.dA, kScanChannels, shape.dstate, block.width);
+    if (args.B.ndim == 2)
+        store_tile(channel_state_plane(grads.dB, 0, block.channel), total.dB, kScanChannels, shape.dstate, block.width);
+    if (args.C.ndim == 2)
+        store_tile(channel_state_plane(grads.dC, 0, block.channel), total.dC, kScanChannels, shape.dstate, block.width);
+    if (args.D.ndim >= 0)
+        store_tile(channel_plane(grads.dD, block.channel), total.dD, kScanChannels, 1, block.width);
+    if (args.dt_bias.ndim >= 0)
+        store_tile(channel_plane(grads.ddt_bias, block.channel), total.dbias, kScanChannels, 1, block.width);
+}
+
+template <class T>
+void differentiate_rows(const SelectiveScanArgs& args, const SelectiveScanGrads& grads,
+                        const Runs& runs, int threads) {
+    BackwardPlan<T> plan(args);
+    const ScanShape& shape = plan.shape;
+    const std::int64_t partial_b = args.B.ndim == 4 ? plan.partial_elements() : 0;
+    const std::int64_t partial_c = args.C.ndim == 4 ? plan.partial_elements() : 0;
+    const std::int64_t per_thread =
+        ScanTile<T>::elements(shape.dstate) + GradTile<T>::elements(shape.dstate);
+    const Scratch scratch(sizeof(T) * static_cast<std::size_t>(plan.sum_elements() + partial_b +
+                                                               partial_c + per_thread * threads));
+    plan.sums = static_cast<T*>(scratch.data());
+    plan.partial_dB = plan.sums + plan.sum_elements();
+    plan.partial_dC = plan.partial_dB + partial_b;
+    T* const local = plan.partial_dC + partial_c;
+    if (grads.dinitial_state.ndim >= 0 && (shape.seqlen == 0 || !runs.covers_all))
+        copy_states<T>(grads.dlast_state, grads.dinitial_state, threads);
+    parallel_for(shape.batch * shape.groups * plan.splits, threads, [&](std::int64_t task, int thread) {
+        differentiate_split(args, grads, runs, plan, task / (shape.groups * plan.splits),
+                            task / plan.splits % shape.groups, task % plan.splits,
+                            local + per_thread * thread);
+    });
+    if (args.B.ndim == 4) reduce_partials(plan, plan.partial_dB, grads.dB, threads);
+    if (args.C.ndim == 4) reduce_partials(plan, plan.partial_dC, grads.dC, threads);
+    parallel_for(shape.blocks_per_row(), threads, [&](std::int64_t index, int thread) {
+        reduce_rows(args, grads, plan, index, local + per_thread * thread);
+    });
+}
+
+}  // namespace
+
+void selective_scan_bwd(const SelectiveScanArgs& args, const SelectiveScanGrads& grads,
+                        const Runs& runs, int threads) {
+    if (args.u.dtype == DType::f64)
+        differentiate_rows<double>(args, grads, runs, threads);
+    else
+        differentiate_rows<float>(args, grads, runs, threads);
+}
+
+}  // namespace ssm::cpu::SSM_ISA

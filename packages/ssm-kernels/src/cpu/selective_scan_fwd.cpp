@@ -70,6 +70,7 @@ template <class T>
 void scan_block(const SelectiveScanArgs& args, const Runs& runs, const ScanShape& shape,
                 const ScanBlock& block, T* memory) {
     const ScanTile<T> tile(memory, shape.dstate);
+    tile.clear();
     tile.load_parameters(args, shape, block);
     const auto scan = args.B.ndim == 2
                           ? (args.C.ndim == 2 ? &scan_run<T, true, true> : &scan_run<T, true, false>)

@@ -147,9 +147,10 @@ struct ScanTile {
         end = memory + 2 * kScanChannels;
     }
 
+    void clear() const { std::memset(u, 0, sizeof(T) * static_cast<std::size_t>(end - u)); }
+
     void load_parameters(const SelectiveScanArgs& args, const ScanShape& shape,
                          const ScanBlock& block) const {
-        std::memset(u, 0, sizeof(T) * static_cast<std::size_t>(end - u));
         load_tile(A, kScanChannels, channel_state_plane(args.A, 0, block.channel), shape.dstate,
                   block.width);
         constexpr T log2e = static_cast<T>(1.4426950408889634);
