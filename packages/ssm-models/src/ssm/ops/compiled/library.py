@@ -1,0 +1,64 @@
+"""Registration of compiled operators with torch, so that compile, export and autograd see them."""
+
+from collections.abc import Callable
+
+import torch
+
+# One library object per process: torch removes the operators when it is collected.
+_LIBRARY = torch.library.Library("ssm", "FRAGMENT")
+
+
+def define(schema: str, kernel: Callable, fake: Callable) -> Callable:
+    """Register the operator ``ssm::<schema>``.
+
+    Args:
+        schema: name, arguments and results in torch's schema language.
+        kernel: called with CPU tensors of any strides; allocates and returns the results.
+        fake: the same signature for tensors without data: shapes, dtypes and strides only.
+
+    Returns:
+        The operator, to be called with positional arguments.
+
+    Source:
+        torch.library: the registration interface for operators written outside torch.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, kernel, "CPU")
+    torch.library.register_fake(f"ssm::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.ssm, name).default
+
+
+def differentiate(name: str, setup_context: Callable, backward: Callable) -> None:
+    """Register the gradient of ``ssm::<name>``.
+
+    Args:
+        name: a defined operator.
+        setup_context: keeps what the backward needs.
+        backward: one gradient per argument, None where there is none.
+
+    Source:
+        torch.library.register_autograd.
+    """
+    torch.library.register_autograd(
+        f"ssm::{name}", backward, setup_context=setup_context, lib=_LIBRARY
+    )
+
+
+def refuse_second_gradient(name: str) -> None:
+    """Make a gradient through ``ssm::<name>``, itself a backward operator, an error.
+
+    Args:
+        name: a defined backward operator. Without this, torch would return wrong zeros silently.
+
+    Source:
+        torch.library.register_autograd.
+    """
+
+    def backward(ctx, *gradients):
+        raise RuntimeError(
+            f"{name.removesuffix('_bwd')}: a second derivative must be taken with the reference "
+            "(ssm.utils.dispatch.use_backend('python')), got a compiled backward"
+        )
+
+    torch.library.register_autograd(f"ssm::{name}", backward, lib=_LIBRARY)
