@@ -260,7 +260,7 @@ def test_public_names_have_docstrings(module_name):
         for method, function in vars(thing).items() if inspect.isclass(thing) else ():
             if inspect.isfunction(function) and not method.startswith("_") and not function.__doc__:
                 faults.append(f"{module_name}.{name}.{method}: no docstring")
-    assert not faults
+    assert not faults, "\n".join(faults)
 
 
 @pytest.mark.parametrize("op", grid.OPERATORS)

@@ -157,8 +157,10 @@ def listing() -> str:
     names = []
     for folder in ("packages", "tests", "third_party"):
         for path in (ROOT / folder).rglob("*"):
-            if "__pycache__" not in path.parts and path.is_file():
-                names.append(str(path.relative_to(ROOT)))
+            name = path.relative_to(ROOT)
+            hidden = any(part.startswith((".", "__pycache__")) for part in name.parts)
+            if not hidden and path.is_file():
+                names.append(str(name))
     text = "\n".join([*sorted(names), (VENV / "ssm-stamp").read_text()])
     return hashlib.sha256(text.encode()).hexdigest()
 
