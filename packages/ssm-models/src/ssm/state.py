@@ -45,7 +45,7 @@ class State:
         self.lengths_per_sample = None
 
     def reset(self, max_seqlen: int | None = None, max_batch_size: int | None = None) -> State:
-        """Forget everything: zero all tensors in place and start counting at 0.
+        """Forget everything: zero all tensors, in place where no graph holds them, and count from 0.
 
         Args:
             max_seqlen: new limit; None keeps the present one.
@@ -63,8 +63,10 @@ class State:
             )
         if max_seqlen is not None:
             self.max_seqlen = max_seqlen
-        with torch.no_grad():
-            self._replace(lambda tensor: tensor.detach().zero_())
+        # A tensor that is part of a graph must stay what it was for the backward pass.
+        self._replace(
+            lambda tensor: torch.zeros_like(tensor) if tensor.requires_grad else tensor.zero_()
+        )
         self.seqlen_offset = 0
         return self
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections import namedtuple
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,16 @@ from ssm.modules.sequence import sequence_meta
 from ssm.seq_meta import SeqMeta
 from ssm.state import State
 
-CausalLMOutput = namedtuple("CausalLMOutput", ["logits"])
+
+class CausalLMOutput(NamedTuple):
+    """What a language model returns.
+
+    Args:
+        logits: (B, L, V), unnormalised log probabilities of the token after each position.
+    """
+
+    logits: Tensor
+
 
 MIXERS = {"Mamba1": Mamba1}
 
@@ -285,7 +294,16 @@ class MambaLMHeadModel(nn.Module):
 
 
 def create_block(config: MambaConfig, layer_idx: int, device=None, dtype=None) -> Block:
-    """Build block ``layer_idx`` of a model.
+    """Build one block of a model.
+
+    Args:
+        config: shape of the model.
+        layer_idx: which block; the mixer keeps its state under this key.
+        device: where the parameters live.
+        dtype: of the parameters.
+
+    Returns:
+        The block.
 
     Raises:
         ValueError: the config names a mixer or an argument that does not exist here.
@@ -325,7 +343,16 @@ def create_block(config: MambaConfig, layer_idx: int, device=None, dtype=None) -
 
 
 def norm_class(config: MambaConfig, device=None, dtype=None):
-    """Return width -> norm, as the config wants it."""
+    """Choose the norm that a config asks for.
+
+    Args:
+        config: rms_norm and norm_epsilon are read.
+        device: where the weight lives.
+        dtype: of the weight.
+
+    Returns:
+        A callable, width -> norm.
+    """
     norm = RMSNorm if config.rms_norm else nn.LayerNorm
     return partial(norm, eps=config.norm_epsilon, device=device, dtype=dtype)
 

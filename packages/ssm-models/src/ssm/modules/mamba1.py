@@ -23,6 +23,12 @@ class DeltaProjection(nn.Linear):
     bfloat16 would change the step size by up to 2 %. The bias is inside this module, not handed to
     the scan, so that a replacement (LoRA, quantised linear) and a forward hook see the whole map.
 
+    Args:
+        dt_rank: R.
+        dim: D.
+        device: where the parameters live.
+        dtype: of the weight.
+
     Shape:
         (..., R) -> (..., D), float32 (float64 stays float64).
     """
@@ -223,11 +229,15 @@ class Mamba1(nn.Module):
                 f"Mamba1: hidden_states must have shape (B, 1, {self.d_model}) in step, "
                 f"got {tuple(hidden_states.shape)}"
             )
-        y, new_state = self._mix(hidden_states, (conv_state, ssm_state), None)
-        with torch.no_grad():
-            for old, new in zip((conv_state, ssm_state), new_state, strict=True):
-                if new is not old:
-                    old.copy_(new)
+        states = (conv_state, ssm_state)
+        if is_writable(states):
+            y, _ = self._mix(hidden_states, states, None)
+        else:
+            # Autograd remembers the states that go in, so those given may not be among them.
+            y, new_states = self._mix(hidden_states, tuple(s.clone() for s in states), None)
+            with torch.no_grad():
+                for state, new in zip(states, new_states, strict=True):
+                    state.copy_(new)
         return y, conv_state, ssm_state
 
     def allocate_inference_cache(
@@ -295,8 +305,9 @@ class Mamba1(nn.Module):
         if self._key not in memory:
             memory[self._key] = self.allocate_inference_cache(rows, 0)
         elif state is None and inference_params.seqlen_offset == 0:
-            with torch.no_grad():
-                memory[self._key] = tuple(old.detach().zero_() for old in memory[self._key])
+            states = memory[self._key]
+            fresh = torch.Tensor.zero_ if is_writable(states) else torch.zeros_like
+            memory[self._key] = tuple(fresh(state) for state in states)
         held = memory[self._key][0].shape[0]
         if held != rows:
             name = "state" if inference_params is None else "inference_params"
@@ -313,15 +324,14 @@ class Mamba1(nn.Module):
             hidden_states = hidden_states.masked_fill(~keep[..., None], 0)
         x, z = project(self.in_proj, hidden_states).chunk(2, dim=-1)  # each (B, L, D)
         with nullcontext() if self.use_fast_path else dispatch.use_backend("python"):
-            if layer_state is not None and self._can_step(seqlen, seq_meta):
+            if layer_state is not None and self._can_step(seqlen, layer_state, seq_meta):
                 y = self._step(x[:, 0], z[:, 0], layer_state, keep)[:, None]
             else:
                 y, layer_state = self._scan(x, z, layer_state, seq_meta)
         return project(self.out_proj, y).to(hidden_states.dtype), layer_state
 
-    def _can_step(self, seqlen, seq_meta) -> bool:
-        # Stepping writes into the state, so autograd needs the scan, also for a single token.
-        if seqlen != 1 or torch.is_grad_enabled():
+    def _can_step(self, seqlen, layer_state, seq_meta) -> bool:
+        if seqlen != 1 or not is_writable(layer_state):
             return False
         return seq_meta is None or not seq_meta.state_per_sequence
 
@@ -377,7 +387,7 @@ class Mamba1(nn.Module):
         y, ssm_last = scanned
         oldest = oldest_input(conv_state, conv_inputs, seq_meta)
         conv_last = torch.cat([oldest.to(conv_last.dtype), conv_last], dim=-1)
-        if torch.is_grad_enabled():
+        if not is_writable(layer_state):
             layer_state = (conv_last.to(conv_state.dtype), ssm_last.to(ssm_state.dtype))
         else:
             conv_state.copy_(conv_last)
@@ -397,16 +407,43 @@ class Mamba1(nn.Module):
 
 
 def at_least_fp32(dtype: torch.dtype | None) -> torch.dtype:
-    """Return float64 for float64 (or a float64 default), else float32: the accumulate type."""
+    """Return the accumulate type that goes with a dtype.
+
+    Args:
+        dtype: any; None stands for the default dtype.
+
+    Returns:
+        float64 for float64, else float32.
+    """
     dtype = torch.get_default_dtype() if dtype is None else dtype
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def is_writable(states: tuple[Tensor, ...]) -> bool:
+    """Say whether states may be changed in place: not while autograd follows or remembers them.
+
+    Args:
+        states: tensors of any shape.
+
+    Returns:
+        True without gradients, if no state is part of a graph.
+    """
+    return not torch.is_grad_enabled() and not any(state.requires_grad for state in states)
 
 
 def project(linear: nn.Module, x: Tensor) -> Tensor:
     """Call a projection on x cast to its parameter dtype.
 
     The module is called, never its weight taken, so that hooks fire and a LoRA or quantised
-    replacement is used. Where the weight is no floating point tensor the module decides itself.
+    replacement is used. Where the weight is no floating point tensor, and under autocast, the
+    module decides itself.
+
+    Args:
+        linear: nn.Linear or what replaced it.
+        x: (..., D_in), floating point.
+
+    Returns:
+        (..., D_out).
     """
     weight = getattr(linear, "weight", None)
     is_float = isinstance(weight, Tensor) and weight.is_floating_point()
@@ -416,10 +453,17 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
 
 
 def oldest_input(conv_state: Tensor, conv_inputs: Tensor, seq_meta: SeqMeta | None) -> Tensor:
-    """Return (S, D, 1): the input W steps back, the one state column that no later output reads.
+    """Return the input W steps back: the one state column that no later output reads.
 
-    It is kept equal to that of single steps where that costs nothing, and is 0 behind packing or
-    padding.
+    It is kept equal to that of single steps where that costs nothing.
+
+    Args:
+        conv_state: (S, D, W), state before this call.
+        conv_inputs: (B, D, L), inputs of this call.
+        seq_meta: packing and padding, behind which the column is 0.
+
+    Returns:
+        (S, D, 1).
     """
     width, seqlen = conv_state.shape[-1], conv_inputs.shape[-1]
     if seq_meta is not None:

@@ -38,7 +38,14 @@ class RMSNorm(nn.Module):
 
 
 def is_fusable(norm: nn.Module) -> bool:
-    """Whether ``fused_layer_norm`` computes this norm: RMSNorm, or LayerNorm over the last axis."""
+    """Say whether ``fused_layer_norm`` computes this norm.
+
+    Args:
+        norm: any norm.
+
+    Returns:
+        True for an RMSNorm, and for a LayerNorm with a weight over the last axis alone.
+    """
     if isinstance(norm, RMSNorm):
         return True
     return (

@@ -16,7 +16,7 @@ def sequence_meta(
     cu_seqlens: Tensor | None = None,
     attention_mask: Tensor | None = None,
 ) -> SeqMeta | None:
-    """Return what the arguments say together, or None where all are None.
+    """Put the arguments together.
 
     Args:
         owner: class name for messages.
@@ -27,6 +27,9 @@ def sequence_meta(
         cu_seqlens: (S + 1,) int, boundaries over the flattened B L steps.
         attention_mask: (B, L or more), nonzero = real token; the last L columns belong to this
             call, as the mask of transformers grows while decoding.
+
+    Returns:
+        What the arguments say together; None where all are None.
 
     Raises:
         ValueError: seq_meta beside another argument, or a mask of the wrong shape.
