@@ -77,14 +77,22 @@ def compare(model, vocabulary, text: str) -> list[tuple[str, float, float]]:
     return rows
 
 
-def served_by(dispatch) -> str:
-    """Return the backend that serves the operators, with its instruction set."""
-    backend = dispatch.why("selective_scan").split(": ", 1)[1].split(",")[0]
-    if backend != "cpu":
-        return backend
-    import ssm_kernels
+def served_by(dispatch) -> dict[str, str]:
+    """Return, for each backend that serves an operator, a line that names it and its operators."""
+    operators: dict[str, list[str]] = {}
+    for op in dispatch.COMPILED:
+        backend = dispatch.why(op).split(": ", 1)[1].split(",")[0]
+        operators.setdefault(backend, []).append(op)
+    lines = {}
+    for backend, names in operators.items():
+        title = backend
+        if backend == "cpu":
+            import ssm_kernels
 
-    return f"cpu ({ssm_kernels.active_isa()})"
+            title = f"cpu ({ssm_kernels.active_isa()})"
+        only = "" if len(operators) == 1 else f" for {', '.join(names)}"
+        lines[backend] = f"{title}{only}"
+    return lines
 
 
 def main() -> int:
@@ -111,11 +119,11 @@ def main() -> int:
     parameters = sum(p.numel() for p in model.parameters())
     print(f"-- a Mamba-1 with {parameters / 1e6:.2f} million parameters, sampling byte by byte\n")
     text, rate = write_text(model, vocabulary, arguments.bytes)
-    print(f"\n-- served by: {served_by(dispatch)}, {torch.get_num_threads()} threads")
-    print(f"-- why: {dispatch.why('selective_scan')}")
+    backends = served_by(dispatch)
+    print(f"\n-- served by {'; '.join(backends.values())}; {torch.get_num_threads()} threads")
     print(f"-- speed: {rate:.0f} tokens/s")
-    if served_by(dispatch) == "python":
-        print("-- these are the reference operators, so there is nothing to compare with")
+    if list(backends) == ["python"]:
+        print(f"-- these are the reference operators: {dispatch.why('selective_scan')}")
         return 0
     for what, here, reference in compare(model, vocabulary, text):
         print(
