@@ -137,6 +137,20 @@ def test_gradients_flow_through_the_state():
     assert not state.detach().key_value_memory_dict[0][1].requires_grad
 
 
+def test_states_of_a_graph_survive_what_follows():
+    m, x = mixer(), inputs()
+    state = m.allocate_state(2)
+    loss = m(x, state=state).square().sum() + m(x, state=state).square().sum()
+    with torch.no_grad():
+        m(x[:, :1], state=state)
+        m(x, state=state)
+    assert not state.key_value_memory_dict[0][1].requires_grad
+    loss = loss + m(x, state=state).square().sum()
+    state.reset()
+    loss.backward()
+    assert m.A_log.grad.abs().sum() > 0
+
+
 def test_packed_equals_separate():
     m, lengths = mixer(), [1, 4, 2]
     x = inputs(1, 8)
@@ -262,13 +276,9 @@ def test_keys_and_shapes_are_those_of_state_spaces():
 
 def test_positional_order_is_that_of_the_api():
     names = list(inspect.signature(Mamba1).parameters)
-    assert (
-        names[:13]
-        == (
-            "d_model d_state d_conv expand dt_min dt_max dt_init_floor bias conv_bias use_fast_path "
-            "layer_idx device dtype"
-        ).split()
-    )
+    numbers = ["d_model", "d_state", "d_conv", "expand", "dt_min", "dt_max", "dt_init_floor"]
+    rest = ["bias", "conv_bias", "use_fast_path", "layer_idx", "device", "dtype"]
+    assert names[:13] == numbers + rest
 
 
 def test_bfloat16_keeps_the_recurrence_in_float32():
@@ -442,8 +452,8 @@ def test_rejects_bad_inputs():
         mixer()(x, inference_params=State())
     with pytest.raises(ValueError, match="attention_mask must have shape"):
         m(x, attention_mask=torch.ones(2, 3))
+    meta = SeqMeta(mask=torch.ones(2, LENGTH, dtype=torch.bool))
     with pytest.raises(ValueError, match="seq_meta must be the only"):
-        meta = SeqMeta(mask=torch.ones(2, LENGTH, dtype=torch.bool))
         m(x, seq_meta=meta, attention_mask=torch.ones(2, LENGTH))
     with pytest.raises(ValueError, match=r"hidden_states must have shape \(B, 1, 8\) in step"):
         m.step(x, *m.allocate_inference_cache(2, 0))

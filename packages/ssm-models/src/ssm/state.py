@@ -45,7 +45,7 @@ class State:
         self.lengths_per_sample = None
 
     def reset(self, max_seqlen: int | None = None, max_batch_size: int | None = None) -> State:
-        """Forget everything: zero all tensors, in place where no graph holds them, and count from 0.
+        """Forget everything: zero all tensors, in place where no graph holds them; count from 0.
 
         Args:
             max_seqlen: new limit; None keeps the present one.
