@@ -1,0 +1,121 @@
+"""Small problems with known answers, one per operator: for `ssm-kernels selftest` and `bench`.
+
+Judge: float64 NumPy loops over time, written from the definition of each operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+import ssm_kernels
+
+# Relative to the largest value; float32 results of sums of some ten terms.
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator's problem.
+
+    Args:
+        inputs: makes the arguments from (random generator, batch, channels, length).
+        call: runs the kernel on them; returns what it wrote.
+        judge: computes the same in float64.
+        size: batch, channels and length that `bench` uses.
+    """
+
+    inputs: Callable[[np.random.Generator, int, int, int], dict[str, np.ndarray]]
+    call: Callable[[dict[str, np.ndarray]], list[np.ndarray]]
+    judge: Callable[[dict[str, np.ndarray]], list[np.ndarray]]
+    size: tuple[int, int, int]
+
+
+def _silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+def _normal(random: np.random.Generator, *shape: int) -> np.ndarray:
+    return random.standard_normal(shape, dtype=np.float32)
+
+
+def _scan_inputs(random, batch, dim, seqlen):
+    dstate = 16
+    return {
+        "u": _normal(random, batch, dim, seqlen),
+        "delta": _normal(random, batch, dim, seqlen),
+        "A": -np.exp(_normal(random, dim, dstate)),
+        "B": _normal(random, batch, dstate, seqlen),
+        "C": _normal(random, batch, dstate, seqlen),
+        "D": _normal(random, dim),
+        "z": _normal(random, batch, dim, seqlen),
+        "dt_bias": _normal(random, dim),
+    }
+
+
+def _scan_call(arrays):
+    y = np.empty_like(arrays["u"])
+    ssm_kernels.selective_scan_fwd(**arrays, y=y, softplus=True)
+    return [y]
+
+
+def _scan_judge(a):
+    dt = np.logaddexp(0, a["delta"] + a["dt_bias"][:, None])
+    state = np.zeros((*a["u"].shape[:2], a["A"].shape[1]))
+    y = np.empty_like(a["u"])
+    for t in range(y.shape[2]):
+        step = dt[:, :, t, None]
+        drive = step * a["B"][:, None, :, t] * a["u"][:, :, t, None]
+        state = np.exp(step * a["A"]) * state + drive
+        y[:, :, t] = (state * a["C"][:, None, :, t]).sum(-1)
+    return [(y + a["D"][:, None] * a["u"]) * _silu(a["z"])]
+
+
+def _norm_inputs(random, batch, dim, seqlen):
+    return {
+        "x": _normal(random, batch, seqlen, dim),
+        "weight": _normal(random, dim),
+        "bias": _normal(random, dim),
+        "residual": _normal(random, batch, seqlen, dim),
+    }
+
+
+def _norm_call(arrays):
+    y, residual_out = np.empty_like(arrays["x"]), np.empty_like(arrays["x"])
+    rows = arrays["x"].shape[0] * arrays["x"].shape[1]
+    statistics = {"mean": np.empty(rows, np.float32), "rstd": np.empty(rows, np.float32)}
+    ssm_kernels.fused_layer_norm_fwd(**arrays, y=y, residual_out=residual_out, **statistics)
+    return [y, residual_out]
+
+
+def _norm_judge(a):
+    total = a["x"] + a["residual"]
+    centred = total - total.mean(-1, keepdims=True)
+    scale = np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+    return [centred / scale * a["weight"] + a["bias"], total]
+
+
+CASES = {
+    "selective_scan": Case(_scan_inputs, _scan_call, _scan_judge, (1, 512, 2048)),
+    "fused_layer_norm": Case(_norm_inputs, _norm_call, _norm_judge, (1, 1024, 2048)),
+}
+
+
+def error_of(op: str) -> float:
+    """Run one operator's problem.
+
+    Args:
+        op: name of the operator.
+
+    Returns:
+        The largest difference from the judge, relative to the largest value; inf for a NaN.
+    """
+    case = CASES[op]
+    # Odd sizes, so that the ends of vectors and tiles are reached.
+    arrays = case.inputs(np.random.default_rng(0), 2, 19, 37)
+    got = case.call(arrays)
+    wanted = case.judge({name: array.astype(np.float64) for name, array in arrays.items()})
+    errors = [np.abs(g - w).max() / np.abs(w).max() for g, w in zip(got, wanted, strict=True)]
+    return float(np.nan_to_num(max(errors), nan=np.inf))
