@@ -103,3 +103,19 @@ def test_prints_its_commands():
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0
     assert all(command in result.stdout for command in dev.COMMANDS)
+
+
+def test_links_the_checkout(tmp_path, monkeypatch):
+    site = tmp_path / "venv/lib/python3.11/site-packages"
+    for folder in (site, tmp_path / "venv/bin", tmp_path / "build/packages/ssm-kernels/python"):
+        folder.mkdir(parents=True)
+    monkeypatch.setattr(dev, "VENV", tmp_path / "venv")
+    monkeypatch.setattr(dev, "BUILD", tmp_path / "build")
+    dev.link()
+    first = (site / "ssm-checkout.pth").read_text().splitlines()[0]
+    assert Path(first).is_dir()
+    (tmp_path / "venv/bin/python").symlink_to("/bin/echo")
+    for program, module in dev.PROGRAMS.items():
+        command = [str(tmp_path / "venv/bin" / program), "info", "--json"]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert result.stdout == f"-m {module} info --json\n"

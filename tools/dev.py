@@ -4,7 +4,8 @@
 Usage: python3 tools/dev.py demo | test [SUITE...] | build | setup   [--python PYTHON] [-j JOBS]
 
     setup   make .venv and install what the build and the tests need
-    build   setup, then configure and compile into build/
+    build   setup, then configure and compile into build/; afterwards .venv/bin has python, pytest,
+            ssm-models and ssm-kernels that use this checkout
     test    build, then run every test; the last line is `N passed, N failed, N skipped`
     demo    build, then let a small Mamba language model write text
 
@@ -43,6 +44,9 @@ REQUIREMENTS = (
         "safetensors",
     ),
 )
+
+# The console scripts of the packages -> the module that each runs.
+PROGRAMS = {"ssm-kernels": "ssm_kernels.cli", "ssm-models": "ssm.cli"}
 
 # Runs in the interpreter that --python names, which may be older than this file expects.
 PROBE = """
@@ -111,14 +115,13 @@ def say(text: str) -> None:
     print(f"-- {text}", flush=True)
 
 
-def call(*command: str | Path, **options) -> int:
+def call(*command: str | Path) -> int:
     """Run a program of .venv (first on PATH) in the repository; return its exit status."""
     env = dict(os.environ, PATH=f"{VENV / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}")
     # Neither an outer package path nor the user's own packages may stand in for what is built here.
     env.pop("PYTHONPATH", None)
     env["PYTHONNOUSERSITE"] = "1"
-    env.update(options.pop("env", {}))
-    return subprocess.run([str(c) for c in command], cwd=ROOT, env=env, **options).returncode
+    return subprocess.run([str(c) for c in command], cwd=ROOT, env=env).returncode
 
 
 def must(what: str, *command: str | Path) -> None:
@@ -165,6 +168,20 @@ def listing() -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def link() -> None:
+    """Let the interpreter and the programs of .venv find both packages where they are built.
+
+    Not an editable installation: that would come before the build tree that `meson test` names.
+    """
+    paths = (BUILD / "packages/ssm-kernels/python", ROOT / "packages/ssm-models/src")
+    for site in VENV.glob("lib/python3*/site-packages"):
+        (site / "ssm-checkout.pth").write_text("".join(f"{path}\n" for path in paths))
+    for program, module in PROGRAMS.items():
+        script = VENV / "bin" / program
+        script.write_text(f'#!/bin/sh\nexec "${{0%/*}}/python" -m {module} "$@"\n')
+        script.chmod(0o755)
+
+
 def build(arguments: argparse.Namespace) -> None:
     """Configure when there is a reason to, and compile."""
     setup(arguments)
@@ -181,6 +198,7 @@ def build(arguments: argparse.Namespace) -> None:
         must("meson setup", "meson", "setup", *known, BUILD)
         stamp.write_text(now)
     must("meson compile", "meson", "compile", "-C", BUILD, "-j", str(arguments.jobs))
+    link()
 
 
 def junit_counts(path: Path) -> tuple[Counter, list[str], Counter]:
@@ -249,9 +267,7 @@ def test(arguments: argparse.Namespace) -> int:
 def demo(arguments: argparse.Namespace) -> int:
     """Build, then stream text from the committed model; return the exit status."""
     build(arguments)
-    paths = (BUILD / "packages/ssm-kernels/python", ROOT / "packages/ssm-models/src")
-    env = {"PYTHONPATH": os.pathsep.join(map(str, paths))}
-    return call(VENV / "bin/python", ROOT / "tools/demo.py", env=env)
+    return call(VENV / "bin/python", ROOT / "tools/demo.py")
 
 
 COMMANDS = {"demo": demo, "test": test, "build": build, "setup": setup}
