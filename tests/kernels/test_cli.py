@@ -90,3 +90,10 @@ def test_rejects_iters_below_one():
     result = run("bench", "--iters", "0")
     assert result.returncode == 2
     assert "must be a positive integer, got 0" in result.stderr
+
+
+def test_a_closed_pipe_is_not_an_error():
+    command = f"{sys.executable} -c 'from ssm_kernels.cli import main; main()' info | true"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, env=env)
+    assert (result.returncode, result.stderr) == (0, "")

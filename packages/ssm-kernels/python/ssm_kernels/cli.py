@@ -155,7 +155,13 @@ def main() -> int:
             command.add_argument("--iters", type=positive, default=20, help="default 20")
     arguments = parser.parse_args()
     try:
-        return arguments.run(arguments)
+        status = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # The reader has seen enough (`| head`); the interpreter must not flush into it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     # RuntimeError is the library's word for a fault of the environment, such as a bad SSM_ISA.
     except (Fault, RuntimeError) as fault:
         print(f"ssm-kernels: {fault}", file=sys.stderr)
