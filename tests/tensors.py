@@ -39,3 +39,76 @@ def arrays(arguments: dict) -> dict:
             value = (value.double() if value.is_floating_point() else value).numpy()
         found[name] = value
     return found
+
+
+def leaves(arguments: dict) -> dict:
+    """Return the arguments with every float tensor as a fresh leaf that wants a gradient."""
+    return {
+        name: value.detach().clone().requires_grad_() if _is_float(value) else value
+        for name, value in arguments.items()
+    }
+
+
+def gradients(function, arguments: dict, weights_seed: int = 0) -> dict:
+    """Return the gradient of a fixed random weighting of all outputs, by argument name."""
+    arguments = leaves(arguments)
+    outputs = function(**arguments)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(weights_seed)
+    weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
+    sum((o * w.to(o.dtype)).sum() for o, w in zip(outputs, weights, strict=True)).backward()
+    return {n: t.grad for n, t in arguments.items() if _is_float(t)}
+
+
+def gradcheck(function, arguments: dict, second: bool = False) -> None:
+    """Compare the gradients of a float64 call with finite differences.
+
+    Args:
+        function: takes the arguments by name and returns a tensor or a tuple of tensors.
+        arguments: of the call.
+        second: compare second derivatives too.
+    """
+    # gradcheck refuses tensors without elements.
+    names = [n for n, t in arguments.items() if _is_float(t) and t.numel()]
+
+    def call(*values):
+        return function(**{**arguments, **dict(zip(names, values, strict=True))})
+
+    values = [arguments[n].detach().clone().requires_grad_() for n in names]
+    assert torch.autograd.gradcheck(call, values)
+    if second:
+        assert torch.autograd.gradgradcheck(call, values)
+
+
+def strided(arguments: dict) -> dict:
+    """Return equal tensors, not contiguous: a stride of 3, an offset, the axes in reverse order."""
+    found = dict(arguments)
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor) and value.ndim:
+            shape = value.shape[::-1]
+            buffer = torch.full((*shape[:-1], 3 * shape[-1] + 1), 7, dtype=value.dtype)
+            view = buffer[..., 1::3].permute(*reversed(range(value.ndim)))
+            found[name] = view.copy_(value)
+    return found
+
+
+def poison(arguments: dict, names: dict[str, int], skipped: torch.Tensor) -> dict:
+    """Return the arguments with NaN in the skipped steps.
+
+    Args:
+        arguments: of a call.
+        names: argument -> its time axis; the batch axis is first.
+        skipped: (B, L), bool.
+    """
+    found = dict(arguments)
+    for name, axis in names.items():
+        value = arguments[name]
+        if value is not None:
+            shape = [1] * value.ndim
+            shape[0], shape[axis] = skipped.shape
+            found[name] = value.masked_fill(skipped.reshape(shape), float("nan"))
+    return found
+
+
+def _is_float(value) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()

@@ -23,6 +23,7 @@ COMPILED = (
     "dw_causal_conv_step",
     "fused_layer_norm",
 )
+OPERATORS = (*COMPILED, "ssd_chunk_scan")
 # The extension module that holds the kernels of a device type.
 _KERNELS = {"cpu": "ssm_kernels", "cuda": "ssm_kernels._cuda"}
 
@@ -185,15 +186,14 @@ def why(op: str, where: torch.Tensor | torch.device | str = "cpu") -> str:
         This project's design: any failure to load a backend is recorded and shown.
     """
     device = where.device if isinstance(where, torch.Tensor) else torch.device(where)
-    reference = importlib.import_module("ssm.ops.python.reference")
-    if not callable(getattr(reference, op, None)) or op.startswith("_"):
+    if op not in OPERATORS:
         raise ValueError(f"dispatch: op must name an operator, got {op!r}")
     forced = _forced.get()
     try:
         function, reason = _choose(op, device.type, forced or _environment())
     except RuntimeError as error:
         return f"{op} on {device.type}: none, {error}"
-    name = "python" if function is getattr(reference, op) else device.type
+    name = "python" if function is _reference(op) else device.type
     return f"{op} on {device.type}: {name}, {reason}"
 
 

@@ -12,14 +12,8 @@ def _either(words: list[str]) -> str:
 
 
 def _tuple(sizes) -> str:
-    """Spell sizes as a tuple; a free size stands as its letter."""
-    return "(" + ", ".join(map(str, sizes)) + (",)" if len(sizes) == 1 else ")")
-
-
-def _spell(letters: str, sizes: tuple) -> str:
-    """Spell one permitted shape: its letters, and its sizes where any of them is fixed."""
-    fixed = any(isinstance(size, int) for size in sizes)
-    return f"({letters}) = {_tuple(sizes)}" if fixed else f"({letters})"
+    text = ", ".join(str(size) for size in sizes)
+    return f"({text},)" if "," not in text and text else f"({text})"
 
 
 def _dtype(dtype: torch.dtype) -> str:
@@ -51,12 +45,14 @@ def check_shape(op: str, name: str, tensor: torch.Tensor, forms: dict[str, tuple
             isinstance(want, str) or want == have for want, have in zip(sizes, got, strict=True)
         ):
             return
-    wanted = []
-    for letters, sizes in (same_rank or forms).items():
-        if same_rank:
-            sizes = tuple(h if isinstance(w, str) else w for w, h in zip(sizes, got, strict=True))
-        wanted.append(_spell(letters, sizes))
-    raise ValueError(f"{op}: {name} must have shape {_either(wanted)}, got {_tuple(got)}")
+    # Where no form has the rank, the last one, which is the most general, is shown.
+    letters, sizes = list((same_rank or forms).items())[-1]
+    if any(isinstance(size, int) for size in sizes):
+        # A free size stands as what was got, else as its letter; the least group count is 1.
+        free = got if same_rank else [1 if w == "G" else w for w in sizes]
+        sizes = (h if isinstance(w, str) else w for w, h in zip(sizes, free, strict=True))
+        letters = f"{letters}) = {_tuple(sizes)[:-1]}"
+    raise ValueError(f"{op}: {name} must have shape ({letters}), got {_tuple(got)}")
 
 
 def check_tensor(op, name, tensor, forms, device=None, dtypes=FLOATS, optional=False) -> None:

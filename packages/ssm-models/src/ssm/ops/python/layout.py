@@ -58,9 +58,9 @@ def select_steps(layout: Layout, x: torch.Tensor, time_axis: int = 1) -> torch.T
 
 
 def read_rows(state, state_indices, batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return which batch rows are served (B,), and their rows of the state; 0 for the others."""
+    """Return which batch rows are served (B,), and a copy of their rows; 0 for the others."""
     if state_indices is None:
-        return torch.ones(batch, dtype=torch.bool, device=state.device), state
+        return torch.ones(batch, dtype=torch.bool, device=state.device), state.clone()
     keep = state_indices >= 0
     padded = torch.cat([state, state.new_zeros(1, *state.shape[1:])])
     return keep, padded[torch.where(keep, state_indices, state.shape[0]).long()]

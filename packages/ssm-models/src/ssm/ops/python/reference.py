@@ -200,10 +200,14 @@ def selective_state_step(
     check.selective_state_step(state, x, dt, A, B, C, D, z, dt_bias, state_indices)
     acc, several = _acc_dtype(x), x.ndim == state.ndim
 
-    def tokens(t, ndim):
+    keep, h = read_rows(state, state_indices, x.shape[0])
+    h = h.to(acc) if state.ndim == 4 else h.to(acc)[:, :, None]  # (B, H, P, N)
+
+    def tokens(t, ndim=0):
         """Give a tensor a token axis, and a headdim axis if it is tied over the head."""
-        t = t.to(acc) if several else t.to(acc)[:, None]
-        return t if t.ndim == ndim else t[..., None]
+        t = rows_or_zero(keep, t.to(acc))
+        t = t if several else t[:, None]
+        return t[..., None] if t.ndim < ndim else t
 
     def heads(t):
         return t.to(acc) if t.ndim == 2 else t.to(acc)[:, None]
@@ -216,10 +220,8 @@ def selective_state_step(
         dts = dts + heads(dt_bias)
     if softplus:
         dts = _softplus(dts)
-    inputs, outputs = (_matrix_per_head(m.to(acc), several, xs.shape[2]) for m in (B, C))
+    inputs, outputs = (_matrix_per_head(tokens(m), xs.shape[2]) for m in (B, C))
 
-    keep, h = read_rows(state, state_indices, x.shape[0])
-    h = h.to(acc) if state.ndim == 4 else h.to(acc)[:, :, None]  # (B, H, P, N)
     ys = []
     for x_t, dt_t, B_t, C_t in zip(
         xs.unbind(1), dts.unbind(1), inputs.unbind(1), outputs.unbind(1), strict=True
@@ -236,9 +238,8 @@ def selective_state_step(
     return rows_or_zero(keep, y.reshape(x.shape)).to(x.dtype)
 
 
-def _matrix_per_head(matrix, several, nheads):
-    """Return B or C as (B, T, H, N)."""
-    matrix = matrix if several else matrix[:, None]
+def _matrix_per_head(matrix, nheads):
+    """Return B or C, (B, T, N) or (B, T, G, N), as (B, T, H, N)."""
     if matrix.ndim == 3:
         return matrix[:, :, None].expand(-1, -1, nheads, -1)
     return matrix.repeat_interleave(nheads // matrix.shape[2], 2)
@@ -517,7 +518,7 @@ def dw_causal_conv_step(
         # The slot that is written next holds the oldest input.
         seen = cache_seqlens.long()[:, None, None]
         oldest_first = stored.gather(2, (seen + offset) % memory)
-    line = torch.cat([oldest_first.to(acc), tokens.to(acc)], 2)  # (B, D, K + T)
+    line = torch.cat([oldest_first.to(acc), rows_or_zero(keep, tokens.to(acc))], 2)  # (B, D, K + T)
 
     y = torch.zeros(batch, dim, ntokens, dtype=acc, device=x.device)
     for k in range(width):
