@@ -281,5 +281,5 @@ def test_rejects_bad_inputs(model):
         model.generate(prompts(), max_length=9, state=model.allocate_state(1))
     with pytest.raises(TypeError, match="num_beams"):
         model.generate(prompts(), max_length=9, num_beams=2)
-    with pytest.raises(TypeError, match="eos_token_id must be an int or a list of int, got '.'"):
+    with pytest.raises(TypeError, match=r"eos_token_id must be an int or a list of int, got '[.]'"):
         model.generate(prompts(), max_length=9, eos_token_id=".")

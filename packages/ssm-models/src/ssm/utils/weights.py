@@ -6,7 +6,6 @@ import difflib
 import json
 import os
 import pickle
-import zipfile
 from pathlib import Path
 
 import torch
@@ -211,7 +210,7 @@ def load_torch_file(path: Path, owner: str):
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (RuntimeError, EOFError, OSError, LookupError, pickle.UnpicklingError) as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(
             f"{owner}: {path} must be a whole file of tensors, got {reason}"
@@ -236,7 +235,9 @@ def _convert(name: str, tensor: Tensor, device, dtype: torch.dtype | None) -> Te
     stem = name.split("mixer.")[-1]
     if stem in FP32_NAMES and dtype != torch.float64:
         dtype = torch.float32
-    return tensor.to(device=device, dtype=dtype)
+    # Always a copy: what safetensors returns lies in the mapped file, at any alignment, and a file
+    # that is cut short later would take the process with it.
+    return tensor.to(device=device, dtype=dtype, copy=True)
 
 
 def _untie(tensors: dict[str, Tensor], path: Path) -> None:

@@ -1,0 +1,259 @@
+"""Checkpoints: bitwise round trips, and one clear error for every damage.
+
+Judge: the tensors that were saved.
+"""
+
+import builtins
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ssm.models.config import MambaConfig
+from ssm.models.lm import MambaLMHeadModel
+from ssm.utils import weights
+
+IDS = torch.tensor([[1, 2, 3]])
+
+
+def model(dtype=None, **kwargs) -> MambaLMHeadModel:
+    return MambaLMHeadModel(MambaConfig(d_model=8, n_layer=2, vocab_size=11, **kwargs), dtype=dtype)
+
+
+def load(path, *args, **kwargs):
+    return MambaLMHeadModel.from_pretrained(path, *args, **kwargs)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpoint directory, and the model that was saved there."""
+    m = model()
+    m.save_pretrained(tmp_path)
+    return tmp_path, m
+
+
+def rewrite(path, change, **kwargs):
+    """Change the tensors of a saved checkpoint."""
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", **kwargs)
+
+
+def equal(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    assert list(a) == list(b)
+    return all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.mark.parametrize("format", ["safetensors", "bin"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("tied", [True, False])
+def test_round_trip_is_bitwise(tmp_path, format, dtype, tied):
+    m = model(dtype, tie_embeddings=tied, d_intermediate=4, ssm_cfg={"d_state": 3})
+    m.save_pretrained(tmp_path / "new" / "folder", format=format)
+    again = load(tmp_path / "new" / "folder", dtype="auto")
+    assert equal(again, m)
+    assert again.config == m.config
+    assert not again.training
+    assert (again.lm_head.weight is again.backbone.embedding.weight) == tied
+    assert torch.equal(again(IDS).logits, m(IDS).logits)
+
+
+def test_files_are_those_of_state_spaces(saved):
+    path, m = saved
+    assert sorted(os.listdir(path)) == ["config.json", "model.safetensors"]
+    assert "lm_head.weight" not in load_file(path / "model.safetensors")
+    m.save_pretrained(path, format="bin")
+    assert sorted(os.listdir(path)) == ["config.json", "pytorch_model.bin"]
+    tensors = torch.load(path / "pytorch_model.bin", weights_only=True)
+    assert list(tensors) == list(m.state_dict())
+    assert json.loads((path / "config.json").read_text())["d_model"] == 8
+
+
+def test_dtype_and_what_stays_float32(saved):
+    path, m = saved
+    for dtype in (torch.bfloat16, "bfloat16"):
+        low = load(path, dtype=dtype)
+        assert low.backbone.embedding.weight.dtype == torch.bfloat16
+        mixer, exact = low.backbone.layers[0].mixer, m.backbone.layers[0].mixer
+        for name in ("A_log", "D"):
+            assert torch.equal(getattr(mixer, name), getattr(exact, name))
+            assert getattr(mixer, name).dtype == torch.float32
+        assert torch.equal(mixer.dt_proj.bias, exact.dt_proj.bias)
+    assert load(path, torch_dtype=torch.float64).lm_head.weight.dtype == torch.float64
+    assert load(path, "cpu", torch.float16).lm_head.weight.dtype == torch.float16
+
+
+def test_stored_bfloat16_recurrence_is_raised_to_float32(saved):
+    path, _ = saved
+    rewrite(path, lambda t: t.update({n: v.bfloat16() for n, v in t.items()}))
+    m = load(path, dtype="auto")
+    assert m.backbone.embedding.weight.dtype == torch.bfloat16
+    assert m.backbone.layers[0].mixer.A_log.dtype == torch.float32
+    assert load(path).backbone.embedding.weight.dtype == torch.float32
+
+
+def test_save_in_another_dtype_leaves_the_model_alone(tmp_path):
+    m = model()
+    weights.save_pretrained(m, tmp_path, dtype=torch.bfloat16)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert tensors["backbone.embedding.weight"].dtype == torch.bfloat16
+    assert tensors["backbone.layers.0.mixer.A_log"].dtype == torch.float32
+    assert m.backbone.embedding.weight.dtype == torch.float32
+
+
+def test_loaded_model_trains_and_keeps_its_marks(saved):
+    m = load(saved[0])
+    m(IDS).logits.sum().backward()
+    mixer = m.backbone.layers[0].mixer
+    assert mixer.A_log._no_weight_decay
+    assert mixer.dt_proj.bias._no_reinit
+    assert all(p.grad is not None and p.device.type == "cpu" for p in m.parameters())
+
+
+def test_loading_draws_no_random_numbers(saved):
+    before = torch.get_rng_state()
+    load(saved[0])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("present", [[], ["config.json"], ["model.safetensors"]])
+def test_missing_file_is_named_with_what_was_sought(saved, present):
+    path, _ = saved
+    for name in {"config.json", "model.safetensors"} - set(present):
+        (path / name).unlink()
+    wanted = "config.json" if "config.json" not in present else "model.safetensors or pytorch_model"
+    with pytest.raises(FileNotFoundError, match=wanted) as error:
+        load(path)
+    assert str(path) in str(error.value)
+
+
+def test_missing_directory_lists_what_was_sought(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere must be .*config\.json .*safetensors"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load("nowhere")
+
+
+def test_hub_name_needs_huggingface_hub(monkeypatch):
+    real_import = builtins.__import__
+
+    def refuse(name, *args, **kwargs):
+        if name == "huggingface_hub":
+            raise ImportError(name)
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(RuntimeError, match=r"some/model .*huggingface_hub must be installed"):
+        load("some/model")
+
+
+@pytest.mark.parametrize("size", [0, 5, 100, -1])
+@pytest.mark.parametrize("format", ["safetensors", "bin"])
+def test_truncated_file_is_named(tmp_path, size, format):
+    model().save_pretrained(tmp_path, format=format)
+    (path,) = (p for p in tmp_path.iterdir() if p.suffix != ".json")
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match="must be a whole") as error:
+        load(tmp_path)
+    assert str(path) in str(error.value)
+
+
+def test_pickle_that_runs_code_is_refused(tmp_path):
+    model().save_pretrained(tmp_path, format="bin")
+
+    class Attack:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "owned"),))
+
+    torch.save({"x": Attack()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="must be a whole file of tensors"):
+        load(tmp_path)
+    assert not (tmp_path / "owned").exists()
+    torch.save({"x": 1}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="must hold a dict of tensors"):
+        load(tmp_path)
+
+
+def test_names_that_do_not_fit_are_listed_with_the_nearest(saved):
+    path, _ = saved
+
+    def rename(tensors):
+        tensors["backbone.embeddings.weight"] = tensors.pop("backbone.embedding.weight")
+        tensors["backbone.norm_f.weight"] = torch.zeros(9)
+
+    rewrite(path, rename)
+    with pytest.raises(ValueError, match=r"must hold the tensors of its config\.json") as error:
+        load(path)
+    text = str(error.value)
+    near = "backbone.embedding.weight (nearest backbone.embeddings.weight)"
+    assert f"missing {near}; unexpected backbone.embeddings.weight" in text
+    assert "wrong shape backbone.norm_f.weight (9,) for (8,)" in text
+
+
+def test_at_most_ten_names_are_listed(saved):
+    path, _ = saved
+    rewrite(path, lambda tensors: tensors.update({f"x{i}": torch.zeros(1) for i in range(25)}))
+    with pytest.raises(ValueError, match="and 15 more") as error:
+        load(path)
+    assert str(error.value).count("x") < 25
+
+
+def test_tied_weights_that_differ_are_refused(saved):
+    path, m = saved
+    tensors = {**load_file(path / "model.safetensors"), "lm_head.weight": torch.zeros(16, 8)}
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lm_head\.weight equal to backbone\.embedding\.weight"):
+        load(path)
+    tensors["lm_head.weight"] = tensors["backbone.embedding.weight"].clone()
+    save_file(tensors, path / "model.safetensors")
+    assert equal(load(path), m)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"config\.json must be a JSON file"),
+        ('{"d_modle": 8}', r"got 'd_modle' \(did you mean 'd_model'\?\) in .*config\.json"),
+        ('{"model_type": "mamba"}', "state-spaces format, got model_type 'mamba' of transformers"),
+    ],
+)
+def test_bad_config_is_named(saved, text, message):
+    (saved[0] / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load(saved[0])
+
+
+def test_failed_save_leaves_the_old_checkpoint(saved, monkeypatch):
+    path, m = saved
+    before = {p.name: p.read_bytes() for p in path.iterdir()}
+
+    def half(tensors, target, metadata):
+        target.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(weights, "save_file", half)
+    with pytest.raises(OSError, match="disk full"):
+        m.save_pretrained(path)
+    assert {p.name: p.read_bytes() for p in path.iterdir()} == before
+
+
+def test_saved_files_follow_the_umask(tmp_path):
+    old = os.umask(0o022)
+    try:
+        model().save_pretrained(tmp_path)
+    finally:
+        os.umask(old)
+    assert {p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == {0o644}
+
+
+def test_rejects_bad_arguments(saved):
+    path, m = saved
+    with pytest.raises(ValueError, match="dtype must be a float dtype or 'auto', got float23"):
+        load(path, dtype="float23")
+    with pytest.raises(ValueError, match="torch_dtype must not be given beside dtype"):
+        load(path, dtype=torch.float32, torch_dtype=torch.float32)
+    with pytest.raises(ValueError, match="format must be 'safetensors' or 'bin', got 'gguf'"):
+        m.save_pretrained(path, format="gguf")
