@@ -97,12 +97,18 @@ def commands_of(code: str, language: str) -> list[list[str]]:
         lines = [line[2:] for line in lines if line.startswith("$ ")]
     commands = []
     for line in lines:
-        for part in re.split(r"&&|\|\||(?<!\\)[|;]", re.sub(r"\$\(.*?\)", "X", line)):
-            words = shlex.split(part, comments=True)
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        words: list[str] = []
+        for token in [*lexer, ";"]:
+            if not set(token) <= set(";&|()"):
+                words.append(token)
+                continue
             while words and (re.match(r"\w+=", words[0]) or words[0] == "sudo"):
                 words = words[1:]
             if words:
                 commands.append(words)
+            words = []
     return commands
 
 
@@ -285,6 +291,8 @@ def test_block_pattern_reads_marks():
         ("python3 tools/dev.py test -j 4", ""),
         ("PATH=x python3 tools/dev.py test --jobs=4 && git status", ""),
         ("python3 tools/dev.py test --fast", "dev.py has no option --fast"),
+        ("python3 -c 'x; y | z' && ls # nothing", ""),
+        ("ls | nothing", "nothing is not a command this test knows"),
         ("python3 tools/nothing.py", "tools/nothing.py does not exist"),
         ("ssm-modles info", "ssm-modles is not a command this test knows"),
     ],
