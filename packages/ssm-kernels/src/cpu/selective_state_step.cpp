@@ -1,0 +1,330 @@
+// One token, or a few, of the selective recurrence. A task owns some channels of one batch row; lanes
+// are states, since those are adjacent in memory, and the sums over states of a square of channels
+// are turned into one vector at the end. docs/ops/selective_state_step.md#algorithm
+#include <ssm/selective_state_step.h>
+
+#include "parallel.h"
+#include "tile.h"
+#include "vmath.h"
+
+#include "../op/scratch.h"
+
+namespace ssm::cpu::SSM_ISA {
+
+namespace {
+
+constexpr std::int64_t kMostChannels = 128;    // of one task
+constexpr std::int64_t kTaskStates = 8192;     // state elements of one task, as far as possible
+constexpr std::int64_t kSerialStates = 65536;  // below, waking a thread costs more than it gains
+
+/// Lane i of the result is the sum of the lanes of rows[i].
+template <class T>
+SSM_INLINE Vec<T> sum_rows(Vec<T>* rows) {
+    typedef std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t> Index;
+    typedef Index Mask __attribute__((vector_size(kVectorBytes)));
+    constexpr int n = kLanes<T>;
+#pragma GCC unroll 4
+    for (int block = 1; block < n; block *= 2) {
+        Mask low, high;
+        for (int i = 0; i < n; ++i) {
+            const bool upper = (i & block) != 0;
+            low[i] = upper ? n + i - block : i;
+            high[i] = upper ? n + i : i + block;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < n; i += 2 * block)
+            rows[i] = __builtin_shuffle(rows[i], rows[i + block], low) +
+                      __builtin_shuffle(rows[i], rows[i + block], high);
+    }
+    return rows[0];
+}
+
+/// A square of channels at one token. Rows of h and A are whole vectors long.
+template <class T>
+struct Square {
+    T* h;
+    std::int64_t h_pitch;
+    const T* A;
+    std::int64_t A_pitch;
+    const T* rate;   // per channel: dt log2(e), or the decay itself where A does not depend on n
+    const T* drive;  // per channel: dt x
+    const T* B;
+    const T* C;
+};
+
+template <class T, bool kTied>
+SSM_INLINE Vec<T> advance_state(const Square<T>& at, int i, std::int64_t n, Vec<T> b) {
+    T* const h = at.h + i * at.h_pitch + n;
+    const Vec<T> decay = kTied ? broadcast(at.rate[i])
+                               : exp2(broadcast(at.rate[i]) * load<T>(at.A + i * at.A_pitch + n));
+    const Vec<T> next = decay * load<T>(h) + broadcast(at.drive[i]) * b;
+    store<T>(h, next);
+    return next;
+}
+
+/// h = decay h + drive B for a square of channels; returns sum_n C h of each.
+template <class T, bool kTied>
+SSM_INLINE Vec<T> advance_square(const Square<T>& at, std::int64_t dstate) {
+    constexpr int n = kLanes<T>, group = n < 4 ? n : 4;
+    Vec<T> sums[n];
+    if (dstate == n) {
+        const Vec<T> b = load<T>(at.B), c = load<T>(at.C);
+#pragma GCC unroll 16
+        for (int i = 0; i < n; ++i) sums[i] = c * advance_state<T, kTied>(at, i, 0, b);
+        return sum_rows<T>(sums);
+    }
+    // Few channels at a time: each is a stream through memory.
+#pragma GCC unroll 16
+    for (int first = 0; first < n; first += group) {
+        Vec<T> sum[group] = {};
+        for (std::int64_t j = 0; j < dstate; j += n) {
+            const Vec<T> b = load<T>(at.B + j), c = load<T>(at.C + j);
+#pragma GCC unroll 4
+            for (int i = 0; i < group; ++i) sum[i] += c * advance_state<T, kTied>(at, first + i, j, b);
+        }
+        for (int i = 0; i < group; ++i) sums[first + i] = sum[i];
+    }
+    return sum_rows<T>(sums);
+}
+
+template <class T>
+SSM_INLINE bool is_dense(const TensorView& view, int axis) {
+    return view.dtype == (sizeof(T) == 8 ? DType::f64 : DType::f32) && view.stride[axis] == 1;
+}
+
+/// Sizes of one call and its cut into tasks, which depends on nothing but these sizes.
+template <class T>
+struct StepShape {
+    std::int64_t batch, tokens, heads, headdim, dstate;
+    std::int64_t padded_dstate;  // whole vectors
+    std::int64_t channels;       // of one task: whole vectors
+    std::int64_t blocks;         // tasks per head
+    bool tied;                   // A does not depend on n
+
+    explicit StepShape(const SelectiveStateStepArgs& args)
+        : batch(args.x.shape[0]), tokens(args.x.shape[1]), heads(args.x.shape[2]),
+          headdim(args.x.shape[3]), dstate(args.state.shape[3]),
+          padded_dstate((dstate + kLanes<T> - 1) / kLanes<T> * kLanes<T>),
+          tied(args.A.stride[2] == 0 || dstate == 1) {
+        const std::int64_t fitting = kTaskStates / max(padded_dstate, 1) / kLanes<T> * kLanes<T>;
+        channels = max(kLanes<T>, min(kMostChannels, fitting));
+        channels = min(channels, (headdim + kLanes<T> - 1) / kLanes<T> * kLanes<T>);
+        blocks = channels > 0 ? (headdim + channels - 1) / channels : 0;
+    }
+    std::int64_t states() const { return batch * tokens * heads * headdim * dstate; }
+};
+
+/// Working memory of one task.
+template <class T>
+struct StepTile {
+    T* x;      // [channel], like all up to skip
+    T* dt;
+    T* z;
+    T* rate;
+    T* drive;
+    T* y;
+    T* bias;
+    T* skip;
+    T* B;      // [state]
+    T* C;      // [state]
+    T* h;      // [channel][state]
+    T* A;      // [channel][state]
+
+    static std::int64_t elements(const StepShape<T>& shape) {
+        return 8 * shape.channels + 2 * (1 + shape.channels) * shape.padded_dstate;
+    }
+    StepTile(T* memory, const StepShape<T>& shape) {
+        T** const lines[] = {&x, &dt, &z, &rate, &drive, &y, &bias, &skip};
+        for (T** line : lines) {
+            *line = memory;
+            memory += shape.channels;
+        }
+        B = memory;
+        C = B + shape.padded_dstate;
+        h = C + shape.padded_dstate;
+        A = h + shape.channels * shape.padded_dstate;
+    }
+};
+
+/// Some channels of one head of one batch row.
+template <class T>
+struct StepBlock {
+    const SelectiveStateStepArgs& args;
+    const StepShape<T>& shape;
+    const StepTile<T>& tile;
+    std::int64_t row;
+    std::int64_t head;
+    std::int64_t channel;
+    std::int64_t width;
+    bool whole;  // the width is whole vectors
+
+    /// Values of the block's channels as a row of T, in place where they are that already. Lanes
+    /// beyond the width are 0.
+    const T* channels(const TensorView& view, std::int64_t base, int axis, T* line) const {
+        const std::int64_t stride = view.stride[axis], offset = base + channel * stride;
+        if (whole && is_dense<T>(view, axis)) return static_cast<const T*>(view.data) + offset;
+        const std::int64_t count = stride == 0 ? 1 : width;
+        load_tile(line, 0, plane_at(view, offset, 0, stride), 1, count);
+        for (std::int64_t i = count; i < width; ++i) line[i] = line[0];
+        for (std::int64_t i = width; i < (width + kLanes<T> - 1) / kLanes<T> * kLanes<T>; ++i)
+            line[i] = T(0);
+        return line;
+    }
+    const T* activations(const TensorView& view, std::int64_t token, T* line) const {
+        return channels(view,
+                        row * view.stride[0] + token * view.stride[1] + head * view.stride[2], 3, line);
+    }
+    const T* weights(const TensorView& view, T* line) const {
+        return channels(view, head * view.stride[0], 1, line);
+    }
+    /// B or C at one token, padded with zeros to whole vectors.
+    const T* matrix(const TensorView& view, std::int64_t token, T* line) const {
+        const std::int64_t group = head / (shape.heads / view.shape[2]);
+        const std::int64_t offset =
+            row * view.stride[0] + token * view.stride[1] + group * view.stride[2];
+        if (shape.dstate == shape.padded_dstate && is_dense<T>(view, 3))
+            return static_cast<const T*>(view.data) + offset;
+        load_tile(line, 0, plane_at(view, offset, 0, view.stride[3]), 1, shape.dstate);
+        for (std::int64_t i = shape.dstate; i < shape.padded_dstate; ++i) line[i] = T(0);
+        return line;
+    }
+    /// State rows or A rows of the block in the tile, padded with zeros.
+    void load_square(const TensorView& view, std::int64_t base, int axis, T* to) const {
+        const std::int64_t pitch = shape.padded_dstate;
+        if (!whole || shape.dstate != pitch)
+            std::memset(to, 0, sizeof(T) * static_cast<std::size_t>(shape.channels * pitch));
+        load_tile(to, pitch,
+                  plane_at(view, base + channel * view.stride[axis], view.stride[axis],
+                           view.stride[axis + 1]),
+                  width, shape.dstate);
+    }
+    bool in_place(const TensorView& view, int axis) const {
+        return whole && shape.dstate == shape.padded_dstate && is_dense<T>(view, axis);
+    }
+};
+
+template <class T>
+void write_zeros(const StepBlock<T>& block) {
+    const TensorView& y = block.args.y;
+    std::memset(block.tile.y, 0, sizeof(T) * static_cast<std::size_t>(block.width));
+    for (std::int64_t token = 0; token < block.shape.tokens; ++token)
+        store_tile(plane_at(y, block.row * y.stride[0] + token * y.stride[1] +
+                                   block.head * y.stride[2] + block.channel * y.stride[3],
+                            0, y.stride[3]),
+                   block.tile.y, 0, 1, block.width);
+}
+
+/// Step sizes of one token: rate and drive of every channel.
+template <class T>
+void prepare(const StepBlock<T>& block, const T* x, const T* dt, const T* bias, const T* rate_of,
+             T* rate, T* drive) {
+    constexpr T log2e = static_cast<T>(1.4426950408889634);
+    const SelectiveStateStepArgs& args = block.args;
+    const std::int64_t n = kLanes<T>;
+    const bool per_head = args.dt.stride[3] == 0 &&
+                          (bias == nullptr || args.dt_bias.stride[1] == 0) &&
+                          (rate_of == nullptr || args.A.stride[1] == 0);
+    Vec<T> size = zero<T>(), factor = zero<T>();
+    for (std::int64_t i = 0; i < block.width; i += n) {
+        if (i == 0 || !per_head) {
+            size = load<T>(dt + i);
+            if (bias != nullptr) size += load<T>(bias + i);
+            if (args.softplus) size = softplus<T>(size);
+            factor = size * log2e;
+            if (rate_of != nullptr) factor = exp2(factor * load<T>(rate_of + i));
+        }
+        store<T>(rate + i, factor);
+        store<T>(drive + i, size * load<T>(x + i));
+    }
+}
+
+template <class T>
+void step_block(const StepBlock<T>& block, std::int64_t state_row) {
+    const SelectiveStateStepArgs& args = block.args;
+    const StepShape<T>& shape = block.shape;
+    const StepTile<T>& tile = block.tile;
+    constexpr std::int64_t n = kLanes<T>;
+    const T* const bias = args.dt_bias.ndim >= 0 ? block.weights(args.dt_bias, tile.bias) : nullptr;
+    const T* const skip = args.D.ndim >= 0 ? block.weights(args.D, tile.skip) : nullptr;
+
+    const std::int64_t A_base = block.head * args.A.stride[0];
+    const T* A = tile.A;
+    std::int64_t A_pitch = shape.padded_dstate;
+    const T* rate_of = nullptr;
+    if (shape.tied) {
+        rate_of = block.channels(args.A, A_base, 1, tile.A);
+    } else if (block.in_place(args.A, 2)) {
+        A_pitch = args.A.stride[1];
+        A = static_cast<const T*>(args.A.data) + A_base + block.channel * A_pitch;
+    } else {
+        block.load_square(args.A, A_base, 1, tile.A);
+    }
+
+    const std::int64_t h_base = state_row * args.state.stride[0] + block.head * args.state.stride[1];
+    const bool in_place = block.in_place(args.state, 3);
+    const std::int64_t h_pitch = in_place ? args.state.stride[2] : shape.padded_dstate;
+    T* const h = in_place ? static_cast<T*>(args.state.data) + h_base + block.channel * h_pitch : tile.h;
+    if (!in_place) block.load_square(args.state, h_base, 2, tile.h);
+
+    const bool y_in_place = block.whole && is_dense<T>(args.y, 3);
+    for (std::int64_t token = 0; token < shape.tokens; ++token) {
+        const T* const x = block.activations(args.x, token, tile.x);
+        const T* const z = args.z.ndim >= 0 ? block.activations(args.z, token, tile.z) : nullptr;
+        prepare(block, x, block.activations(args.dt, token, tile.dt), bias, rate_of, tile.rate,
+                tile.drive);
+        const T* const B = block.matrix(args.B, token, tile.B);
+        const T* const C = block.matrix(args.C, token, tile.C);
+        const std::int64_t y_base = block.row * args.y.stride[0] + token * args.y.stride[1] +
+                                    block.head * args.y.stride[2] + block.channel * args.y.stride[3];
+        T* const y = y_in_place ? static_cast<T*>(args.y.data) + y_base : tile.y;
+        for (std::int64_t i = 0; i < block.width; i += n) {
+            const Square<T> square{h + i * h_pitch, h_pitch,        A + i * A_pitch, A_pitch,
+                                   tile.rate + i,   tile.drive + i, B,               C};
+            Vec<T> sum = shape.tied ? advance_square<T, true>(square, shape.padded_dstate)
+                                    : advance_square<T, false>(square, shape.padded_dstate);
+            if (skip != nullptr) sum += load<T>(skip + i) * load<T>(x + i);
+            if (z != nullptr) sum *= silu<T>(load<T>(z + i));
+            store<T>(y + i, sum);
+        }
+        if (!y_in_place) store_tile(plane_at(args.y, y_base, 0, args.y.stride[3]), y, 0, 1, block.width);
+    }
+    if (!in_place)
+        store_tile(plane_at(args.state, h_base + block.channel * args.state.stride[2],
+                            args.state.stride[2], args.state.stride[3]),
+                   tile.h, shape.padded_dstate, block.width, shape.dstate);
+}
+
+template <class T>
+void step_rows(const SelectiveStateStepArgs& args, int wanted_threads) {
+    const StepShape<T> shape(args);
+    const int threads = shape.states() <= kSerialStates ? 1 : wanted_threads;
+    const std::int64_t elements = StepTile<T>::elements(shape);
+    const Scratch scratch(sizeof(T) * static_cast<std::size_t>(elements * threads));
+    parallel_for(shape.batch * shape.heads * shape.blocks, threads, [&](std::int64_t task, int thread) {
+        const StepTile<T> tile(static_cast<T*>(scratch.data()) + elements * thread, shape);
+        const std::int64_t row = task / (shape.heads * shape.blocks);
+        const std::int64_t channel = task % shape.blocks * shape.channels;
+        const std::int64_t width = min(shape.channels, shape.headdim - channel);
+        const StepBlock<T> block{args,    shape, tile, row, task / shape.blocks % shape.heads,
+                                 channel, width, width % kLanes<T> == 0};
+        const std::int64_t state_row =
+            args.state_indices.ndim < 0
+                ? row
+                : static_cast<const std::int32_t*>(args.state_indices.data)[row * args.state_indices.stride[0]];
+        if (state_row < 0)
+            write_zeros(block);
+        else
+            step_block(block, state_row);
+    });
+}
+
+}  // namespace
+
+void selective_state_step_fwd(const SelectiveStateStepArgs& args, int threads) {
+    if (args.x.dtype == DType::f64)
+        step_rows<double>(args, threads);
+    else
+        step_rows<float>(args, threads);
+}
+
+}  // namespace ssm::cpu::SSM_ISA
