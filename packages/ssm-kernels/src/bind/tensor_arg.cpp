@@ -100,7 +100,7 @@ bool borrow(nb::handle object, TensorArg& arg, bool writable) noexcept {
 }
 
 void fail_type(const char* op, const char* name, nb::handle object, bool writable) {
-    const std::string type = nb::cast<std::string>(nb::handle(object.type()).attr("__name__"));
+    const std::string type = nb::str(object.type().attr("__name__")).c_str();
     throw nb::type_error((std::string(op) + ": " + name + " must be " +
                           (writable ? "a writable array or tensor" : "an array or tensor") +
                           " with DLPack and at most 6 axes, got " + type)
