@@ -1,0 +1,171 @@
+// The filter itself on dense lines: what the forward and the step of the causal convolution share.
+#pragma once
+
+#include "dw_causal_conv_tile.h"
+
+namespace ssm::cpu::SSM_ISA {
+
+/// e^-x, infinite where that overflows. In a quotient x / (1 + e^-x) every limit comes out right.
+SSM_INLINE Vec<float> exp_minus(Vec<float> x) {
+    constexpr float kLog2e = 1.44269504f;
+    [[maybe_unused]] constexpr float kLog2eRest = 1.92596299e-8f;  // log2(e) - kLog2e
+#if defined(__AVX512F__)
+    // Beyond |x| = 104 the result is 0 or infinite in float.
+    const __m512 c = _mm512_min_ps(_mm512_max_ps((__m512)x, _mm512_set1_ps(-104.0f)),
+                                   _mm512_set1_ps(104.0f));
+    const Vec<float> s = (Vec<float>)c, n = round_even(s * -kLog2e);
+    const Vec<float> f = s * -kLog2eRest + (s * -kLog2e - n);
+    return (Vec<float>)_mm512_scalef_ps((__m512)exp2_fraction(f), (__m512)n);
+#else
+    typedef std::int32_t Bits __attribute__((vector_size(kVectorBytes)));
+    // Powers 2^-126 .. 2^128 have a bit pattern, the last one infinity.
+    Vec<float> s = x > 87.0f ? broadcast(87.0f) : x;
+    s = s < -88.75f ? broadcast(-88.75f) : s;
+    // 1.5 * 2^23 + 127: the sum holds n + 127, the exponent's bits, in its low bits.
+    constexpr float kMagic = 12582912.0f + 127.0f;
+    const Vec<float> sum = s * -kLog2e + kMagic, n = sum - kMagic;
+#if defined(__FMA__)
+    const Vec<float> f = s * -kLog2eRest + (s * -kLog2e - n);
+#else
+    // Without fused products: ln 2 in two parts, whose products with n are exact.
+    const Vec<float> f = ((n * 0.693359375f + s) - n * 2.12194440e-4f) * -kLog2e;
+#endif
+    return exp2_fraction(f) * (Vec<float>)((Bits)sum << 23);
+#endif
+}
+SSM_INLINE Vec<double> exp_minus(Vec<double> x) { return per_lane<::exp>(-x); }
+
+template <bool kSilu, class T>
+SSM_INLINE Vec<T> activate(Vec<T> x) {
+    if constexpr (kSilu) return x / (exp_minus(x) + T(1));
+    return x;
+}
+
+/// Up to a vector's worth of elements, zero in the other lanes.
+template <class T>
+SSM_INLINE Vec<T> load_part(const T* from, std::int64_t count) {
+    T line[kLanes<T>] = {};
+    std::memcpy(line, from, sizeof(T) * static_cast<std::size_t>(count));
+    return load<T>(line);
+}
+template <class T>
+SSM_INLINE void store_part(T* to, Vec<T> v, std::int64_t count) {
+    T line[kLanes<T>];
+    store<T>(line, v);
+    std::memcpy(to, line, sizeof(T) * static_cast<std::size_t>(count));
+}
+
+/// The taps and bias of a range of channels: [channel][tap] for lanes of time, [tap][channel] for
+/// lanes of channels; `pitch` lies between two lines.
+template <class T>
+struct Taps {
+    const T* weight;
+    std::int64_t pitch;
+    const T* bias;
+    std::int64_t width;
+};
+
+/// Lines of input and output. Input step i is `width - 1` steps before output step i, so that tap k
+/// of output step i meets input step i + k.
+template <class T>
+struct Lines {
+    const T* in;
+    std::int64_t in_pitch;
+    T* out;
+    std::int64_t out_pitch;
+    std::int64_t channels;
+    std::int64_t steps;
+};
+
+/// Lanes of time: one channel after the other.
+template <class T, int kWidth, bool kSilu>
+static void filter_channels(const Lines<T>& lines, const Taps<T>& taps) {
+    constexpr std::int64_t n = kLanes<T>;
+    const std::int64_t width = kWidth > 0 ? kWidth : taps.width, steps = lines.steps;
+    for (std::int64_t c = 0; c < lines.channels; ++c) {
+        const T* const in = lines.in + c * lines.in_pitch;
+        T* const out = lines.out + c * lines.out_pitch;
+        const T* const weight = taps.weight + c * taps.pitch;
+        const Vec<T> bias = broadcast(taps.bias[c]);
+        const auto at = [&](std::int64_t t) __attribute__((always_inline)) {
+            Vec<T> sum = bias;
+#pragma GCC unroll 4
+            for (std::int64_t k = 0; k < width; ++k) sum += load<T>(in + t + k) * broadcast(weight[k]);
+            store<T>(out + t, activate<kSilu, T>(sum));
+        };
+        if (steps < n) {
+            Vec<T> sum = bias;
+            for (std::int64_t k = 0; k < width; ++k)
+                sum += load_part<T>(in + k, steps) * broadcast(weight[k]);
+            store_part<T>(out, activate<kSilu, T>(sum), steps);
+            continue;
+        }
+        std::int64_t t = 0;
+        for (; t + n <= steps; t += n) at(t);
+        // The last vector overlaps the one before: the same values once more, and nothing beyond.
+        if (t < steps) at(steps - n);
+    }
+}
+
+/// Lanes of channels: a few steps at a time, so that an input is loaded once for its taps.
+/// Lines shorter than a vector must have room for one.
+template <class T, int kWidth, bool kSilu>
+static void filter_steps(const Lines<T>& lines, const Taps<T>& taps) {
+    constexpr std::int64_t n = kLanes<T>;
+    const std::int64_t width = kWidth > 0 ? kWidth : taps.width;
+    const std::int64_t last = max(lines.channels - n, 0);
+    const auto rows = [&]<int kRows>(std::int64_t t) __attribute__((always_inline)) {
+        const T* const in = lines.in + t * lines.in_pitch;
+        T* const out = lines.out + t * lines.out_pitch;
+        for (std::int64_t column = 0; column < lines.channels; column += n) {
+            const std::int64_t c = min(column, last);
+            Vec<T> sum[kRows];
+#pragma GCC unroll 4
+            for (int i = 0; i < kRows; ++i) sum[i] = load<T>(taps.bias + c);
+            if constexpr (kWidth > 0) {
+                // Input step s meets tap s - i of output step i; taps in rising order for each i.
+#pragma GCC unroll 8
+                for (int s = 0; s < kWidth + kRows - 1; ++s) {
+                    const Vec<T> x = load<T>(in + s * lines.in_pitch + c);
+#pragma GCC unroll 4
+                    for (int i = 0; i < kRows; ++i)
+                        if (s >= i && s - i < kWidth)
+                            sum[i] += x * load<T>(taps.weight + (s - i) * taps.pitch + c);
+                }
+            } else {
+                for (std::int64_t k = 0; k < width; ++k) {
+                    const Vec<T> weight = load<T>(taps.weight + k * taps.pitch + c);
+#pragma GCC unroll 4
+                    for (int i = 0; i < kRows; ++i)
+                        sum[i] += load<T>(in + (i + k) * lines.in_pitch + c) * weight;
+                }
+            }
+#pragma GCC unroll 4
+            for (int i = 0; i < kRows; ++i)
+                store<T>(out + i * lines.out_pitch + c, activate<kSilu, T>(sum[i]));
+        }
+    };
+    std::int64_t t = 0;
+    for (; t + 4 <= lines.steps; t += 4) rows.template operator()<4>(t);
+    for (; t < lines.steps; ++t) rows.template operator()<1>(t);
+}
+
+template <class T>
+using Filter = void (*)(const Lines<T>&, const Taps<T>&);
+
+/// The loop for a width; float has its own for the widths in use.
+template <LaneAxis axis, class T>
+SSM_INLINE Filter<T> choose_filter(std::int64_t width, bool silu) {
+#define SSM_FILTER(kWidth, kSilu)                                               \
+    (axis == LaneAxis::time ? &filter_channels<T, kWidth, kSilu>                \
+                            : &filter_steps<T, kWidth, kSilu>)
+    if constexpr (sizeof(T) == sizeof(float)) {
+        if (width == 2) return silu ? SSM_FILTER(2, true) : SSM_FILTER(2, false);
+        if (width == 3) return silu ? SSM_FILTER(3, true) : SSM_FILTER(3, false);
+        if (width == 4) return silu ? SSM_FILTER(4, true) : SSM_FILTER(4, false);
+    }
+    return silu ? SSM_FILTER(0, true) : SSM_FILTER(0, false);
+#undef SSM_FILTER
+}
+
+}  // namespace ssm::cpu::SSM_ISA

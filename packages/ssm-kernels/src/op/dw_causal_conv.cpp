@@ -1,0 +1,119 @@
+#include <ssm/dw_causal_conv.h>
+
+#include "check.h"
+#include "isa.h"
+#include "runs.h"
+
+#include <stdexcept>
+
+SSM_CPU_KERNEL(dw_causal_conv_fwd, const DwCausalConvArgs&, const Runs&, int)
+SSM_CPU_KERNEL(dw_causal_conv_bwd, const DwCausalConvArgs&, const DwCausalConvGrads&, const Runs&, int)
+
+namespace ssm {
+
+namespace {
+
+constexpr const char* kOp = "dw_causal_conv";
+
+// The filter as (D, W).
+TensorView without_middle_axis(TensorView weight) {
+    if (weight.ndim != 3) return weight;
+    weight.ndim = 2;
+    weight.shape[1] = weight.shape[2];
+    weight.stride[1] = weight.stride[2];
+    return weight;
+}
+
+// As Checker::output, but an empty array has no elements to share: NumPy gives it the stride 0.
+void check_output(const Checker& check, std::string_view name, const TensorView& view,
+                  std::initializer_list<Axis> axes) {
+    for (const Axis& axis : axes)
+        if (axis.size == 0) return check.input(name, view, axes);
+    check.output(name, view, axes);
+}
+
+void check_optional_output(const Checker& check, std::string_view name, const TensorView& view,
+                           std::initializer_list<Axis> axes) {
+    if (present(view)) check_output(check, name, view, axes);
+}
+
+struct Checked {
+    DwCausalConvArgs args;
+    std::int64_t num_states;
+    Axis batch, dim, seqlen, states, memory;
+};
+
+// Checks the inputs in argument order. `states` are the arguments of shape (S, D, W - 1), of which
+// the first one given says what S is.
+Checked check_inputs(const DwCausalConvArgs& given, std::initializer_list<TensorView> states) {
+    DwCausalConvArgs args = given;
+    const Checker check(kOp, args.x.device);
+    check.rank("x", args.x, 3, "(B, D, L)");
+    const Axis batch{"B", args.x.shape[0]}, dim{"D", args.x.shape[1]}, seqlen{"L", args.x.shape[2]};
+    check.input("x", args.x, {batch, dim, seqlen});
+    check_device_served(kOp, args.x.device);
+    check.given("weight", args.weight);
+    if (args.weight.ndim == 3) {
+        check.input("weight", args.weight, {dim, {"1", 1}, {"W", args.weight.shape[2]}});
+    } else {
+        check.rank("weight", args.weight, 2, "(D, W) or (D, 1, W)");
+        check.input("weight", args.weight, {dim, {"W", args.weight.shape[1]}});
+    }
+    args.weight = without_middle_axis(args.weight);
+    const std::int64_t width = args.weight.shape[1];
+    if (width < 1) check.fail("weight", "have a width of at least 1", std::to_string(width));
+    check.optional_input("bias", args.bias, {dim});
+    std::int64_t num_states = batch.size;
+    if (args.state_per_sequence) {
+        check.given("seq_idx", args.seq_idx);
+        num_states = batch.size * seqlen.size;  // without states no sequence number is too high
+        for (const TensorView& state : states)
+            if (state.ndim == 3) {
+                num_states = state.shape[0];
+                break;
+            }
+    }
+    const Axis count{"S", num_states}, memory{"W - 1", width - 1};
+    check.optional_input("initial_state", args.initial_state, {count, dim, memory});
+    if (present(args.seq_idx)) {
+        check.shape("seq_idx", args.seq_idx, {batch, seqlen});
+        check.dtype("seq_idx", args.seq_idx, DType::i32);
+        check.device("seq_idx", args.seq_idx);
+    }
+    return {args, num_states, batch, dim, seqlen, count, memory};
+}
+
+}  // namespace
+
+void dw_causal_conv_fwd(const DwCausalConvArgs& given, const Exec& exec) {
+    const Checked in = check_inputs(given, {given.initial_state, given.final_state});
+    const Checker check(kOp, in.args.x.device);
+    check_output(check, "y", in.args.y, {in.batch, in.dim, in.seqlen});
+    check_optional_output(check, "final_state", in.args.final_state, {in.states, in.dim, in.memory});
+    const RunTable runs(kOp, in.args.seq_idx, in.batch.size, in.seqlen.size,
+                        in.args.state_per_sequence, in.num_states);
+    cpu::dw_causal_conv_fwd.active()(in.args, runs.view(), thread_count(exec));
+}
+
+void dw_causal_conv_bwd(const DwCausalConvArgs& given, const DwCausalConvGrads& given_grads,
+                        const Exec& exec) {
+    DwCausalConvGrads grads = given_grads;
+    const Checked in =
+        check_inputs(given, {given.initial_state, grads.dfinal_state, grads.dinitial_state});
+    const Checker check(kOp, in.args.x.device);
+    check.input("dy", grads.dy, {in.batch, in.dim, in.seqlen});
+    check.optional_input("dfinal_state", grads.dfinal_state, {in.states, in.dim, in.memory});
+    check_output(check, "dx", grads.dx, {in.batch, in.dim, in.seqlen});
+    check.given("dweight", grads.dweight);
+    check.same_shape("dweight", grads.dweight, given.weight);
+    grads.dweight = without_middle_axis(grads.dweight);
+    check_output(check, "dweight", grads.dweight, {in.dim, {"W", in.args.weight.shape[1]}});
+    if (present(in.args.bias)) check_output(check, "dbias", grads.dbias, {in.dim});
+    check_optional_output(check, "dinitial_state", grads.dinitial_state, {in.states, in.dim, in.memory});
+    const RunTable runs(kOp, in.args.seq_idx, in.batch.size, in.seqlen.size,
+                        in.args.state_per_sequence, in.num_states);
+    throw std::runtime_error("dw_causal_conv: the backward is not in this build");
+    cpu::dw_causal_conv_bwd.active()(in.args, grads, runs.view(), thread_count(exec));
+}
+
+}  // namespace ssm
