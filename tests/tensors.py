@@ -1,5 +1,7 @@
 """The arguments of a case as torch tensors: what ``tests.cases`` makes without torch."""
 
+import collections
+
 import numpy as np
 import torch
 
@@ -78,6 +80,20 @@ def gradcheck(function, arguments: dict, second: bool = False) -> None:
     assert torch.autograd.gradcheck(call, values)
     if second:
         assert torch.autograd.gradgradcheck(call, values)
+
+
+def count_nodes(function, arguments: dict) -> collections.Counter:
+    """Return how many nodes of each kind the autograd graph of a call has."""
+    outputs = function(**leaves(arguments))
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    seen, left, found = set(), [o.grad_fn for o in outputs], collections.Counter()
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            found[node.name()] += 1
+            left += [parent for parent, _ in node.next_functions]
+    return found
 
 
 def strided(arguments: dict) -> dict:

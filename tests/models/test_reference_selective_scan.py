@@ -11,6 +11,7 @@ from tests.cases import CASES, ScanCase, make
 from tests.tensors import (
     FLOATS,
     arrays,
+    count_nodes,
     gradcheck,
     gradients,
     make_tensors,
@@ -72,6 +73,18 @@ def test_gradcheck(case):
 
 def test_gradgradcheck():
     gradcheck(scan, make_tensors(ScanCase("options", 1, 2, 2, 1)), second=True)
+
+
+@pytest.mark.parametrize("layout", ["", "cu_seqlens", "seq_idx mask"])
+def test_backward_is_linear_in_seqlen(layout):
+    """A step that selects from the whole sequence would have a gradient as long as it."""
+
+    def selections(seqlen):
+        case = ScanCase("steps", 2, 2, seqlen, 2, "grouped", "shared", 2, layout=layout)
+        counts = count_nodes(scan, make_tensors(case))
+        return sum(n for kind, n in counts.items() if kind.startswith(("Select", "Slice", "Index")))
+
+    assert selections(20) == selections(10)
 
 
 def test_softplus_has_half_a_gradient_at_zero():

@@ -89,6 +89,13 @@ def test_positions_are_made_once():
     assert meta.positions(2, 3).shape == (2, 3)
 
 
+def test_positions_made_in_inference_mode_stay_there():
+    meta = SeqMeta(cu_seqlens=ints(0, 3))
+    with torch.inference_mode():
+        assert meta.positions(1, 4).is_inference()
+    assert not meta.positions(1, 4).is_inference()
+
+
 def test_positions_go_to_the_device():
     assert SeqMeta(mask=torch.ones(1, 2, dtype=torch.bool)).positions(1, 2, "meta").is_meta
 

@@ -36,6 +36,11 @@ class SeqMeta:
     leaves the state untouched, has output 0 and gradient 0, and its content does not matter (not
     even NaN). Skipped steps may lie anywhere, also inside a sequence.
 
+    The state rule. With ``cu_seqlens`` every sequence has a state of its own: S states enter, S
+    leave, and an empty sequence passes its state on. Without it every row has one: the state that
+    enters is that of the row's first sequence, the state that leaves is the one after the last step
+    that is not skipped, and a sequence that starts later in the row starts from zero.
+
     Where two fields are given they must agree: ``seq_idx`` and ``cu_seqlens`` must describe the
     same sequences and the same padding; ``mask`` may skip further steps but must be False wherever
     the other field has padding.
@@ -130,17 +135,22 @@ class SeqMeta:
         Source:
             The state rule in the class docstring.
         """
-        compiling = torch.compiler.is_compiling()
-        key = (batch, seqlen, device)
-        if not compiling and key in self._cache:
-            return self._cache[key]
+        if torch.compiler.is_compiling():
+            return self._positions(batch, seqlen, device)
+        # What is made in inference mode cannot be saved for a backward outside it.
+        key = (batch, seqlen, device, torch.is_inference_mode_enabled())
+        if key not in self._cache:
+            if self.cu_seqlens is not None and not self.cu_seqlens.is_meta:
+                self._check_bounds(batch, seqlen)
+            self._cache[key] = self._positions(batch, seqlen, device)
+        return self._cache[key]
+
+    def _positions(self, batch: int, seqlen: int, device) -> torch.Tensor:
         for name in ("seq_idx", "mask"):
             tensor = getattr(self, name)
             if tensor is not None and tuple(tensor.shape) != (batch, seqlen):
                 _fail(name, f"have shape (B, L) = {(batch, seqlen)}", tuple(tensor.shape))
         if self.cu_seqlens is not None:
-            if not compiling and not self.cu_seqlens.is_meta:
-                self._check_bounds(batch, seqlen)
             ids = self._from_cu_seqlens(batch, seqlen)
         elif self.seq_idx is not None:
             ids = self.seq_idx.to(torch.int32)
@@ -148,11 +158,7 @@ class SeqMeta:
             ids = torch.zeros_like(self.mask, dtype=torch.int32)
         if self.mask is not None:
             ids = torch.where(self.mask, ids, -1)
-        if device is not None:
-            ids = ids.to(device)
-        if not compiling:
-            self._cache[key] = ids
-        return ids
+        return ids if device is None else ids.to(device)
 
     def _from_cu_seqlens(self, batch: int, seqlen: int) -> torch.Tensor:
         """Number the steps (B, L): count the sequences that ended at or before each of them."""

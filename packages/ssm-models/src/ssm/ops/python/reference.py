@@ -109,12 +109,15 @@ def selective_scan(
     if initial_state is not None:
         initial = initial_state.to(acc)
     h = zeros.expand(batch, dim, dstate) if layout.per_sequence else initial
-    starts = torch.cat([initial, zeros])  # one more row, for the steps that have no state
-    resets, rows = layout.resets[:, :, None, None].unbind(1), layout.state.unbind(1)
+    entering = [zeros] * seqlen  # what a sequence starts from, at each step
+    if layout.per_sequence and initial_state is not None:
+        # One more row, for the steps that have no state.
+        entering = torch.cat([initial, zeros])[layout.state].unbind(1)
+    resets = layout.resets[:, :, None, None].unbind(1)
     ys, hs = [], []
     for t, (x_t, dt_t) in enumerate(zip(x.unbind(2), dt.unbind(2), strict=True)):
         if seq_meta is not None:
-            h = torch.where(resets[t], starts[rows[t]] if layout.per_sequence else zeros, h)
+            h = torch.where(resets[t], entering[t], h)
         h = torch.exp(dt_t[:, :, None] * decay_rate) * h + (dt_t * x_t)[:, :, None] * inputs[t]
         ys.append((h * outputs[t]).sum(2))
         if layout.per_sequence and return_last_state:
