@@ -97,8 +97,82 @@ def _norm_judge(a):
     return [centred / scale * a["weight"] + a["bias"], total]
 
 
+def _conv_inputs(random, batch, dim, seqlen):
+    return {
+        "x": _normal(random, batch, dim, seqlen),
+        "weight": _normal(random, dim, 4),
+        "bias": _normal(random, dim),
+    }
+
+
+def _conv_call(arrays):
+    y = np.empty_like(arrays["x"])
+    ssm_kernels.dw_causal_conv_fwd(**arrays, y=y, silu=True)
+    return [y]
+
+
+def _conv_judge(a):
+    width, seqlen = a["weight"].shape[1], a["x"].shape[2]
+    padded = np.pad(a["x"], ((0, 0), (0, 0), (width - 1, 0)))
+    taps = [padded[:, :, k : k + seqlen] * a["weight"][:, k, None] for k in range(width)]
+    return [_silu(sum(taps) + a["bias"][:, None])]
+
+
+def _conv_step_inputs(random, batch, dim, seqlen):
+    return {
+        "x": _normal(random, batch, dim),
+        "conv_state": _normal(random, batch, dim, 3),
+        "weight": _normal(random, dim, 4),
+        "bias": _normal(random, dim),
+    }
+
+
+def _conv_step_call(arrays):
+    state, y = arrays["conv_state"].copy(), np.empty_like(arrays["x"])
+    ssm_kernels.dw_causal_conv_step_fwd(**{**arrays, "conv_state": state}, y=y, silu=True)
+    return [y, state]
+
+
+def _conv_step_judge(a):
+    window = np.concatenate([a["conv_state"], a["x"][:, :, None]], axis=2)
+    return [_silu((window * a["weight"]).sum(-1) + a["bias"]), window[:, :, 1:]]
+
+
+def _state_step_inputs(random, batch, dim, seqlen):
+    dstate = 16
+    return {
+        "state": _normal(random, batch, dim, dstate),
+        "x": _normal(random, batch, dim),
+        "dt": _normal(random, batch, dim),
+        "A": -np.exp(_normal(random, dim, dstate)),
+        "B": _normal(random, batch, dstate),
+        "C": _normal(random, batch, dstate),
+        "D": _normal(random, dim),
+        "z": _normal(random, batch, dim),
+        "dt_bias": _normal(random, dim),
+    }
+
+
+def _state_step_call(arrays):
+    state, y = arrays["state"].copy(), np.empty_like(arrays["x"])
+    ssm_kernels.selective_state_step_fwd(**{**arrays, "state": state}, y=y, softplus=True)
+    return [y, state]
+
+
+def _state_step_judge(a):
+    dt = np.logaddexp(0, a["dt"] + a["dt_bias"])[:, :, None]
+    state = np.exp(dt * a["A"]) * a["state"] + dt * a["B"][:, None] * a["x"][:, :, None]
+    y = (state * a["C"][:, None]).sum(-1) + a["D"] * a["x"]
+    return [y * _silu(a["z"]), state]
+
+
 CASES = {
     "selective_scan": Case(_scan_inputs, _scan_call, _scan_judge, (1, 512, 2048)),
+    "selective_state_step": Case(
+        _state_step_inputs, _state_step_call, _state_step_judge, (1, 1536, 1)
+    ),
+    "dw_causal_conv": Case(_conv_inputs, _conv_call, _conv_judge, (1, 1536, 2048)),
+    "dw_causal_conv_step": Case(_conv_step_inputs, _conv_step_call, _conv_step_judge, (1, 1536, 1)),
     "fused_layer_norm": Case(_norm_inputs, _norm_call, _norm_judge, (1, 1024, 2048)),
 }
 
