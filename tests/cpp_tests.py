@@ -1,7 +1,7 @@
-"""The C++ tests: list them for Meson, or run one if the machine has the instruction set.
+"""The C++ tests: list them for Meson, or run a test if the machine has the instruction set.
 
-Usage: cpp_tests.py              prints `<name>` or `<name> isa` for every tests/cpp/test_*.cpp
-       cpp_tests.py ISA PROGRAM  runs PROGRAM, or exits with 77 (skipped) where the CPU lacks ISA
+Usage: cpp_tests.py                 prints `<name>` or `<name> isa` for every tests/cpp/test_*.cpp
+       cpp_tests.py ISA PROGRAM...  runs PROGRAM, or exits with 77 (skipped) if the CPU lacks ISA
 """
 
 import re
@@ -39,12 +39,12 @@ def main(arguments: list[str]) -> int:
     if not arguments:
         print(*names(), sep="\n")
         return 0
-    isa, program = arguments
+    isa, *program = arguments
     missing = NEEDED[isa] - cpu_flags()
     if missing:
-        print(f"{Path(program).name}: skipped, this CPU lacks {', '.join(sorted(missing))}")
+        print(f"{Path(program[0]).name}: skipped, this CPU lacks {', '.join(sorted(missing))}")
         return SKIPPED
-    return subprocess.run([program]).returncode
+    return subprocess.run(program).returncode
 
 
 if __name__ == "__main__":

@@ -57,6 +57,13 @@ def test_forward_and_backward_files_are_one_cell(tree, capsys):
     assert grid.main(tree) == 0, capsys.readouterr().out
 
 
+def test_shared_header_of_an_operator_is_accepted(tree, capsys):
+    write(tree / f"{CPU}/{OP}_tile.h", "struct Tile;\n")
+    assert grid.main(tree) == 0, capsys.readouterr().out
+    (tree / f"{CPU}/{OP}_tile.h").rename(tree / f"{CPU}/{OP}_tile.cpp")
+    assert grid.main(tree) == 1
+
+
 @pytest.mark.parametrize(
     ("op", "column"), [(op, c) for op, columns in grid.OPERATORS.items() for c in sorted(columns)]
 )

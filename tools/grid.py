@@ -48,9 +48,7 @@ OPERATORS = {
 HELPERS = {
     f"{KERNELS}/include/ssm": {"ssm", "tensor", "device"},
     f"{KERNELS}/src/op": {"check", "device", "isa", "runs", "scratch", "visit", "vmath"},
-    f"{KERNELS}/src/cpu": {"kernels", "parallel", "simd", "tile", "vmath"}
-    # What the forward and the backward of one operator share.
-    | {"selective_scan_tile"},
+    f"{KERNELS}/src/cpu": {"kernels", "parallel", "simd", "tile", "vmath"},
     f"{KERNELS}/src/cuda": {"kernels", "launch", "vector", "scan", "tile_gemm"},
     f"{KERNELS}/src/bind": {
         "device",
@@ -65,6 +63,9 @@ HELPERS = {
     "tools/bench": set(),
     "docs/ops": set(),
 }
+
+# <operator>_<noun>.h: what the forward and the backward of one operator share.
+SHARED_NOUNS = ("tile", "filter")
 
 TORCH = r"^\s*(import|from) torch\b"
 PYTHON_IN_CPP = r"nanobind|Python\.h|torch/"
@@ -154,7 +155,8 @@ def name_faults(root: Path) -> list[str]:
             is_cell = path.is_dir() or path.suffix in SOURCES | {".md"}
             if not is_cell or path.name in NOT_OURS or path.stem in helpers:
                 continue
-            if re.sub(r"(_fwd|_bwd)$", "", path.stem) not in OPERATORS:
+            endings = SHARED_NOUNS if path.suffix in {".h", ".cuh"} else ("fwd", "bwd")
+            if re.sub(rf"_({'|'.join(endings)})$", "", path.stem) not in OPERATORS:
                 faults.append(f"{path.relative_to(root)}: not an operator name")
     return faults
 
