@@ -190,6 +190,20 @@ def test_bfloat16_model_runs_and_keeps_its_recurrence():
     assert (logits - want).abs().max() < 10 * 2**-8 * want.abs().max()
 
 
+def test_compiles_without_a_graph_break():
+    m, ids = model(n_layer=1), tokens()
+    compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
+    close(compiled(ids).logits, m(ids).logits)
+    want = torch.autograd.grad(m(ids).logits.square().sum(), m.parameters())
+    got = torch.autograd.grad(compiled(ids).logits.square().sum(), m.parameters())
+    for a, b in zip(got, want, strict=True):
+        close(a, b)
+    state = m.allocate_state(2)
+    with torch.no_grad():
+        parts = [compiled(part, state=state).logits for part in ids.split([4, 1, 1], dim=1)]
+    close(torch.cat(parts, 1), m(ids).logits)
+
+
 def test_deepcopy_and_pickle():
     m, ids = model(), tokens()
     for copied in (copy.deepcopy(m), pickle.loads(pickle.dumps(m))):

@@ -4,6 +4,8 @@ Judge: the uninterrupted run, and the formulas of loss and schedule.
 """
 
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -221,6 +223,51 @@ def test_vocabulary_of_a_checkpoint(tmp_path):
     assert isinstance(load_vocabulary(tmp_path, 256), ByteVocabulary)
     with pytest.raises(FileNotFoundError, match=r"must hold tokenizer\.json .* of 50277"):
         load_vocabulary(tmp_path, 50277)
+
+
+class FakeTokenizer:
+    """Token 2i is half of a character that 2i + 1 completes; words are separated when decoded."""
+
+    def __init__(self):
+        self.longest = 0
+
+    def get_vocab_size(self):
+        return 8
+
+    def token_to_id(self, token):
+        return 7 if token == "<|endoftext|>" else None
+
+    def encode(self, text):
+        return SimpleNamespace(ids=[int(c) for c in text])
+
+    def decode(self, ids):
+        self.longest = max(self.longest, len(ids))
+        text = "".join(
+            "\ufffd" if t % 2 == 0 and (i + 1 == len(ids) or ids[i + 1] != t + 1) else f" w{t}"
+            for i, t in enumerate(ids)
+        )
+        return text.removeprefix(" ")
+
+
+def test_tokenizer_file_is_read_by_tokenizers(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(RuntimeError, match=r"tokenizer\.json needs the package tokenizers"):
+        load_vocabulary(tmp_path, 8)
+    fake = FakeTokenizer()
+    module = SimpleNamespace(Tokenizer=SimpleNamespace(from_file=lambda path: fake))
+    monkeypatch.setitem(sys.modules, "tokenizers", module)
+    vocabulary = load_vocabulary(tmp_path, 8)
+    assert (vocabulary.vocab_size, vocabulary.eos_token_id) == (8, 7)
+    tokens = vocabulary.encode("101323")
+    decoder = vocabulary.decoder()
+    pieces = [decoder.push(t) for t in tokens.tolist()] + [decoder.flush()]
+    assert pieces[:3] == ["w1", "", " w0 w1"]
+    assert "".join(pieces) == vocabulary.decode(tokens)
+    fake.longest = 0
+    for t in [1, 3] * 50:
+        decoder.push(t)
+    assert fake.longest < 5
 
 
 def test_text_files(tmp_path):

@@ -6,6 +6,8 @@ Judge: the tensors that were saved.
 import builtins
 import json
 import os
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -148,6 +150,24 @@ def test_hub_name_needs_huggingface_hub(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(RuntimeError, match=r"some/model .*huggingface_hub must be installed"):
         load("some/model")
+
+
+def test_hub_name_is_downloaded_by_huggingface_hub(saved, monkeypatch):
+    path, m = saved
+    asked = []
+
+    def snapshot_download(name, **where):
+        asked.append((name, where["revision"], "model.safetensors" in where["allow_patterns"]))
+        if name == "some/gone":
+            raise OSError("404")
+        return str(path)
+
+    hub = SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    assert equal(load("some/model", revision="v2"), m)
+    assert asked == [("some/model", "v2", True)]
+    with pytest.raises(RuntimeError, match="some/gone cannot be downloaded: 404"):
+        load("some/gone")
 
 
 @pytest.mark.parametrize("size", [0, 5, 100, -1])

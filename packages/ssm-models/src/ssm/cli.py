@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+import ssm
 from ssm.models.config import MambaConfig
 from ssm.models.lm import MambaLMHeadModel
 from ssm.text import BYTE_VOCAB_SIZE, ByteVocabulary, load_vocabulary, read_bytes
@@ -117,6 +119,7 @@ def _add_train(commands) -> None:
     parser.add_argument("--d-model", type=int, default=128)
     parser.add_argument("--n-layer", type=int, default=4)
     parser.add_argument("--d-state", type=int, default=16)
+    parser.add_argument("--expand", type=int, default=2, help="channels per unit of width")
     parser.add_argument("--d-intermediate", type=int, default=0, help="width of an MLP per block")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=16)
@@ -143,12 +146,10 @@ def _add_train(commands) -> None:
 
 def collect_info() -> dict:
     """Return what a bug report needs; every value can be written as JSON."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("ssm-models", "ssm-kernels", "safetensors", "numpy"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed as a package"
+    versions = {"ssm-models": ssm.__version__, "ssm-kernels": _kernels("__version__")}
+    versions |= {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("safetensors", "numpy"):
+        versions[name] = metadata.version(name)
     gpus = []
     if torch.cuda.is_available():
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -162,18 +163,17 @@ def collect_info() -> dict:
         "gpus": gpus,
         "environment": {name: os.environ.get(name) for name in ("SSM_BACKEND", "SSM_ISA")},
         "backend": dispatch.get_available_backend(),
-        "isa": _isa(),
+        "isa": _kernels("active_isa"),
         "source": str(Path(__file__).parent),
         "operators": [dispatch.why(op, device) for device in devices for op in OPERATORS],
     }
 
 
-def _isa() -> str | None:
-    """Return the instruction set of the CPU kernels; None without kernels."""
+def _kernels(name: str) -> str | None:
+    """Return what ssm_kernels says about itself under a name; None where it cannot be loaded."""
     try:
-        import ssm_kernels
-
-        return ssm_kernels.active_isa()
+        value = getattr(importlib.import_module("ssm_kernels"), name)
+        return value() if callable(value) else value
     except Exception:  # a broken backend must not break the report about it
         return None
 
@@ -185,7 +185,7 @@ def run_info(arguments) -> None:
         print(json.dumps(info, indent=2))
         return
     for name, version in info["versions"].items():
-        print(f"{name:<14}{version}")
+        print(f"{name:<14}{version or 'cannot be loaded'}")
     for name in ("platform", "source"):
         print(f"{name:<14}{info[name]}")
     print(f"{'threads':<14}{info['threads']} of {info['cores']} cores")
@@ -288,12 +288,17 @@ def run_train(arguments) -> None:
         **{name: getattr(arguments, name) for name in TrainOptions.__dataclass_fields__}
     )
     torch.manual_seed(arguments.seed)
+    mixer = {
+        "layer": LAYERS[arguments.layer],
+        "d_state": arguments.d_state,
+        "expand": arguments.expand,
+    }
     config = MambaConfig(
         d_model=arguments.d_model,
         n_layer=arguments.n_layer,
         d_intermediate=arguments.d_intermediate,
         vocab_size=BYTE_VOCAB_SIZE,
-        ssm_cfg={"layer": LAYERS[arguments.layer], "d_state": arguments.d_state},
+        ssm_cfg=mixer,
     )
     model = MambaLMHeadModel(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -90,24 +90,28 @@ class FileDecoder:
 
     def __init__(self, vocabulary: FileVocabulary) -> None:
         self._vocabulary = vocabulary
+        # The tokens of the last piece of text and those since: the spacing of a word depends on
+        # the one before it, and decoding everything each time would cost O(L^2).
         self._tokens: list[int] = []
-        self._shown = ""
+        self._shown = 0
 
     def push(self, token: int) -> str:
         """Return the text that this token completes."""
         self._tokens.append(token)
-        text = self._vocabulary.decode(self._tokens)
-        if text.endswith("\ufffd"):
+        piece = self._rest()
+        if not piece or piece.endswith("\ufffd"):
             return ""
-        return self._show(text)
+        self._tokens = self._tokens[self._shown :]
+        self._shown = len(self._tokens)
+        return piece
 
     def flush(self) -> str:
         """Return what was held back."""
-        return self._show(self._vocabulary.decode(self._tokens))
+        return self._rest()
 
-    def _show(self, text: str) -> str:
-        shown, self._shown = self._shown, text
-        return text[len(shown) :]
+    def _rest(self) -> str:
+        shown = self._vocabulary.decode(self._tokens[: self._shown])
+        return self._vocabulary.decode(self._tokens)[len(shown) :]
 
 
 def load_vocabulary(directory: str | Path, vocab_size: int) -> ByteVocabulary | FileVocabulary:

@@ -131,7 +131,7 @@ def train(
     optimizer = torch.optim.AdamW(
         parameter_groups(model, options.weight_decay), lr=options.lr, betas=(0.9, 0.95)
     )
-    digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()
     out = None if out is None else Path(out)
     first = 0
     if resume:
