@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ssm.modules.mamba1 import DeltaProjection, Mamba1
+from ssm.modules.mamba1 import Mamba1
+from ssm.modules.precision import DeltaProjection
 from ssm.seq_meta import SeqMeta
 from ssm.state import State
 
@@ -430,12 +431,19 @@ def test_state_clone_is_independent():
         ({"d_state": 0}, "Mamba1: d_state must be positive, got 0"),
         ({"dt_min": 0.2}, r"Mamba1: dt_max must be at least dt_min = 0.2, got 0.1"),
         ({"dt_init": "zeros"}, "Mamba1: dt_init must be 'random' or 'constant', got 'zeros'"),
-        ({"dt_rank": "most"}, "Mamba1: dt_rank must be positive, got 'most'"),
+        ({"expand": 0}, "Mamba1: expand must be positive, got 0"),
+        ({"dt_scale": -1.0}, r"Mamba1: dt_scale must be positive, got -1\.0"),
     ],
 )
 def test_rejects_a_bad_argument(kwargs, message):
     with pytest.raises(ValueError, match=message):
         Mamba1(8, **kwargs)
+
+
+@pytest.mark.parametrize(("name", "value"), [("dt_rank", "most"), ("d_state", 2.5)])
+def test_rejects_a_size_that_is_no_int(name, value):
+    with pytest.raises(TypeError, match=f"Mamba1: {name} must be an int, got {value!r}"):
+        Mamba1(8, **{name: value})
 
 
 def test_rejects_bad_inputs():

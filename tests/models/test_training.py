@@ -181,6 +181,7 @@ def test_gradient_is_clipped():
     [
         ({"steps": 0}, "train: steps must be positive, got 0"),
         ({"lr": -1.0}, r"train: lr must be positive, got -1\.0"),
+        ({"seed": 2**32}, r"train: seed must be below 2\*\*32, got 4294967296"),
         ({"warmup": -1}, "train: warmup must not be negative, got -1"),
     ],
 )
@@ -194,6 +195,14 @@ def test_rejects_too_little_text():
         train(model(), TEXT[:8], TrainOptions(**OPTIONS))
     with pytest.raises(ValueError, match="val_tokens must be at least 2, got 1"):
         train(model(), TEXT, TrainOptions(**OPTIONS), val_tokens=TEXT[:1])
+
+
+def test_a_place_that_cannot_be_written_is_known_before_the_first_step(tmp_path):
+    (tmp_path / "file").touch()
+    seen = []
+    with pytest.raises(FileExistsError, match="file"):
+        train(model(), TEXT, TrainOptions(**OPTIONS), out=tmp_path / "file", report=seen.append)
+    assert seen == []
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_checkpoint(tmp_path):

@@ -208,6 +208,7 @@ def test_names_that_do_not_fit_are_listed_with_the_nearest(saved):
     with pytest.raises(ValueError, match=r"must hold the tensors of its config\.json") as error:
         load(path)
     text = str(error.value)
+    assert "no floating point" not in text
     near = "backbone.embedding.weight (nearest backbone.embeddings.weight)"
     assert f"missing {near}; unexpected backbone.embeddings.weight" in text
     assert "wrong shape backbone.norm_f.weight (9,) for (8,)" in text
@@ -219,6 +220,15 @@ def test_at_most_ten_names_are_listed(saved):
     with pytest.raises(ValueError, match="and 15 more") as error:
         load(path)
     assert str(error.value).count("x") < 25
+
+
+def test_integer_tensors_are_refused(saved):
+    path, _ = saved
+    rewrite(path, lambda tensors: tensors.update({"backbone.norm_f.weight": torch.ones(8).int()}))
+    with pytest.raises(
+        ValueError, match=r"no floating point in backbone\.norm_f\.weight torch\.int32"
+    ):
+        load(path, dtype="auto")
 
 
 def test_tied_weights_that_differ_are_refused(saved):

@@ -65,6 +65,8 @@ class TrainOptions:
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"train: {name} must not be negative, got {getattr(self, name)}")
+        if self.seed >= 2**32:
+            raise ValueError(f"train: seed must be below 2**32, got {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,9 @@ def train(
         if out is None:
             raise ValueError("train: out must be given to resume, got None")
         first = _load(out / STATE_FILE, model, optimizer, options, digest)
+    if out is not None:
+        # A place that cannot be written must be known before the work, not after it.
+        out.mkdir(parents=True, exist_ok=True)
     model.train()
     progress = None
     for step in range(first, options.steps):
@@ -246,7 +251,6 @@ def _is_due(step: int, every: int) -> bool:
 
 def _save(out, model, optimizer, options, digest, step, save_dtype) -> None:
     """Write training.pt, then the model files; each file appears whole or not at all."""
-    out.mkdir(parents=True, exist_ok=True)
     saved = {
         "step": step,
         "tokens_sha256": digest,

@@ -6,44 +6,14 @@ import math
 from contextlib import nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssm import ops
+from ssm.modules.precision import DeltaProjection, at_least_fp32, project
 from ssm.modules.sequence import sequence_meta
 from ssm.seq_meta import SeqMeta
 from ssm.state import State
 from ssm.utils import dispatch
-
-
-class DeltaProjection(nn.Linear):
-    """Linear map from rank R to the step sizes (D,), whose bias is kept and added in float32.
-
-    The bias (dt_bias of the paper) is about -4.6 while the low-rank part is small: a sum rounded to
-    bfloat16 would change the step size by up to 2 %. The bias is inside this module, not handed to
-    the scan, so that a replacement (LoRA, quantised linear) and a forward hook see the whole map.
-
-    Args:
-        dt_rank: R.
-        dim: D.
-        device: where the parameters live.
-        dtype: of the weight.
-
-    Shape:
-        (..., R) -> (..., D), float32 (float64 stays float64).
-    """
-
-    def __init__(self, dt_rank: int, dim: int, device=None, dtype=None) -> None:
-        super().__init__(dt_rank, dim, bias=False, device=device, dtype=dtype)
-        self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=at_least_fp32(dtype)))
-
-    def forward(self, dt: Tensor) -> Tensor:
-        """Map dt (..., R) to step sizes before softplus (..., D)."""
-        same = self.bias.dtype == self.weight.dtype == dt.dtype == at_least_fp32(dt.dtype)
-        if same and not torch.is_autocast_enabled(dt.device.type):
-            return F.linear(dt, self.weight, self.bias)
-        delta = F.linear(dt, self.weight)
-        return delta + self.bias.to(at_least_fp32(delta.dtype))
 
 
 class Mamba1(nn.Module):
@@ -77,6 +47,7 @@ class Mamba1(nn.Module):
 
     Raises:
         ValueError: an argument is out of its range.
+        TypeError: a size is no int.
     """
 
     def __init__(
@@ -102,17 +73,13 @@ class Mamba1(nn.Module):
         super().__init__()
         if dt_rank == "auto":
             dt_rank = math.ceil(d_model / 16)
-        for name, value in (
-            ("d_model", d_model),
-            ("d_state", d_state),
-            ("d_conv", d_conv),
-            ("expand", expand),
-            ("dt_min", dt_min),
-            ("dt_init_floor", dt_init_floor),
-            ("dt_rank", dt_rank),
-            ("dt_scale", dt_scale),
-        ):
-            if isinstance(value, str) or not value > 0:
+        sizes = {"d_model": d_model, "d_state": d_state, "d_conv": d_conv, "dt_rank": dt_rank}
+        for name, value in sizes.items():
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"Mamba1: {name} must be an int, got {value!r}")
+        scales = {"dt_min": dt_min, "dt_init_floor": dt_init_floor, "dt_scale": dt_scale}
+        for name, value in {**sizes, "expand": expand, **scales}.items():
+            if not value > 0:
                 raise ValueError(f"Mamba1: {name} must be positive, got {value!r}")
         if dt_max < dt_min:
             raise ValueError(f"Mamba1: dt_max must be at least dt_min = {dt_min}, got {dt_max}")
@@ -406,19 +373,6 @@ class Mamba1(nn.Module):
         )
 
 
-def at_least_fp32(dtype: torch.dtype | None) -> torch.dtype:
-    """Return the accumulate type that goes with a dtype.
-
-    Args:
-        dtype: any; None stands for the default dtype.
-
-    Returns:
-        float64 for float64, else float32.
-    """
-    dtype = torch.get_default_dtype() if dtype is None else dtype
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def is_writable(states: tuple[Tensor, ...]) -> bool:
     """Say whether states may be changed in place: not while autograd follows or remembers them.
 
@@ -429,27 +383,6 @@ def is_writable(states: tuple[Tensor, ...]) -> bool:
         True without gradients, if no state is part of a graph.
     """
     return not torch.is_grad_enabled() and not any(state.requires_grad for state in states)
-
-
-def project(linear: nn.Module, x: Tensor) -> Tensor:
-    """Call a projection on x cast to its parameter dtype.
-
-    The module is called, never its weight taken, so that hooks fire and a LoRA or quantised
-    replacement is used. Where the weight is no floating point tensor, and under autocast, the
-    module decides itself.
-
-    Args:
-        linear: nn.Linear or what replaced it.
-        x: (..., D_in), floating point.
-
-    Returns:
-        (..., D_out).
-    """
-    weight = getattr(linear, "weight", None)
-    is_float = isinstance(weight, Tensor) and weight.is_floating_point()
-    if is_float and not torch.is_autocast_enabled(x.device.type):
-        x = x.to(weight.dtype)
-    return linear(x)
 
 
 def oldest_input(conv_state: Tensor, conv_inputs: Tensor, seq_meta: SeqMeta | None) -> Tensor:

@@ -239,7 +239,8 @@ def _loop(model, state, input_ids, attention_mask, steps, pick, end, pad_token_i
             finished = finished | torch.isin(tokens, end)
             fed, mask = tokens[:, None], None
         yield tokens, logits
-        if finished.all():
+        # Without an end there is nothing to ask, and asking would wait for the device.
+        if end.numel() and finished.all():
             return
 
 

@@ -267,6 +267,7 @@ def _compare(model, tensors: dict[str, Tensor], path: Path) -> None:
         for name, shape in expected.items()
         if name in tensors and tuple(tensors[name].shape) != shape
     ]
+    integers = [f"{n} {t.dtype}" for n, t in tensors.items() if not t.is_floating_point()]
     faults = []
     if missing:
         faults.append("missing " + _list(_with_nearest(missing, unexpected)))
@@ -274,6 +275,8 @@ def _compare(model, tensors: dict[str, Tensor], path: Path) -> None:
         faults.append("unexpected " + _list(unexpected))
     if wrong:
         faults.append("wrong shape " + _list(wrong))
+    if integers:
+        faults.append("no floating point in " + _list(integers))
     if faults:
         raise ValueError(
             f"from_pretrained: {path} must hold the tensors of its {CONFIG_FILE}, "
