@@ -153,6 +153,14 @@ def test_nan_in_padding_changes_nothing(layout):
     assert not found["x"].movedim(1, 2)[skipped].any()
 
 
+def test_batch_without_sequences():
+    """Every step is padding, and there is no state, though the window is longer than the batch."""
+    arguments = make_tensors(ConvCase("nothing", 1, 3, 2, 8, given="bias"))
+    y, state = conv(**{**arguments, "seq_meta": SeqMeta(cu_seqlens=torch.tensor([0]))})
+    assert not y.any()
+    assert state.shape == (0, 3, 7)
+
+
 def test_holes_are_invisible():
     """The window holds the last W - 1 inputs that were not skipped."""
     arguments = make_tensors(ConvCase("holes", 1, 3, 9, 4), 8)

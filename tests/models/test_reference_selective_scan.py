@@ -202,6 +202,13 @@ def test_nan_in_padding_changes_nothing(layout):
             assert not gradient.movedim(axes[name], 1)[skipped].any(), name
 
 
+def test_batch_without_sequences():
+    arguments = make_tensors(ScanCase("nothing", 2, 3, 2, 4, given="D z dt_bias"))
+    y, state = scan(**{**arguments, "seq_meta": SeqMeta(cu_seqlens=torch.tensor([0]))})
+    assert not y.any()
+    assert state.shape == (0, 3, 4)
+
+
 def test_padded_equals_unpadded():
     lengths, case = [5, 2, 0], ScanCase("padded", 3, 4, 5, 2)
     arguments = make_tensors(case, 6)

@@ -175,6 +175,13 @@ def test_nan_in_padding_changes_nothing(layout):
             assert not gradient[skipped].any(), name
 
 
+def test_batch_without_sequences():
+    arguments = make_tensors(SsdCase("nothing", 2, 3, 2, 3, 4, 2, given="D z dt_bias"))
+    y, states = scan(**{**arguments, "seq_meta": SeqMeta(cu_seqlens=torch.tensor([0]))})
+    assert not y.any()
+    assert states.shape == (0, 2, 3, 4)
+
+
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_noncontiguous(case):
     arguments = make_tensors(case, 9)
