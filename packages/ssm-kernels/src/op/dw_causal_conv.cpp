@@ -4,8 +4,6 @@
 #include "isa.h"
 #include "runs.h"
 
-#include <stdexcept>
-
 SSM_CPU_KERNEL(dw_causal_conv_fwd, const DwCausalConvArgs&, const Runs&, int)
 SSM_CPU_KERNEL(dw_causal_conv_bwd, const DwCausalConvArgs&, const DwCausalConvGrads&, const Runs&, int)
 
@@ -112,7 +110,6 @@ void dw_causal_conv_bwd(const DwCausalConvArgs& given, const DwCausalConvGrads& 
     check_optional_output(check, "dinitial_state", grads.dinitial_state, {in.states, in.dim, in.memory});
     const RunTable runs(kOp, in.args.seq_idx, in.batch.size, in.seqlen.size,
                         in.args.state_per_sequence, in.num_states);
-    throw std::runtime_error("dw_causal_conv: the backward is not in this build");
     cpu::dw_causal_conv_bwd.active()(in.args, grads, runs.view(), thread_count(exec));
 }
 
