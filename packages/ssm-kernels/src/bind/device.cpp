@@ -30,7 +30,7 @@ void register_device(nb::module_& module) {
        "h"_a.none(), "Take eight arrays and return the sum of their ranks: the price of a call.");
     module.def("_vmath", [](const char* function, const Input& x, const Output& y) {
         vmath(function, view("vmath", "x", x), view("vmath", "y", y));
-    }, "function"_a, "x"_a, "y"_a, "Apply one vector function: exp2, exp_negative, log1p_unit, softplus, sigmoid, silu.");
+    }, "function"_a, "x"_a, "y"_a, "Apply one vector function: exp2, exp_bounded, log1p_unit, softplus, sigmoid, silu.");
 }
 
 }  // namespace ssm::bind

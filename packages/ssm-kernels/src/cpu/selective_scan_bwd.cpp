@@ -197,10 +197,11 @@ void load_output_gradient(const SelectiveScanArgs& args, const SelectiveScanGrad
                           std::int64_t t0, std::int64_t steps) {
     load_tile(grad.dy, kScanChannels, sequence_plane(grads.dy, block, t0), steps, block.width);
     if (args.z.ndim < 0) return;
+    load_tile(tile.z, kScanChannels, sequence_plane(args.z, block, t0), steps, block.width);
     for (std::int64_t t = 0; t < steps; ++t)
         for (std::int64_t i = t * kScanChannels; i < t * kScanChannels + block.padded_width; i += kLanes<T>) {
             const Vec<T> dy = load<T>(grad.dy + i), z = load<T>(tile.z + i);
-            const Vec<T> gate = sigmoid<T>(z);
+            const Vec<T> gate = sigmoid(z);
             store<T>(grad.dz + i, dy * gate * (T(1) + z * (T(1) - gate)));  // times y later
             store<T>(grad.dy + i, dy * gate * z);
         }
@@ -218,7 +219,7 @@ void finish_segment(const SelectiveScanArgs& args, const ScanTile<T>& tile, cons
         for (std::int64_t i = begin * kScanChannels + lane; i < end * kScanChannels; i += kScanChannels) {
             const Vec<T> u = load<T>(tile.u + i), dy = load<T>(grad.dy + i), ddtu = load<T>(grad.ddtu + i);
             Vec<T> ddt = load<T>(grad.ddt + i) * ln2 + u * ddtu;
-            if (args.softplus) ddt *= sigmoid<T>(load<T>(tile.raw + i));
+            if (args.softplus) ddt *= sigmoid(load<T>(tile.raw + i));
             sum_bias += ddt;
             sum_d += dy * u;
             store<T>(grad.ddt + i, ddt);
@@ -310,7 +311,7 @@ void differentiate_split(const SelectiveScanArgs& args, const SelectiveScanGrads
                          const Runs& runs, const BackwardPlan<T>& plan, std::int64_t row,
                          std::int64_t group, std::int64_t split, T* memory) {
     const ScanShape& shape = plan.shape;
-    const ScanTile<T> tile(memory, shape.dstate);
+    const ScanTile<T> tile(memory, shape.dstate, Keep::inputs);
     const GradTile<T> grad(tile.end, shape.dstate);
     tile.clear();
     const std::int64_t first = group * shape.blocks_per_group + split * shape.blocks_per_group / plan.splits;
@@ -332,7 +333,7 @@ void differentiate_split(const SelectiveScanArgs& args, const SelectiveScanGrads
             const ScanBlock block = shape.block(row, index, kLanes<T>);
             // The lanes beyond a narrow block's width enter the sums of dB and dC: they must be zero.
             if (block.width < block.padded_width) {
-                std::memset(tile.u, 0, sizeof(T) * static_cast<std::size_t>(tile.B - tile.u));
+                std::memset(tile.begin, 0, sizeof(T) * static_cast<std::size_t>(tile.B - tile.begin));
                 std::memset(grad.dy, 0, sizeof(T) * static_cast<std::size_t>(ScanTile<T>::kArea));
             }
             if (index == first) tile.load_groups(args, shape, block, t0, steps);
@@ -415,7 +416,7 @@ void differentiate_rows(const SelectiveScanArgs& args, const SelectiveScanGrads&
     const std::int64_t partial_b = args.B.ndim == 4 ? plan.partial_elements() : 0;
     const std::int64_t partial_c = args.C.ndim == 4 ? plan.partial_elements() : 0;
     const std::int64_t per_thread =
-        ScanTile<T>::elements(shape.dstate) + GradTile<T>::elements(shape.dstate);
+        ScanTile<T>::elements(shape.dstate, Keep::inputs) + GradTile<T>::elements(shape.dstate);
     const Scratch scratch(sizeof(T) * static_cast<std::size_t>(plan.sum_elements() + partial_b +
                                                                partial_c + per_thread * threads));
     plan.sums = static_cast<T*>(scratch.data());

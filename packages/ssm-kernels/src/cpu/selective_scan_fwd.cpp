@@ -40,8 +40,8 @@ void scan_run(const ScanTile<T>& tile, std::int64_t dstate, std::int64_t width, 
               std::int64_t end) {
     for (std::int64_t lane = 0; lane < width; lane += kLanes<T>) {
         std::int64_t n = 0;
-        // Sixteen states fill the register file. A constant B or C is rare and stays small.
-        if constexpr (!kConstB && !kConstC)
+        // Sixteen states fill 32 registers, four fill 16. A constant B or C is rare and stays small.
+        if constexpr (kVectorBytes == 64 && !kConstB && !kConstC)
             for (; n + 16 <= dstate; n += 16)
                 scan_states<T, 16, kConstB, kConstC>(tile, dstate, n, lane, begin, end);
         for (; n + 4 <= dstate; n += 4)
@@ -52,24 +52,35 @@ void scan_run(const ScanTile<T>& tile, std::int64_t dstate, std::int64_t width, 
 }
 
 template <class T>
-void gate_run(const ScanTile<T>& tile, std::int64_t width, std::int64_t begin, std::int64_t end) {
-    for (std::int64_t t = begin; t < end; ++t)
-        for (std::int64_t i = t * kScanChannels; i < t * kScanChannels + width; i += kLanes<T>)
+void gate(const SelectiveScanArgs& args, const ScanTile<T>& tile, const ScanBlock& block,
+          std::int64_t t0, std::int64_t steps) {
+    load_tile(tile.z, kScanChannels, sequence_plane(args.z, block, t0), steps, block.width);
+    for (std::int64_t lane = 0; lane < block.padded_width; lane += kLanes<T>)
+        for (std::int64_t i = lane; i < steps * kScanChannels; i += kScanChannels)
             store<T>(tile.y + i, load<T>(tile.y + i) * silu<T>(load<T>(tile.z + i)));
 }
 
 // Skipped steps give 0, whatever their inputs hold.
 template <class T>
-void clear_gap(const ScanTile<T>& tile, std::int64_t begin, std::int64_t end) {
-    if (begin < end)
-        std::memset(tile.y + begin * kScanChannels, 0,
-                    sizeof(T) * static_cast<std::size_t>((end - begin) * kScanChannels));
+void clear_gaps(const ScanTile<T>& tile, const Run* run, const Run* end_run, std::int64_t t0,
+                std::int64_t steps) {
+    const auto clear = [&](std::int64_t begin, std::int64_t end) {
+        if (begin < end)
+            std::memset(tile.y + begin * kScanChannels, 0,
+                        sizeof(T) * static_cast<std::size_t>((end - begin) * kScanChannels));
+    };
+    std::int64_t done = 0;
+    for (; run < end_run && run->begin < t0 + steps; ++run) {
+        clear(done, run->begin - t0);
+        done = run->end - t0;
+    }
+    clear(done, steps);
 }
 
 template <class T>
 void scan_block(const SelectiveScanArgs& args, const Runs& runs, const ScanShape& shape,
                 const ScanBlock& block, T* memory) {
-    const ScanTile<T> tile(memory, shape.dstate);
+    const ScanTile<T> tile(memory, shape.dstate, Keep::outputs);
     tile.clear();
     tile.load_parameters(args, shape, block);
     const auto scan = args.B.ndim == 2
@@ -84,20 +95,18 @@ void scan_block(const SelectiveScanArgs& args, const Runs& runs, const ScanShape
         if (args.checkpoints.ndim >= 0)
             store_tile(checkpoint_plane(args.checkpoints, block, t0), tile.h, kScanChannels,
                        shape.dstate, block.width);
-        std::int64_t done = 0;
+        const Run* const first_run = run;
         for (; run < end_run && run->begin < t0 + steps; ++run) {
             const std::int64_t begin = max(run->begin - t0, 0), end = min(run->end - t0, steps);
-            clear_gap(tile, done, begin);
-            done = end;
             if (run->begin >= t0) tile.enter(args, shape, block, run->state_in);
             scan(tile, shape.dstate, block.padded_width, begin, end);
-            if (args.z.ndim >= 0) gate_run(tile, block.padded_width, begin, end);
             if (run->end > t0 + steps) break;
             if (args.last_state.ndim >= 0 && run->state_out != Run::kNone)
                 store_tile(channel_state_plane(args.last_state, run->state_out, block.channel), tile.h,
                            kScanChannels, shape.dstate, block.width);
         }
-        clear_gap(tile, done, steps);
+        if (args.z.ndim >= 0) gate(args, tile, block, t0, steps);
+        if (!runs.covers_all) clear_gaps(tile, first_run, end_run, t0, steps);
         store_tile(sequence_plane(args.y, block, t0), tile.y, kScanChannels, steps, block.width);
     }
 }
@@ -109,7 +118,7 @@ void scan_rows(const SelectiveScanArgs& args, const Runs& runs, int threads) {
     if (args.last_state.ndim >= 0 && (shape.seqlen == 0 || !runs.covers_all))
         copy_states<T>(args.initial_state, args.last_state, threads);
     if (shape.seqlen == 0) return;
-    const std::int64_t elements = ScanTile<T>::elements(shape.dstate);
+    const std::int64_t elements = ScanTile<T>::elements(shape.dstate, Keep::outputs);
     const Scratch scratch(sizeof(T) * static_cast<std::size_t>(elements * threads));
     parallel_for(shape.batch * shape.blocks_per_row(), threads, [&](std::int64_t task, int thread) {
         const ScanBlock block = shape.block(task / shape.blocks_per_row(),

@@ -106,55 +106,83 @@ SSM_INLINE Vec<T> input_vector(const T* tile, std::int64_t dstate, std::int64_t 
         return broadcast(tile[t * dstate + n]);
 }
 
+/// What a tile keeps beside the scan itself: the backward needs all inputs again, the forward lets an
+/// array serve twice, so that the whole tile stays in the first-level cache.
+enum class Keep { outputs, inputs };
+
 /// Dense arrays for 32 steps of 32 channels in the compute type. Channels beyond the block's width
 /// are zero on input and never stored.
 template <class T>
 struct ScanTile {
-    static constexpr std::int64_t kArea = kScanSteps * kScanChannels;
+    // The padding keeps equal places of two areas from being equal modulo 4096 bytes, where a load
+    // waits for an earlier store of another area and all areas fight for the same cache sets.
+    static constexpr std::int64_t kArea = kScanSteps * kScanChannels + 160;
 
-    T* u;       // [step][channel]
-    T* raw;     // [step][channel]   delta + dt_bias
     T* dt;      // [step][channel]   after softplus
     T* dtu;     // [step][channel]   dt * u
     T* y;       // [step][channel]
-    T* z;       // [step][channel]
+    T* u;       // [step][channel]   shares y when inputs are not kept
+    T* raw;     // [step][channel]   delta + dt_bias; shares dt
+    T* z;       // [step][channel]   shares dtu: read only after the scan
     T* A;       // [state][channel]  times log2(e), for exp2
     T* h;       // [state][channel]
     T* B;       // [step][state], or [state][channel] when constant
     T* C;       // as B
     T* D;       // [channel]
     T* bias;    // [channel]
-    T* end;     // first element after the tile
+    T* limit;   // [channel]         largest |dt|
+    T* begin;
+    T* end;
 
-    static std::int64_t elements(std::int64_t dstate) {
-        return 6 * kArea + 4 * dstate * kScanChannels + 2 * kScanChannels;
+    static std::int64_t elements(std::int64_t dstate, Keep keep) {
+        return (keep == Keep::inputs ? 6 : 3) * kArea + (4 * dstate + 3) * kScanChannels;
     }
 
-    ScanTile(T* memory, std::int64_t dstate) {
+    ScanTile(T* memory, std::int64_t dstate, Keep keep) : begin(memory) {
+        const auto take = [&memory](std::int64_t count) {
+            T* const area = memory;
+            memory += count;
+            return area;
+        };
+        const bool apart = keep == Keep::inputs;
+        dt = take(kArea);
+        dtu = take(kArea);
+        y = take(kArea);
+        u = apart ? take(kArea) : y;
+        raw = apart ? take(kArea) : dt;
+        z = apart ? take(kArea) : dtu;
         const std::int64_t states = dstate * kScanChannels;  // also kScanSteps * dstate
-        T** const areas[] = {&u, &raw, &dt, &dtu, &y, &z};
-        for (T** area : areas) {
-            *area = memory;
-            memory += kArea;
-        }
-        T** const tables[] = {&A, &h, &B, &C};
-        for (T** table : tables) {
-            *table = memory;
-            memory += states;
-        }
-        D = memory;
-        bias = memory + kScanChannels;
-        end = memory + 2 * kScanChannels;
+        A = take(states);
+        h = take(states);
+        B = take(states);
+        C = take(states);
+        D = take(kScanChannels);
+        bias = take(kScanChannels);
+        limit = take(kScanChannels);
+        end = memory;
     }
 
-    void clear() const { std::memset(u, 0, sizeof(T) * static_cast<std::size_t>(end - u)); }
+    void clear() const { std::memset(begin, 0, sizeof(T) * static_cast<std::size_t>(end - begin)); }
 
     void load_parameters(const SelectiveScanArgs& args, const ScanShape& shape,
                          const ScanBlock& block) const {
         load_tile(A, kScanChannels, channel_state_plane(args.A, 0, block.channel), shape.dstate,
                   block.width);
         constexpr T log2e = static_cast<T>(1.4426950408889634);
-        for (std::int64_t i = 0; i < shape.dstate * kScanChannels; ++i) A[i] *= log2e;
+        // No product dt A may reach infinity, since exp2 takes only finite arguments: A is cut at
+        // 1e30 and dt where the largest product of its channel would pass 3e38. The decay is 0 (or
+        // infinite) long before either.
+        T largest[kScanChannels];
+        for (std::int64_t c = 0; c < kScanChannels; ++c) largest[c] = 1;
+        for (std::int64_t n = 0; n < shape.dstate; ++n)
+            for (std::int64_t c = 0; c < kScanChannels; ++c) {
+                T& rate = A[n * kScanChannels + c];
+                rate *= log2e;
+                rate = rate < T(-1e30) ? T(-1e30) : rate > T(1e30) ? T(1e30) : rate;
+                const T size = rate < 0 ? -rate : rate;
+                largest[c] = size > largest[c] ? size : largest[c];
+            }
+        for (std::int64_t c = 0; c < kScanChannels; ++c) limit[c] = T(3e38) / largest[c];
         if (args.B.ndim == 2)
             load_tile(B, kScanChannels, channel_state_plane(args.B, 0, block.channel), shape.dstate,
                       block.width);
@@ -176,20 +204,19 @@ struct ScanTile {
             load_tile(C, shape.dstate, group_plane(args.C, shape, block, t0), steps, shape.dstate);
     }
 
-    /// u, delta and z from t0 on, the step sizes, and the skip term D u as the output so far.
+    /// u and delta from t0 on, the step sizes, and the skip term D u as the output so far.
     void load_inputs(const SelectiveScanArgs& args, const ScanBlock& block, std::int64_t t0,
                      std::int64_t steps) const {
         load_tile(u, kScanChannels, sequence_plane(args.u, block, t0), steps, block.width);
         load_tile(raw, kScanChannels, sequence_plane(args.delta, block, t0), steps, block.width);
-        if (args.z.ndim >= 0)
-            load_tile(z, kScanChannels, sequence_plane(args.z, block, t0), steps, block.width);
         for (std::int64_t lane = 0; lane < block.padded_width; lane += kLanes<T>) {
-            const Vec<T> offset = load<T>(bias + lane), skip = load<T>(D + lane);
+            const Vec<T> offset = load<T>(bias + lane), skip = load<T>(D + lane), high = load<T>(limit + lane);
             for (std::int64_t i = lane; i < steps * kScanChannels; i += kScanChannels) {
                 const Vec<T> x = load<T>(raw + i) + offset, in = load<T>(u + i);
-                const Vec<T> size = args.softplus ? softplus<T>(x) : x;
+                const Vec<T> size = args.softplus ? softplus(x) : x;
                 store<T>(raw + i, x);
-                store<T>(dt + i, size);
+                const Vec<T> bounded = size > high ? high : size;
+                store<T>(dt + i, bounded < -high ? -high : bounded);
                 store<T>(dtu + i, size * in);
                 store<T>(y + i, skip * in);
             }

@@ -144,13 +144,22 @@ SSM_INLINE void transpose_square(Vec<T>* rows) {
     }
 }
 
+template <class T>
+SSM_INLINE void copy_row(T* __restrict to, const T* __restrict from, std::int64_t count) {
+    std::int64_t i = 0;
+    for (; i + kLanes<T> <= count; i += kLanes<T>) store<T>(to + i, load<T>(from + i));
+    for (; i < count; ++i) to[i] = from[i];
+}
+
 /// Converts `count` adjacent elements.
 template <class T, class E>
 SSM_INLINE void widen_row(T* __restrict to, const E* __restrict from, std::int64_t count) {
+    if constexpr (std::is_same_v<T, E>) return copy_row(to, from, count);
     for (std::int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(widen(from[i]));
 }
 template <class T, class E>
 SSM_INLINE void narrow_row(E* __restrict to, const T* __restrict from, std::int64_t count) {
+    if constexpr (std::is_same_v<T, E>) return copy_row(to, from, count);
     for (std::int64_t i = 0; i < count; ++i) narrow(to + i, from[i]);
 }
 

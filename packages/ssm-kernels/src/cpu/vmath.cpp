@@ -11,10 +11,10 @@ template <class T>
 Vec<T> apply(int function, Vec<T> x) {
     switch (function) {
         case 0: return exp2(x);
-        case 1: return exp_negative(x);
+        case 1: return exp_bounded(x);
         case 2: return log1p_unit(x);
-        case 3: return softplus<T>(x);
-        case 4: return sigmoid<T>(x);
+        case 3: return softplus(x);
+        case 4: return sigmoid(x);
         default: return silu<T>(x);
     }
 }

@@ -46,84 +46,104 @@ SSM_INLINE Vec<float> round_even(Vec<float> x) {
 #endif
 }
 
-/// p * 2^n for integral n and p in [0.5, 2]. Results below 2^-125 become zero where the instruction
-/// set has no scaling instruction.
+/// min(x, bound); NaN in x stays NaN.
+SSM_INLINE Vec<float> at_most(Vec<float> x, float bound) {
+#if defined(__AVX512F__)
+    return (Vec<float>)_mm512_min_ps(_mm512_set1_ps(bound), (__m512)x);
+#elif defined(__AVX2__)
+    return (Vec<float>)_mm256_min_ps(_mm256_set1_ps(bound), (__m256)x);
+#else
+    return x > bound ? broadcast(bound) : x;
+#endif
+}
+
+/// max(x, bound); NaN in x stays NaN.
+SSM_INLINE Vec<float> at_least(Vec<float> x, float bound) {
+#if defined(__AVX512F__)
+    return (Vec<float>)_mm512_max_ps(_mm512_set1_ps(bound), (__m512)x);
+#elif defined(__AVX2__)
+    return (Vec<float>)_mm256_max_ps(_mm256_set1_ps(bound), (__m256)x);
+#else
+    return x < bound ? broadcast(bound) : x;
+#endif
+}
+
+/// p * 2^n for p = 2^f, |f| <= 0.5, and integral n <= 128. Without a scaling instruction, n is added
+/// to the exponent field and what lies below 2^-126 comes out as some value below 2^-125.
 SSM_INLINE Vec<float> scale_by_power(Vec<float> p, Vec<float> n) {
 #if defined(__AVX512F__)
     return (Vec<float>)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
     typedef std::int32_t Bits __attribute__((vector_size(kVectorBytes)));
-    Vec<float> c = n < -125.0f ? broadcast(-125.0f) : n;
-    c = c > 128.0f ? broadcast(128.0f) : c;
-    // 1.5 * 2^23 + c holds the integer c in its low bits. Half of the scale goes in here and the
-    // factor 2 at the end, since 2^128 has no float.
-    const Bits integer = (Bits)(c + 12582912.0f) - 0x4b400000;
-    const Vec<float> r = p * (Vec<float>)((integer + 126) << 23);
-    return n < -125.0f ? Vec<float>{} : r + r;
+#if defined(__AVX2__)
+    const Bits integer = (Bits)_mm256_max_epi32(_mm256_cvtps_epi32((__m256)n), _mm256_set1_epi32(-126));
+#else
+    const Vec<float> bounded = n < -126.0f ? broadcast(-126.0f) : n;
+    const Bits integer = (Bits)(bounded + 12582912.0f) - 0x4b400000;
+#endif
+    return (Vec<float>)((Bits)p + (integer << 23));
 #endif
 }
 
-/// 2^x. The lower bound keeps -infinity out of x - n; 2^-200 is zero already.
+/// 2^x for x that is not -infinity (the products of the scans are kept finite).
 SSM_INLINE Vec<float> exp2(Vec<float> x) {
-#if defined(__AVX512F__)
-    x = (Vec<float>)_mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x);  // NaN in x passes
-#else
-    x = x < -200.0f ? broadcast(-200.0f) : x;
+#if !defined(__AVX512F__)
+    x = at_most(x, 128.0f);  // 2^128 is infinity: exponent field 255 and no mantissa bits
 #endif
     const Vec<float> n = round_even(x);
     return scale_by_power(exp2_fraction(x - n), n);
 }
 SSM_INLINE Vec<double> exp2(Vec<double> x) { return per_lane<::exp2>(x); }
 
-/// e^x for x <= 0 with Cody and Waite's two-part ln 2, so that the error does not grow with |x|.
-SSM_INLINE Vec<float> exp_negative(Vec<float> x) {
-    x = x < -150.0f ? broadcast(-150.0f) : x;
-    const Vec<float> n = round_even(x * 1.44269504f);
-    const Vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    return scale_by_power(exp2_fraction(r * 1.44269504f), n);
+/// e^x for -87 <= x <= 88. The product with log2(e) is fused and its tail added, so that the error
+/// does not grow with |x|; without fused operations it grows to about |x| ulp.
+SSM_INLINE Vec<float> exp_bounded(Vec<float> x) {
+    const Vec<float> n = round_even(x * 1.44269502e+0f);
+    const Vec<float> f = x * 1.92596303e-8f + (x * 1.44269502e+0f - n);
+    return scale_by_power(exp2_fraction(f), n);
 }
-SSM_INLINE Vec<double> exp_negative(Vec<double> x) { return per_lane<::exp>(x); }
+SSM_INLINE Vec<double> exp_bounded(Vec<double> x) { return per_lane<::exp>(x); }
 
-/// a / b for b in [1, 4]: no special cases to keep.
-SSM_INLINE Vec<float> divide_near_one(Vec<float> a, Vec<float> b) {
+/// 1 / b for 1 <= b < 2^126: no special cases to keep.
+SSM_INLINE Vec<float> reciprocal(Vec<float> b) {
 #if defined(__AVX512F__)
     const Vec<float> r = (Vec<float>)_mm512_rcp14_ps((__m512)b);
-    return a * (r + r * (1.0f - b * r));
+    return r + r * (1.0f - b * r);
 #else
-    return a / b;
+    return 1.0f / b;
 #endif
 }
-SSM_INLINE Vec<double> divide_near_one(Vec<double> a, Vec<double> b) { return a / b; }
+SSM_INLINE Vec<double> reciprocal(Vec<double> b) { return 1.0 / b; }
 
 /// log(1 + t) for t in [0, 1]: 2 atanh(s), s = t / (2 + t), minimax of degree 4 in s^2.
 SSM_INLINE Vec<float> log1p_unit(Vec<float> t) {
-    const Vec<float> s = divide_near_one(t, t + 2.0f);
+    const Vec<float> s = t * reciprocal(t + 2.0f);
     const Vec<float> q = s * s;
-    Vec<float> p = broadcast(2.81783281e-1f);
-    p = p * q + 2.79606042e-1f;
+    Vec<float> p = q * 2.81783281e-1f + 2.79606042e-1f;
     p = p * q + 4.00249102e-1f;
     p = p * q + 6.66663147e-1f;
     return s * (p * q + 2.0f);
 }
 SSM_INLINE Vec<double> log1p_unit(Vec<double> t) { return per_lane<::log1p>(t); }
 
-/// max(x, 0) + log1p(exp(-|x|)).
-template <class T>
-SSM_INLINE Vec<T> softplus(Vec<T> x) {
-    const Vec<T> positive = select<T>(x < T(0), zero<T>(), x);
-    return positive + log1p_unit(exp_negative(-absolute(x)));
+/// max(x, 0) + log1p(exp(-|x|)). Below -87 the result is exp(-87), which is under 2^-125.
+SSM_INLINE Vec<float> softplus(Vec<float> x) {
+    return at_least(x, 0.0f) + log1p_unit(exp_bounded(at_least(-absolute(x), -87.0f)));
+}
+SSM_INLINE Vec<double> softplus(Vec<double> x) {
+    const Vec<double> positive = x < 0.0 ? Vec<double>{} : x;
+    return positive + log1p_unit(exp_bounded(-absolute(x)));
 }
 
-/// 1 / (1 + exp(-x)) from exp(-|x|), which cannot overflow.
-template <class T>
-SSM_INLINE Vec<T> sigmoid(Vec<T> x) {
-    const Vec<T> t = exp_negative(-absolute(x));
-    return divide_near_one(select<T>(x < T(0), t, broadcast(T(1))), t + T(1));
+/// 1 / (1 + exp(-x)); below -87 it stays at exp(-87).
+SSM_INLINE Vec<float> sigmoid(Vec<float> x) {
+    return reciprocal(exp_bounded(at_most(at_least(-x, -87.0f), 87.0f)) + 1.0f);
 }
+SSM_INLINE Vec<double> sigmoid(Vec<double> x) { return reciprocal(exp_bounded(-x) + 1.0); }
 
 template <class T>
 SSM_INLINE Vec<T> silu(Vec<T> x) {
-    return x * sigmoid<T>(x);
+    return x * sigmoid(x);
 }
 
 }  // namespace ssm::cpu::SSM_ISA

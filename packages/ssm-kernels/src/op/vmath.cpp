@@ -10,7 +10,7 @@ SSM_CPU_KERNEL(vmath, int, const TensorView&, const TensorView&)
 namespace ssm {
 
 void vmath(const char* function, const TensorView& x, const TensorView& y) {
-    constexpr const char* kFunctions[] = {"exp2", "exp_negative", "log1p_unit", "softplus", "sigmoid", "silu"};
+    constexpr const char* kFunctions[] = {"exp2", "exp_bounded", "log1p_unit", "softplus", "sigmoid", "silu"};
     const Checker check("vmath", x.device);
     check.rank("x", x, 1, "(n,)");
     check.output("y", y, {{"n", x.shape[0]}});
