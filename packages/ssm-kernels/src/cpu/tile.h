@@ -9,6 +9,7 @@
 #include <ssm/tensor.h>
 
 #include <type_traits>
+#include <utility>
 
 namespace ssm::cpu::SSM_ISA {
 
@@ -120,28 +121,29 @@ SSM_INLINE void visit_elements(const Plane& plane, const Visitor& visitor) {
     }
 }
 
-/// In-register transpose of a square of vectors, by swapping ever larger blocks.
+// One round of the transpose: exchanges the off-diagonal blocks of kBlock x kBlock elements.
+template <class T, int kBlock, int... kIndex>
+SSM_INLINE void transpose_round(Vec<T>* rows, std::integer_sequence<int, kIndex...>) {
+    constexpr int n = kLanes<T>;
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) {
+        if ((i & kBlock) != 0) continue;
+        const Vec<T> a = rows[i], b = rows[i + kBlock];
+        rows[i] = __builtin_shufflevector(a, b, ((kIndex & kBlock) ? n + kIndex - kBlock : kIndex)...);
+        rows[i + kBlock] =
+            __builtin_shufflevector(a, b, ((kIndex & kBlock) ? n + kIndex : kIndex + kBlock)...);
+    }
+}
+
+/// In-register transpose of a square of vectors.
 template <class T>
 SSM_INLINE void transpose_square(Vec<T>* rows) {
-    typedef std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t> Index;
-    typedef Index Mask __attribute__((vector_size(kVectorBytes)));
     constexpr int n = kLanes<T>;
-#pragma GCC unroll 4
-    for (int block = 1; block < n; block *= 2) {
-        Mask low, high;
-        for (int i = 0; i < n; ++i) {
-            const bool upper = (i & block) != 0;
-            low[i] = upper ? n + i - block : i;
-            high[i] = upper ? n + i : i + block;
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < n; ++i) {
-            if ((i & block) != 0) continue;
-            const Vec<T> a = rows[i], b = rows[i + block];
-            rows[i] = __builtin_shuffle(a, b, low);
-            rows[i + block] = __builtin_shuffle(a, b, high);
-        }
-    }
+    const auto lanes = std::make_integer_sequence<int, n>{};
+    transpose_round<T, 1>(rows, lanes);
+    if constexpr (n > 2) transpose_round<T, 2>(rows, lanes);
+    if constexpr (n > 4) transpose_round<T, 4>(rows, lanes);
+    if constexpr (n > 8) transpose_round<T, 8>(rows, lanes);
 }
 
 template <class T>
@@ -163,6 +165,20 @@ SSM_INLINE void narrow_row(E* __restrict to, const T* __restrict from, std::int6
     for (std::int64_t i = 0; i < count; ++i) narrow(to + i, from[i]);
 }
 
+/// One vector from adjacent elements.
+template <class T, class E>
+SSM_INLINE Vec<T> widen_vector(const E* from) {
+    T line[kLanes<T>];
+    widen_row(line, from, kLanes<T>);
+    return load<T>(line);
+}
+template <class T, class E>
+SSM_INLINE void narrow_vector(E* to, Vec<T> v) {
+    T line[kLanes<T>];
+    store<T>(line, v);
+    narrow_row(to, line, kLanes<T>);
+}
+
 /// tile[row * pitch + column] = plane(row, column), as T.
 template <class T>
 static inline void load_tile(T* tile, std::int64_t pitch, const Plane& plane, std::int64_t rows,
@@ -177,30 +193,19 @@ static inline void load_tile(T* tile, std::int64_t pitch, const Plane& plane, st
         }
         std::int64_t done = 0;
         if (row_stride == 1) {
-            T line[n];
             Vec<T> square[n];
             for (; done + n <= rows; done += n) {
-                for (std::int64_t c = 0; c < columns; c += n) {
-                    const int width = static_cast<int>(columns - c < n ? columns - c : n);
-                    for (int i = 0; i < n; ++i) {
-                        if (i >= width) {
-                            square[i] = zero<T>();
-                            continue;
-                        }
-                        widen_row(line, data + done + (c + i) * column_stride, n);
-                        square[i] = load<T>(line);
-                    }
+                std::int64_t c = 0;
+                for (; c + n <= columns; c += n) {
+                    for (int i = 0; i < n; ++i)
+                        square[i] = widen_vector<T>(data + done + (c + i) * column_stride);
                     transpose_square<T>(square);
-                    for (int r = 0; r < n; ++r) {
-                        T* to = tile + (done + r) * pitch + c;
-                        if (width == n) {
-                            store<T>(to, square[r]);
-                        } else {
-                            store<T>(line, square[r]);
-                            std::memcpy(to, line, sizeof(T) * static_cast<std::size_t>(width));
-                        }
-                    }
+                    for (int r = 0; r < n; ++r) store<T>(tile + (done + r) * pitch + c, square[r]);
                 }
+                for (; c < columns; ++c)
+                    for (int r = 0; r < n; ++r)
+                        tile[(done + r) * pitch + c] =
+                            static_cast<T>(widen(data[done + r + c * column_stride]));
             }
         }
         for (std::int64_t r = done; r < rows; ++r)
@@ -224,27 +229,18 @@ static inline void store_tile(const Plane& plane, const T* tile, std::int64_t pi
         }
         std::int64_t done = 0;
         if (row_stride == 1) {
-            T line[n];
             Vec<T> square[n];
             for (; done + n <= rows; done += n) {
-                for (std::int64_t c = 0; c < columns; c += n) {
-                    const int width = static_cast<int>(columns - c < n ? columns - c : n);
-                    for (int r = 0; r < n; ++r) {
-                        const T* from = tile + (done + r) * pitch + c;
-                        if (width == n) {
-                            square[r] = load<T>(from);
-                        } else {
-                            std::memset(line, 0, sizeof line);
-                            std::memcpy(line, from, sizeof(T) * static_cast<std::size_t>(width));
-                            square[r] = load<T>(line);
-                        }
-                    }
+                std::int64_t c = 0;
+                for (; c + n <= columns; c += n) {
+                    for (int r = 0; r < n; ++r) square[r] = load<T>(tile + (done + r) * pitch + c);
                     transpose_square<T>(square);
-                    for (int i = 0; i < width; ++i) {
-                        store<T>(line, square[i]);
-                        narrow_row(data + done + (c + i) * column_stride, line, n);
-                    }
+                    for (int i = 0; i < n; ++i)
+                        narrow_vector<T>(data + done + (c + i) * column_stride, square[i]);
                 }
+                for (; c < columns; ++c)
+                    for (int r = 0; r < n; ++r)
+                        narrow(data + done + r + c * column_stride, tile[(done + r) * pitch + c]);
             }
         }
         for (std::int64_t r = done; r < rows; ++r)

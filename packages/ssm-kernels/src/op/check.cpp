@@ -63,8 +63,7 @@ void Checker::rank(std::string_view name, const TensorView& view, int ndim,
                    std::string_view letters) const {
     given(name, view);
     if (view.ndim != ndim)
-        fail(name, "have shape " + std::string(letters),
-             "shape " + shape_text(view) + " of rank " + std::to_string(view.ndim));
+        fail(name, "have shape " + std::string(letters), shape_text(view));
 }
 
 void Checker::shape(std::string_view name, const TensorView& view,
