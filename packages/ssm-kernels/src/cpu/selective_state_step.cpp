@@ -17,26 +17,44 @@ constexpr std::int64_t kMostChannels = 128;    // of one task
 constexpr std::int64_t kTaskStates = 8192;     // state elements of one task, as far as possible
 constexpr std::int64_t kSerialStates = 65536;  // below, waking a thread costs more than it gains
 
-/// Lane i of the result is the sum of the lanes of rows[i].
-template <class T>
-SSM_INLINE Vec<T> sum_rows(Vec<T>* rows) {
+/// Shuffles of two vectors that bring together what sum_rows adds next. A table, because masks put
+/// together in a register cost more than all the additions.
+template <class T, int kBlock>
+struct SumShuffle {
     typedef std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t> Index;
     typedef Index Mask __attribute__((vector_size(kVectorBytes)));
-    constexpr int n = kLanes<T>;
-#pragma GCC unroll 4
-    for (int block = 1; block < n; block *= 2) {
-        Mask low, high;
+    alignas(kVectorBytes) Index low[kLanes<T>];
+    alignas(kVectorBytes) Index high[kLanes<T>];
+
+    constexpr SumShuffle() : low(), high() {
+        constexpr int n = kLanes<T>;
         for (int i = 0; i < n; ++i) {
-            const bool upper = (i & block) != 0;
-            low[i] = upper ? n + i - block : i;
-            high[i] = upper ? n + i : i + block;
+            const bool upper = (i & kBlock) != 0;
+            low[i] = upper ? n + i - kBlock : i;
+            high[i] = upper ? n + i : i + kBlock;
         }
-#pragma GCC unroll 16
-        for (int i = 0; i < n; i += 2 * block)
-            rows[i] = __builtin_shuffle(rows[i], rows[i + block], low) +
-                      __builtin_shuffle(rows[i], rows[i + block], high);
     }
-    return rows[0];
+    static Mask mask(const Index* indices) {
+        Mask m;
+        std::memcpy(&m, indices, sizeof m);
+        return m;
+    }
+};
+
+/// Lane i of the result is the sum of the lanes of rows[i].
+template <class T, int kBlock = 1>
+SSM_INLINE Vec<T> sum_rows(Vec<T>* rows) {
+    if constexpr (kBlock == kLanes<T>) {
+        return rows[0];
+    } else {
+        static constexpr SumShuffle<T, kBlock> shuffle;
+        const auto low = shuffle.mask(shuffle.low), high = shuffle.mask(shuffle.high);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes<T>; i += 2 * kBlock)
+            rows[i] = __builtin_shuffle(rows[i], rows[i + kBlock], low) +
+                      __builtin_shuffle(rows[i], rows[i + kBlock], high);
+        return sum_rows<T, 2 * kBlock>(rows);
+    }
 }
 
 /// A square of channels at one token. Rows of h and A are whole vectors long.
