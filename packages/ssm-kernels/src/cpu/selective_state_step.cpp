@@ -247,7 +247,7 @@ void prepare(const StepBlock<T>& block, const T* x, const T* dt, const T* bias, 
         if (i == 0 || !per_head) {
             size = load<T>(dt + i);
             if (bias != nullptr) size += load<T>(bias + i);
-            if (args.softplus) size = softplus<T>(size);
+            if (args.softplus) size = softplus(size);
             factor = size * log2e;
             if (rate_of != nullptr) factor = exp2(factor * load<T>(rate_of + i));
         }
