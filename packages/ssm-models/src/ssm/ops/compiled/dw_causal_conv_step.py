@@ -1,0 +1,50 @@
+"""The step of the causal convolution between torch and ``ssm_kernels``."""
+
+import ssm_kernels
+import torch
+
+from ssm.ops.compiled.dw_causal_conv import is_silu
+from ssm.ops.compiled.library import define
+from ssm.ops.python import reference
+
+
+def _forward(x, conv_state, weight, bias, cache_seqlens, state_indices, silu):
+    y = torch.empty_like(x)
+    ssm_kernels.dw_causal_conv_step_fwd(
+        x,
+        conv_state,
+        weight,
+        bias,
+        cache_seqlens,
+        state_indices,
+        y=y,
+        silu=silu,
+        num_threads=torch.get_num_threads(),
+    )
+    return y
+
+
+def _forward_fake(x, conv_state, weight, bias, cache_seqlens, state_indices, silu):
+    return torch.empty_like(x)
+
+
+_fwd = define(
+    "dw_causal_conv_step_fwd(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, "
+    "Tensor? cache_seqlens, Tensor? state_indices, bool silu) -> Tensor",
+    _forward,
+    _forward_fake,
+)
+
+
+def dw_causal_conv_step(
+    x, conv_state, weight, bias=None, activation="silu", *, cache_seqlens=None, state_indices=None
+):
+    """Run the step on compiled kernels; contract: ``ssm.ops.python.reference``."""
+    inputs = (x, conv_state, weight, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        # A step has no backward of its own; decoding runs without gradients.
+        return reference.dw_causal_conv_step(
+            *inputs, activation, cache_seqlens=cache_seqlens, state_indices=state_indices
+        )
+    silu = is_silu("dw_causal_conv_step", activation)
+    return _fwd(x, conv_state, weight, bias, cache_seqlens, state_indices, silu)
