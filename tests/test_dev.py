@@ -61,11 +61,13 @@ def test_counts_nothing_without_a_log(tmp_path):
 def test_refuses_a_bad_machine(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(dev, "VENV", tmp_path / "venv")
     monkeypatch.setattr(dev, "BUILD", tmp_path / "build")
-    monkeypatch.setattr(sys, "argv", ["dev.py", "build", *arguments])
+    monkeypatch.setattr(sys, "argv", ["dev.py", "test", *arguments])
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     assert dev.main() == 1
-    errors = capsys.readouterr().err.splitlines()
+    output = capsys.readouterr()
+    assert output.out == "0 passed, 1 failed, 0 skipped\n"
+    errors = output.err.splitlines()
     assert len(errors) == 1
     assert errors[0].startswith(f"dev.py: {message}")
     assert not list(tmp_path.iterdir())

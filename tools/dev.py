@@ -45,6 +45,8 @@ REQUIREMENTS = (
     ),
 )
 
+SUMMARY = "{passed} passed, {failed} failed, {skipped} skipped"
+
 # The console scripts of the packages -> the module that each runs.
 PROGRAMS = {"ssm-kernels": "ssm_kernels.cli", "ssm-models": "ssm.cli"}
 
@@ -255,12 +257,8 @@ def test(arguments: argparse.Namespace) -> int:
         print(f"skipped {number}: {reason}")
     for name in failed:
         print(f"failed: {name}")
-    print(
-        "{passed} passed, {failed} failed, {skipped} skipped".format_map(
-            {outcome: counts[outcome] for outcome in ("passed", "failed", "skipped")}
-        ),
-        flush=True,
-    )
+    outcomes = {outcome: counts[outcome] for outcome in ("passed", "failed", "skipped")}
+    print(SUMMARY.format(**outcomes), flush=True)
     return 1 if status or failed or not counts["passed"] else 0
 
 
@@ -291,7 +289,10 @@ def main() -> int:
         return COMMANDS[arguments.command](arguments) or 0
     except Fault as fault:
         for line in str(fault).splitlines():
-            print(f"dev.py: {line}", file=sys.stderr)
+            print(f"dev.py: {line}", file=sys.stderr, flush=True)
+        if arguments.command == "test":
+            # Whoever reads the last line finds one, and in it the failure.
+            print(SUMMARY.format(passed=0, failed=1, skipped=0), flush=True)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -9,7 +9,6 @@ import subprocess
 import sys
 
 import pytest
-
 import ssm_kernels
 from ssm_kernels import _build, cli, selftest
 
