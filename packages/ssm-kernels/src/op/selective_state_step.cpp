@@ -29,9 +29,11 @@ struct Form {
             if (sizes[i] >= 0 && sizes[i] != view.shape[i]) return false;
         return true;
     }
+    /// The letters, and the sizes where any is fixed. A free size stands as what was got, or, in a
+    /// shape of another rank, as its letter; the least group count is 1.
     std::string text(const TensorView& view) const {
         std::string named, sizes_text;
-        named.append("(").append(letters).append(")");
+        named.append("(").append(letters);
         bool any_fixed = false;
         for (int i = 0; i < ndim; ++i) {
             if (i > 0) sizes_text += ", ";
@@ -41,10 +43,10 @@ struct Form {
             else if (view.ndim == ndim)
                 sizes_text += std::to_string(view.shape[i]);
             else
-                sizes_text += static_cast<char>(-sizes[i]);
+                sizes_text += sizes[i] == -'G' ? '1' : static_cast<char>(-sizes[i]);
         }
-        if (any_fixed) named.append(" = (").append(sizes_text).append(ndim == 1 ? ",)" : ")");
-        return named;
+        if (any_fixed) named.append(") = (").append(sizes_text).append(ndim == 1 ? "," : "");
+        return named + ")";
     }
 };
 
@@ -56,33 +58,21 @@ public:
     /// short enough to feel it.
     void one_of(std::string_view name, const TensorView& view, std::initializer_list<Form> forms) const {
         given(name, view);
-        bool fits = false, same_rank = false;
+        // The sentence shows the last form of the tensor's rank, else the last, most general one.
+        const Form* shown = forms.end() - 1;
         for (const Form& form : forms) {
-            fits = fits || form.fits(view);
-            same_rank = same_rank || form.ndim == view.ndim;
+            if (form.fits(view)) {
+                floating(name, view);
+                device(name, view);
+                return;
+            }
+            if (form.ndim == view.ndim) shown = &form;
         }
-        if (!fits) refuse(name, view, forms, same_rank);
-        floating(name, view);
-        device(name, view);
+        fail(name, "have shape " + shown->text(view), shape_text(view));
     }
     void optional_one_of(std::string_view name, const TensorView& view,
                          std::initializer_list<Form> forms) const {
         if (present(view)) one_of(name, view, forms);
-    }
-
-private:
-    [[noreturn]] void refuse(std::string_view name, const TensorView& view,
-                             std::initializer_list<Form> forms, bool same_rank) const {
-        std::string rule;
-        int left = 0;
-        for (const Form& form : forms) left += !same_rank || form.ndim == view.ndim;
-        for (const Form& form : forms) {
-            if (same_rank && form.ndim != view.ndim) continue;
-            rule += form.text(view);
-            --left;
-            if (left > 0) rule += left == 1 ? " or " : ", ";
-        }
-        fail(name, "have shape " + rule, shape_text(view));
     }
 };
 

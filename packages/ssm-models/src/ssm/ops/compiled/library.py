@@ -8,6 +8,27 @@ import torch
 _LIBRARY = torch.library.Library("ssm", "FRAGMENT")
 
 
+def is_eager(x: torch.Tensor) -> bool:
+    """Return whether a call may go to the kernels directly, past torch's dispatcher.
+
+    Args:
+        x: main input of an operator.
+
+    Returns:
+        False while torch traces, transforms or intercepts operators, or if x is no plain tensor:
+        then the call must go through the registered operator. Gradients are the caller's concern.
+
+    Source:
+        A step of decoding is shorter than the dispatcher's way through Python.
+    """
+    return (
+        type(x) is torch.Tensor
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.maybe_current_level() is None
+    )
+
+
 def define(schema: str, kernel: Callable, fake: Callable) -> Callable:
     """Register the operator ``ssm::<schema>``.
 
