@@ -1,0 +1,178 @@
+"""The fused norm between torch and ``ssm_kernels``: allocation, gradients, shapes.
+
+The backward needs the sum s unrounded. It is what was returned where that has the accumulate dtype,
+x itself without a residual, and otherwise x and the residual, which the kernel adds again.
+"""
+
+import math
+
+import ssm_kernels
+import torch
+
+from ssm.ops.compiled.library import define, differentiate, is_eager, refuse_second_gradient
+
+
+def _acc_dtype(x):
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _allocate(x, is_rms, sum_dtype, save):
+    """Return empty y, s, mean and rstd; what is not asked for has no element."""
+    rows, acc = math.prod(x.shape[:-1]), _acc_dtype(x)
+    return (
+        torch.empty_like(x),
+        x.new_empty(0) if sum_dtype is None else torch.empty_like(x, dtype=sum_dtype),
+        x.new_empty(rows if save and not is_rms else 0, dtype=acc),
+        x.new_empty(rows if save else 0, dtype=acc),
+    )
+
+
+def _forward(x, weight, bias, residual, is_rms, eps, sum_dtype, save):
+    y, s, mean, rstd = _allocate(x, is_rms, sum_dtype, save)
+    ssm_kernels.fused_layer_norm_fwd(
+        x,
+        weight,
+        bias,
+        residual,
+        y=y,
+        residual_out=None if sum_dtype is None else s,
+        mean=mean if save and not is_rms else None,
+        rstd=rstd if save else None,
+        is_rms=is_rms,
+        eps=eps,
+        num_threads=torch.get_num_threads(),
+    )
+    return y, s, mean, rstd
+
+
+def _forward_fake(x, weight, bias, residual, is_rms, eps, sum_dtype, save):
+    return _allocate(x, is_rms, sum_dtype, save)
+
+
+def _allocate_gradients(s, weight, bias_dtype, residual, x_dtype, *_):
+    """Return empty dx, dresidual, dweight and dbias; what is not asked for has no element."""
+    return (
+        torch.empty_like(s, dtype=x_dtype),
+        s.new_empty(0) if residual is None else torch.empty_like(s, dtype=residual),
+        torch.empty_like(weight),
+        weight.new_empty(0) if bias_dtype is None else torch.empty_like(weight, dtype=bias_dtype),
+    )
+
+
+def _backward_kernel(
+    s, weight, bias_dtype, dresidual_dtype, x_dtype, residual, mean, rstd, dy, ds, is_rms
+):
+    gradients = _allocate_gradients(s, weight, bias_dtype, dresidual_dtype, x_dtype)
+    dx, dresidual, dweight, dbias = gradients
+    ssm_kernels.fused_layer_norm_bwd(
+        s,
+        weight,
+        residual,
+        mean=None if is_rms else mean,
+        rstd=rstd,
+        dy=dy,
+        dresidual_out=ds,
+        dx=dx,
+        dresidual=None if dresidual_dtype is None else dresidual,
+        dweight=dweight,
+        dbias=None if bias_dtype is None else dbias,
+        is_rms=is_rms,
+        num_threads=torch.get_num_threads(),
+    )
+    return gradients
+
+
+def _backward_fake(*args):
+    return _allocate_gradients(*args)
+
+
+_fwd = define(
+    "fused_layer_norm_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool is_rms, "
+    "float eps, ScalarType? sum_dtype, bool save) -> "
+    "(Tensor y, Tensor s, Tensor mean, Tensor rstd)",
+    _forward,
+    _forward_fake,
+)
+_bwd = define(
+    "fused_layer_norm_bwd(Tensor s, Tensor weight, ScalarType? bias_dtype, "
+    "ScalarType? dresidual_dtype, ScalarType x_dtype, Tensor? residual, Tensor mean, Tensor rstd, "
+    "Tensor dy, Tensor? ds, bool is_rms) -> "
+    "(Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
+    _backward_kernel,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, residual, ctx.is_rms, _, sum_dtype, _ = inputs
+    _, s, mean, rstd = output
+    ctx.x_dtype = x.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.residual_dtype = None if residual is None else residual.dtype
+    if residual is not None and sum_dtype == _acc_dtype(x):
+        ctx.save_for_backward(s, None, weight, mean, rstd)
+    else:
+        ctx.save_for_backward(x, residual, weight, mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, ds, *_):
+    s, residual, weight, mean, rstd = ctx.saved_tensors
+    if dy is None and ds is None:
+        return (None,) * 8
+    if dy is None:
+        dy = torch.zeros_like(s, dtype=ctx.x_dtype)
+    # One gradient serves x and a residual of the same dtype.
+    is_shared = ctx.residual_dtype in (None, ctx.x_dtype)
+    dx, dresidual, dweight, dbias = _bwd(
+        s,
+        weight,
+        ctx.bias_dtype,
+        None if is_shared else ctx.residual_dtype,
+        ctx.x_dtype,
+        residual,
+        mean,
+        rstd,
+        dy,
+        ds,
+        ctx.is_rms,
+    )
+    return (
+        dx,
+        dweight,
+        None if ctx.bias_dtype is None else dbias,
+        None if ctx.residual_dtype is None else dx if is_shared else dresidual,
+        *(None,) * 4,
+    )
+
+
+differentiate("fused_layer_norm_fwd", _setup_context, _backward)
+refuse_second_gradient("fused_layer_norm_bwd")
+
+
+def fused_layer_norm(
+    x,
+    weight,
+    bias,
+    residual=None,
+    is_rms=False,
+    eps=1e-5,
+    prenorm=True,
+    residual_in_fp32=True,
+):
+    """Run the fused norm on compiled kernels; contract: ``ssm.ops.python.reference``."""
+    sum_dtype = None
+    if prenorm:
+        given = x if residual is None else residual
+        sum_dtype = _acc_dtype(x) if residual_in_fp32 else given.dtype
+    inputs = (x, weight, bias, residual)
+    save = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in inputs)
+    # Without a residual x is the sum already. With gradients it still goes through the operator,
+    # which adds the two gradients before it rounds them.
+    is_sum = prenorm and residual is None and sum_dtype == x.dtype and not save
+    call = _forward if not save and is_eager(x) else _fwd
+    y, s, _, _ = call(*inputs, is_rms, eps, None if is_sum else sum_dtype, save)
+    if not prenorm:
+        return y
+    return y, x if is_sum else s
