@@ -24,6 +24,13 @@ std::string tuple_text(const std::int64_t* sizes, int count) {
     return text + (count == 1 ? ",)" : ")");
 }
 
+// Strides of an empty array mean nothing.
+bool is_empty(const TensorView& view) {
+    for (int i = 0; i < view.ndim; ++i)
+        if (view.shape[i] == 0) return true;
+    return false;
+}
+
 }  // namespace
 
 void fail(std::string_view op, std::string_view argument, std::string_view rule,
@@ -124,6 +131,7 @@ void Checker::optional_input(std::string_view name, const TensorView& view,
 void Checker::output(std::string_view name, const TensorView& view,
                      std::initializer_list<Axis> axes) const {
     input(name, view, axes);
+    if (is_empty(view)) return;
     for (int i = 0; i < view.ndim; ++i)
         if (view.shape[i] > 1 && view.stride[i] == 0)
             fail(name, "not overlap itself", "stride 0 along axis " + std::to_string(i));
@@ -135,8 +143,7 @@ void Checker::optional_output(std::string_view name, const TensorView& view,
 }
 
 void Checker::contiguous(std::string_view name, const TensorView& view) const {
-    for (int i = 0; i < view.ndim; ++i)
-        if (view.shape[i] == 0) return;  // strides of an empty array mean nothing
+    if (is_empty(view)) return;
     std::int64_t wanted = 1;
     for (int i = view.ndim - 1; i >= 0; --i) {
         if (view.shape[i] > 1 && view.stride[i] != wanted)
