@@ -4,6 +4,8 @@
 #include "check.h"
 #include "isa.h"
 
+#include <charconv>
+
 SSM_CPU_KERNEL(fused_layer_norm_fwd, const FusedLayerNormArgs&, int)
 SSM_CPU_KERNEL(fused_layer_norm_bwd, const FusedLayerNormArgs&, const FusedLayerNormGrads&, int)
 
@@ -48,13 +50,22 @@ TensorView merge_rows(const TensorView& view) {
     return merged;
 }
 
+// The shortest text that reads back as the same number, as Python spells it.
+std::string number_text(double value) {
+    char digits[32];
+    std::string text(digits, std::to_chars(digits, digits + sizeof digits, value).ptr);
+    return text.find_first_of(".en") == std::string::npos ? text + ".0" : text;
+}
+
 class NormChecker : public Checker {
 public:
     explicit NormChecker(const TensorView& x) : Checker(kOp, x.device), x_(x) {}
 
     void like_x(std::string_view name, const TensorView& view) const {
         given(name, view);
-        same_shape(name, view, x_);
+        bool same = view.ndim == x_.ndim;
+        for (int i = 0; same && i < view.ndim; ++i) same = view.shape[i] == x_.shape[i];
+        if (!same) fail(name, "have shape (..., D) = " + shape_text(x_), shape_text(view));
         floating(name, view);
         device(name, view);
     }
@@ -83,7 +94,7 @@ private:
 
 void check_inputs(const NormChecker& check, const FusedLayerNormArgs& args) {
     check.given("x", args.x);
-    if (args.x.ndim < 1) check.fail("x", "have shape (..., D)", "shape ()");
+    if (args.x.ndim < 1) check.fail("x", "have shape (..., D)", "()");
     check.floating("x", args.x);
     check_device_served(kOp, args.x.device);
     check.device("x", args.x);
@@ -107,7 +118,7 @@ void fused_layer_norm_fwd(const FusedLayerNormArgs& given, const Exec& exec) {
     }
     if (present(args.rstd)) check.statistic("rstd", args.rstd);
     // Written so that NaN is refused as well.
-    if (!(args.eps > 0)) check.fail("eps", "be positive", std::to_string(args.eps));
+    if (!(args.eps > 0)) check.fail("eps", "be positive", number_text(args.eps));
     for (TensorView* view : {&args.x, &args.residual, &args.y, &args.residual_out})
         *view = merge_rows(*view);
     cpu::fused_layer_norm_fwd.active()(args, thread_count(exec));
