@@ -1,6 +1,7 @@
 // Python binding of the process-wide choices, and of the vector functions for their tests.
 #include <ssm/device.h>
 
+#include "../op/ceiling.h"
 #include "../op/vmath.h"
 #include "tensor_arg.h"
 
@@ -31,6 +32,10 @@ void register_device(nb::module_& module) {
     module.def("_vmath", [](const char* function, const Input& x, const Output& y) {
         vmath(function, view("vmath", "x", x), view("vmath", "y", y));
     }, "function"_a, "x"_a, "y"_a, "Apply one vector function: exp2, exp_bounded, log1p_unit, softplus, sigmoid, silu.");
+    module.def("_ceiling", &ceiling, nb::call_guard<nb::gil_scoped_release>(), "name"_a, "threads"_a,
+               "seconds"_a, "bytes"_a = 0,
+               "Measure a limit of the processor, per second and for all threads together: fma, exp (elements), "
+               "copy, copy_streamed (bytes read plus written).");
 }
 
 }  // namespace ssm::bind
