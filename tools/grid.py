@@ -47,8 +47,8 @@ OPERATORS = {
 # Folder of the grid -> the names in it that are not operators.
 HELPERS = {
     f"{KERNELS}/include/ssm": {"ssm", "tensor", "device"},
-    f"{KERNELS}/src/op": {"check", "device", "isa", "runs", "scratch", "visit", "vmath"},
-    f"{KERNELS}/src/cpu": {"kernels", "parallel", "simd", "tile", "vmath"},
+    f"{KERNELS}/src/op": {"ceiling", "check", "device", "isa", "runs", "scratch", "visit", "vmath"},
+    f"{KERNELS}/src/cpu": {"ceiling", "kernels", "parallel", "simd", "tile", "vmath"},
     f"{KERNELS}/src/cuda": {"kernels", "launch", "vector", "scan", "tile_gemm"},
     f"{KERNELS}/src/bind": {
         "device",
