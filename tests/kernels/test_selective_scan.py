@@ -534,6 +534,20 @@ def test_growing_states_are_followed():
     np.testing.assert_allclose(got, want, rtol=2e-5)
 
 
+@pytest.mark.parametrize(
+    "name", ["u", "delta", "A", "B", "C", "D", "z", "dt_bias", "initial_state"]
+)
+def test_nan_is_not_hidden(name):
+    """A NaN anywhere shows in the output, so that a diverged training is seen."""
+    for dtype in ("float64", "float32"):
+        arguments = arguments_of(named("odd"), dtype)
+        arguments[name][(0,) * arguments[name].ndim] = np.nan
+        got = forward(arguments)
+        assert np.isnan(got["y"][0, 0]).any()
+        if name not in ("C", "D", "z"):
+            assert np.isnan(got["last_state"][0, 0]).any()
+
+
 def test_infinite_inputs_stay_in_their_channel():
     arguments = arguments_of(named("odd"), "float32")
     want = forward(arguments)["y"]

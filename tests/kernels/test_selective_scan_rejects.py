@@ -36,7 +36,7 @@ IDS = {
 FLOAT = "have dtype float64, float32, bfloat16 or float16"
 INPUTS_REJECTED = {
     "u_missing": ({"u": None}, "u must be given, got None"),
-    "u_rank": ({"u": zeros(4, 6)}, "u must have shape (B, D, L), got shape (4, 6) of rank 2"),
+    "u_rank": ({"u": zeros(4, 6)}, "u must have shape (B, D, L), got (4, 6)"),
     "u_dtype": ({"u": zeros(2, 4, 6, dtype="i4")}, f"u must {FLOAT}, got int32"),
     "u_bool": ({"u": zeros(2, 4, 6, dtype="?")}, f"u must {FLOAT}, got an unsupported dtype"),
     "delta_missing": ({"delta": None}, "delta must be given, got None"),
@@ -46,7 +46,7 @@ INPUTS_REJECTED = {
     ),
     "delta_dtype": ({"delta": zeros(2, 4, 6, dtype="i8")}, f"delta must {FLOAT}, got int64"),
     "A_missing": ({"A": None}, "A must be given, got None"),
-    "A_rank": ({"A": zeros(4)}, "A must have shape (D, N), got shape (4,) of rank 1"),
+    "A_rank": ({"A": zeros(4)}, "A must have shape (D, N), got (4,)"),
     "A_shape": ({"A": zeros(5, 3)}, "A must have shape (D, N) = (4, 3), got (5, 3)"),
     "A_dtype": ({"A": zeros(4, 3, dtype="u1")}, f"A must {FLOAT}, got uint8"),
     "B_missing": ({"B": None}, "B must be given, got None"),

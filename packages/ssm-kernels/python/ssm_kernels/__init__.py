@@ -1,13 +1,66 @@
-"""Compiled selective state space kernels on arrays of any framework with DLPack."""
+"""Compiled selective state space kernels on arrays of any framework with DLPack.
+
+Two faces. The kernels ``<op>_fwd`` and ``<op>_bwd`` write into arrays that the caller made: every
+output is an argument. The functions ``<op>`` make the outputs, in the framework of their main
+input (NumPy, PyTorch, JAX, or any with an array API namespace). No array library is needed to
+import this package, and none is imported by it.
+
+Two environment variables are read: SSM_ISA (auto, baseline, avx2, avx512), once, at the first call;
+and OpenMP's own for the number of threads. A forked child may not use OpenMP after its parent has:
+start processes with the ``spawn`` or ``forkserver`` method.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
-from ._cpu import *  # noqa: F403
-from ._cpu import version as _version
+from ._cpu import (
+    active_isa,
+    available_isas,
+    dw_causal_conv_bwd,
+    dw_causal_conv_fwd,
+    dw_causal_conv_step_fwd,
+    fused_layer_norm_bwd,
+    fused_layer_norm_fwd,
+    get_num_threads,
+    selective_scan_bwd,
+    selective_scan_fwd,
+    selective_state_step_fwd,
+    set_num_threads,
+    version,
+)
+from .operators import (
+    dw_causal_conv,
+    dw_causal_conv_step,
+    fused_layer_norm,
+    selective_scan,
+    selective_state_step,
+)
 
-__version__ = _version()
+__all__ = [
+    "active_isa",
+    "available_isas",
+    "dw_causal_conv",
+    "dw_causal_conv_bwd",
+    "dw_causal_conv_fwd",
+    "dw_causal_conv_step",
+    "dw_causal_conv_step_fwd",
+    "fused_layer_norm",
+    "fused_layer_norm_bwd",
+    "fused_layer_norm_fwd",
+    "get_include",
+    "get_num_threads",
+    "info",
+    "selective_scan",
+    "selective_scan_bwd",
+    "selective_scan_fwd",
+    "selective_state_step",
+    "selective_state_step_fwd",
+    "set_num_threads",
+    "version",
+]
+
+__version__ = version()
 
 
 def get_include() -> str:
@@ -16,4 +69,33 @@ def get_include() -> str:
     Returns:
         Path of the folder that holds `ssm/`.
     """
-    return str(Path(__file__).parent / "include")
+    return os.path.join(os.path.dirname(__file__), "include")
+
+
+def info() -> dict:
+    """Collect what a bug report needs.
+
+    Returns:
+        Names and values, all of them fit for JSON.
+
+    Raises:
+        RuntimeError: SSM_ISA names no instruction set, or one that this processor lacks.
+    """
+    import platform
+
+    from . import _build
+
+    return {
+        "version": __version__,
+        "isa": active_isa(),
+        "available_isas": list(available_isas()),
+        "num_threads": get_num_threads(),
+        "operators": _build.OPERATORS,
+        "cuda": _build.CUDA,
+        "cutlass": _build.CUTLASS,
+        "compiler": _build.COMPILER,
+        "buildtype": _build.BUILDTYPE,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "location": os.path.dirname(__file__),
+    }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -19,40 +18,20 @@ class Fault(Exception):
     """A reason to stop; its text is the whole message."""
 
 
-def facts() -> dict:
-    """Collect what a bug report needs.
-
-    Returns:
-        Names and values, all of them fit for JSON.
-    """
-    return {
-        "version": ssm_kernels.__version__,
-        "isa": ssm_kernels.active_isa(),
-        "available_isas": list(ssm_kernels.available_isas()),
-        "num_threads": ssm_kernels.get_num_threads(),
-        "operators": _build.OPERATORS,
-        "cuda": _build.CUDA,
-        "cutlass": _build.CUTLASS,
-        "compiler": _build.COMPILER,
-        "buildtype": _build.BUILDTYPE,
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "location": os.path.dirname(ssm_kernels.__file__),
-    }
-
-
 def cases() -> dict:
     """Return the problems of the operators of this build; they need NumPy."""
     try:
         from ssm_kernels import selftest
     except ModuleNotFoundError as error:
+        if error.name != "numpy":
+            raise
         raise Fault("selftest and bench need NumPy: pip install numpy") from error
     return {op: selftest.CASES[op] for op in _build.OPERATORS if op in selftest.CASES}
 
 
 def info(arguments: argparse.Namespace) -> int:
     """Print the facts."""
-    found = facts()
+    found = ssm_kernels.info()
     if arguments.json:
         print(json.dumps(found))
         return 0
@@ -110,23 +89,36 @@ def report(results: dict[str, dict], as_json: bool) -> int:
 def bench(arguments: argparse.Namespace) -> int:
     """Time every operator on a problem of ordinary size."""
     problems = cases()
+    chosen = arguments.op or list(problems)
+    for op in chosen:
+        if op not in problems:
+            raise Fault(f"bench: --op must be one of {', '.join(problems)}, got {op}")
+    if arguments.threads:
+        ssm_kernels.set_num_threads(arguments.threads)
     import numpy as np
 
     rows = []
-    for op, case in problems.items():
+    for op in chosen:
+        case = problems[op]
         arrays = case.inputs(np.random.default_rng(0), *case.size)
         times = []
         for _ in range(arguments.iters):
             started = time.perf_counter()
-            case.call(arrays)
+            outputs = case.call(arrays)
             times.append((time.perf_counter() - started) * 1e3)
-        rows.append({"op": op, "first_ms": times[0], "median_ms": statistics.median(times)})
+        moved = sum(array.nbytes for array in (*arrays.values(), *outputs))
+        median = statistics.median(times)
+        rows.append({"op": op, "first_ms": times[0], "median_ms": median, "bytes": moved})
     if arguments.json:
-        print(json.dumps({**facts(), "iters": arguments.iters, "rows": rows}))
+        print(json.dumps({**ssm_kernels.info(), "iters": arguments.iters, "rows": rows}))
         return 0
     print(f"{ssm_kernels.active_isa()}, {ssm_kernels.get_num_threads()} threads")
     for row in rows:
-        print(f"{row['op']:22} {row['median_ms']:9.3f} ms   first call {row['first_ms']:9.3f} ms")
+        rate = row["bytes"] / row["median_ms"] / 1e6
+        print(
+            f"{row['op']:22} {row['median_ms']:9.3f} ms  {row['bytes'] / 1e6:8.2f} MB  "
+            f"{rate:7.2f} GB/s   first call {row['first_ms']:9.3f} ms"
+        )
     return 0
 
 
@@ -153,6 +145,8 @@ def main() -> int:
             command.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
         if function is bench:
             command.add_argument("--iters", type=positive, default=20, help="default 20")
+            command.add_argument("--threads", type=positive, help="default: OpenMP's")
+            command.add_argument("--op", action="append", metavar="OP", help="one, or several")
     arguments = parser.parse_args()
     try:
         status = arguments.run(arguments)
