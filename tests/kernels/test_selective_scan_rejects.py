@@ -5,7 +5,6 @@ Judge: the error grammar `<op>: <argument> must <rule>, got <value>`, word by wo
 
 import numpy as np
 import pytest
-
 import ssm_kernels
 
 OP = "selective_scan"
