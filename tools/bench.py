@@ -22,8 +22,8 @@ JSON (schema 1): an object with
     copy_streamed_bytes_per_s} or null; noop_us: an empty compiled call with 8 torch tensors;
     workloads: a list of {op, workload, direction ("forward" | "forward+backward"), sizes, options,
     moved_bytes, fma, exp, bound {limit ("copy" | "fma" | "exp"), ms} or null, rows: a list of
-    {backend, median_ms, min_ms, max_ms, samples, calls_per_sample, vs_python, of_bound,
-    saved_bytes, note}, all null but backend and note where a row is not available};
+    {backend, median_ms, min_ms, max_ms, samples, calls_per_sample, vs_python, vs_forward (time
+    over that of the forward alone), of_bound, saved_bytes, note}, null where it does not apply};
     first_calls: a list of {op, workload, load_ms, first_ms, median_ms, ratio}, each from a fresh
     process: importing and loading the operator, its first call, the median of the next calls.
 """
@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace) -> dict:
     """Check, time and print everything; return the report."""
     import torch
 
-    from tools import measure, verify
+    from tools import measure, tables, verify
 
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -126,41 +126,50 @@ def run(arguments: argparse.Namespace) -> dict:
             report["noop_us"] = measure.noop_seconds() * 1e6
         except Exception as error:  # without the library the torch rows are still worth having
             ceilings, why_not = None, f"no ceilings: {type(error).__name__}: {error}"
-    tables = []
+    timed = []
     for op, module, case in selected(arguments):
+        tell(f"{op} {case.name}")
         problem = module.setup(case, device)
+        small = module.setup(case.reduced(**REDUCED), device)
         rows = implementations(op, problem.args[0])
-        for name in ("cpu", "cuda", "dispatch"):
-            if rows[name][0] is None:
-                continue
+        for name, (function, _) in rows.items():
             try:
-                verify.verify(op, module, case, REDUCED, rows[name][0], device)
-            except AssertionError as error:
-                raise Fault(
-                    f"{op} ({name}) must match the reference before it is timed, got {error}"
-                ) from None
-            except AttributeError as error:  # a build of the library from before this operator
+                if function is not None:
+                    verify.outputs_of(function, small)
+            except AttributeError as error:  # a library from before this operator
                 rows[name] = (None, f"unavailable: {error}")
+        compared = {n: f for n, (f, _) in rows.items() if f is not None and n != "python"}
+        compared |= {p.name: p.function for p in problem.peers if p.differentiable}
+        try:
+            verify.verify(op, problem, small, compared)
+        except AssertionError as error:
+            raise Fault(
+                f"{op} {case.name} must match the reference before it is timed, got {error}"
+            ) from None
+        forward = None
         for direction, work in (("forward", problem.forward), ("forward+backward", problem.both)):
             if work is not None:
                 table = time_table(
                     op, case, direction, problem, work, rows, arguments.iters, synchronize
                 )
+                if forward is not None:
+                    add_vs_forward(table, forward)
+                forward = table
                 # The copy rate at this table's size belongs to the same minute as its times.
                 if ceilings is not None:
                     ceilings.rate("copy", work.moved)
-                tables.append((table, work))
+                timed.append((table, work))
     if ceilings is not None:
         ceilings.remeasure()
     report["ceilings"] = None if ceilings is None else ceilings.summary()
     report["workloads"] = []
-    print_machine(report, why_not)
-    for table, work in tables:
+    tables.print_machine(report, why_not)
+    for table, work in timed:
         add_bound(table, work, ceilings)
         report["workloads"].append(table)
-        print_table(table, device.type)
+        tables.print_table(table, device.type)
     report["first_calls"] = first_calls(arguments)
-    print_first_calls(report["first_calls"])
+    tables.print_first_calls(report["first_calls"])
     report["load_average"].append(os.getloadavg()[0])
     return report
 
@@ -201,8 +210,8 @@ def time_table(op, case, direction, problem, work, rows, iters, synchronize) -> 
     }
     for name in rows:
         row = dict.fromkeys(
-            "backend median_ms min_ms max_ms samples calls_per_sample vs_python of_bound "
-            "saved_bytes note".split()
+            "backend median_ms min_ms max_ms samples calls_per_sample vs_python vs_forward "
+            "of_bound saved_bytes note".split()
         )
         row |= {"backend": name, "note": notes[name]}
         if name in timings:
@@ -218,6 +227,14 @@ def time_table(op, case, direction, problem, work, rows, iters, synchronize) -> 
             }
         table["rows"].append(row)
     return table
+
+
+def add_vs_forward(table: dict, forward: dict) -> None:
+    """Add what a forward and backward costs, in forwards of the same implementation."""
+    alone = {row["backend"]: row["median_ms"] for row in forward["rows"]}
+    for row in table["rows"]:
+        if row["median_ms"] is not None:
+            row["vs_forward"] = row["median_ms"] / alone[row["backend"]]
 
 
 def add_bound(table: dict, work, ceilings) -> None:
@@ -290,85 +307,10 @@ def measure_first_call(arguments: argparse.Namespace) -> None:
     )
 
 
-def milliseconds(value: float) -> str:
-    """Return a time with four digits that count."""
-    return f"{value:.2f}" if value >= 100 else f"{value:#.4g}"
-
-
-def print_machine(report: dict, why_not: str) -> None:
-    """Print the facts and the ceilings."""
-    machine, versions = report["machine"], report["versions"]
-    print(
-        f"{machine['processor']}, {machine['cores']} cores, {report['threads']} threads, "
-        f"{report['isa'] or 'no compiled library'}, torch {versions['torch']}, ssm-kernels "
-        f"{versions['ssm_kernels']}, commit {(report['commit'] or 'unknown')[:12]}"
-        f"{' and changes' if report['modified'] else ''}"
-    )
-    load = report["load_average"][0]
-    if load > machine["cores"] / 2:
-        print(f"the machine was busy: load average {load:.1f} at the start; times are too long")
-    found = report["ceilings"]
-    if found is None:
-        print(why_not)
-    else:
-        print(
-            f"ceilings: {found['fma_per_s'] / 1e9:.1f} G multiply-adds/s "
-            f"({2 * found['fma_per_s'] / 1e9:.0f} GFLOPS), {found['exp_per_s'] / 1e9:.2f} G exp/s, "
-            f"copy {found['copy_l2_bytes_per_s'] / 1e9:.0f} GB/s in L2, "
-            f"{found['copy_bytes_per_s'] / 1e9:.1f} GB/s in memory "
-            f"({found['copy_streamed_bytes_per_s'] / 1e9:.1f} GB/s with streaming stores)"
-        )
-    if report["noop_us"] is not None:
-        print(f"empty compiled call with 8 torch tensors: {report['noop_us']:.2f} us")
-
-
-def print_table(table: dict, device: str) -> None:
-    """Print one workload."""
-    title = [table["op"], table["workload"]]
-    if table["direction"] != "forward":
-        title.append(table["direction"])
-    print(f"\n== {' :: '.join([*title, f'device={device}'])} ==")
-    lines = [("backend", "time (ms)", "min - max", "vs python", "of bound", "notes")]
-    for row in table["rows"]:
-        if row["median_ms"] is None:
-            lines.append((row["backend"], "n/a", "n/a", "n/a", "n/a", row["note"]))
-            continue
-        notes = [row["note"]] if row["note"] else []
-        notes.append(f"{row['samples']} samples")
-        if row["saved_bytes"] is not None:
-            notes.append(f"saves {row['saved_bytes'] / 1e6:.1f} MB")
-        lines.append(
-            (
-                row["backend"],
-                milliseconds(row["median_ms"]),
-                f"{milliseconds(row['min_ms'])} - {milliseconds(row['max_ms'])}",
-                f"{row['vs_python']:.2f}x",
-                "n/a" if row["of_bound"] is None else f"{100 * row['of_bound']:.1f} %",
-                ", ".join(notes),
-            )
-        )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    lines.insert(1, tuple("-" * width for width in widths))
-    for i, line in enumerate(lines):
-        cells = (text.ljust(width) for text, width in zip(line, widths, strict=True))
-        print("|-" + "-|-".join(cells) + "-|" if i == 1 else "| " + " | ".join(cells) + " |")
-    if table["bound"]:
-        print(
-            f"bound: {milliseconds(table['bound']['ms'])} ms by {table['bound']['limit']} "
-            f"({table['moved_bytes'] / 1e6:.2f} MB moved, {table['fma'] / 1e6:.2f} M "
-            f"multiply-adds, {table['exp'] / 1e6:.2f} M exp)"
-        )
-
-
-def print_first_calls(found: list[dict]) -> None:
-    """Print how much longer a first call takes."""
-    print("\nfirst call in a fresh process, through dispatch")
-    for item in found:
-        print(
-            f"  {item['op']} {item['workload']}: {milliseconds(item['first_ms'])} ms, "
-            f"{item['ratio']:.2f}x the median call {milliseconds(item['median_ms'])} ms; "
-            f"loading took {milliseconds(item['load_ms'])} ms before"
-        )
+def tell(text: str) -> None:
+    """Show on a terminal what is going on; the report comes at the end."""
+    if sys.stderr.isatty():
+        print(f"bench: {text}", file=sys.stderr)
 
 
 def positive(text: str) -> int:

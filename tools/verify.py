@@ -8,40 +8,32 @@ import torch
 
 from ssm.ops.python import reference
 from tests.tolerances import TOLERANCES, assert_close
+from tools.workload import Problem
 
 
-def verify(op: str, module, case, limits: dict[str, int], function: Callable, device) -> None:
-    """Compare a function with the reference in float64: outputs, updated state and gradients.
+def verify(op: str, problem: Problem, small: Problem, functions: dict[str, Callable]) -> None:
+    """Compare implementations with the reference in float64: outputs, updated state, gradients.
 
     Args:
         op: name of the operator.
-        module: its workloads, tools/bench/<op>.py.
-        case: one of them; the outputs are compared at its full size.
-        limits: sizes to which the case is cut for the comparison of gradients.
-        function: an implementation of the operator.
-        device: where to.
+        problem: on which the outputs are compared.
+        small: the same, cut in length, for the gradients: they need the reference's whole graph.
+        functions: implementations of the operator by name.
 
     Raises:
-        AssertionError: they differ; the message names the argument and the worst element.
+        AssertionError: one differs; the message names it, the result and the worst element.
     """
     judge = getattr(reference, op)
-    problem = module.setup(case, device)
-    args, wide = _copies(problem.args), _copies(problem.args, torch.float64)
-    with torch.no_grad():
-        got, want = _outputs(function(*args)), _outputs(judge(*wide))
-    if problem.mutated is not None:
-        got.append(args[problem.mutated])
-        want.append(wide[problem.mutated])
-    tolerance = TOLERANCES[op, "float32"]
-    for i, (ours, theirs) in enumerate(zip(got, want, strict=True)):
-        assert_close(f"{case.name} output {i}", ours, theirs, tolerance)
+    want = outputs_of(judge, problem, torch.float64)
+    for name, function in functions.items():
+        got = outputs_of(function, problem, torch.float32)
+        _compare(f"{name}: output", got, want, TOLERANCES[op, "float32"])
     if problem.both is None:
         return
-    small = module.setup(case.reduced(**limits), device).args
-    got = forward_and_backward(function, small)()
-    want = forward_and_backward(judge, _copies(small, torch.float64))()
-    for i, (ours, theirs) in enumerate(zip(got, want, strict=True)):
-        assert_close(f"{case.name} gradient {i}", ours, theirs, TOLERANCES[f"{op}_bwd", "float32"])
+    want = forward_and_backward(judge, _copies(small.args, torch.float64))()
+    for name, function in functions.items():
+        got = forward_and_backward(function, small.args)()
+        _compare(f"{name}: gradient", got, want, TOLERANCES[f"{op}_bwd", "float32"])
 
 
 def forward_and_backward(function: Callable, args: tuple) -> Callable[[], tuple]:
@@ -78,11 +70,26 @@ def saved_bytes(function: Callable, args: tuple) -> int:
     return sum(kept.values())
 
 
+def outputs_of(
+    function: Callable, problem: Problem, dtype: torch.dtype = torch.float32
+) -> list[torch.Tensor]:
+    """Return the outputs, and the state that was updated in place."""
+    args = _copies(problem.args, dtype)
+    with torch.no_grad():
+        outputs = _outputs(function(*args))
+    return outputs if problem.mutated is None else [*outputs, args[problem.mutated]]
+
+
+def _compare(what: str, got, want, tolerance) -> None:
+    for i, (ours, theirs) in enumerate(zip(got, want, strict=True)):
+        assert_close(f"{what} {i}", ours, theirs, tolerance)
+
+
 def _outputs(result) -> list[torch.Tensor]:
     return list(result) if isinstance(result, tuple) else [result]
 
 
-def _copies(args: tuple, dtype: torch.dtype = torch.float32) -> tuple:
+def _copies(args: tuple, dtype: torch.dtype) -> tuple:
     """Return the arguments with every tensor copied: same layout, given dtype."""
     return tuple(
         a.to(dtype, copy=True, memory_format=torch.preserve_format)
