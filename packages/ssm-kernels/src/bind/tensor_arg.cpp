@@ -2,8 +2,6 @@
 
 #include "dlpack.h"
 
-#include <atomic>
-
 namespace ssm::bind {
 
 namespace {
@@ -35,31 +33,29 @@ bool fill(TensorView& view, const dlpack::Tensor& tensor) {
     return true;
 }
 
-// The exchange table of the last type seen. Nearly every process passes one tensor type; types live
-// as long as their module, and a lost race only costs one more look-up.
+// The exchange table of the last type seen: nearly every process passes one tensor type. Per thread,
+// so that nothing is locked; a reference keeps the type's address from being used again.
 struct CachedApi {
-    std::atomic<PyTypeObject*> type{nullptr};
-    std::atomic<const dlpack::ExchangeApi*> api{nullptr};
+    PyTypeObject* type = nullptr;
+    const dlpack::ExchangeApi* api = nullptr;
 };
-CachedApi cached;
+thread_local CachedApi cached;
 
 const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
-    const dlpack::ExchangeApi* api = cached.api.load(std::memory_order_acquire);
-    if (cached.type.load(std::memory_order_acquire) == type) return api;
+    if (cached.type == type) return cached.api;
     PyObject* capsule = PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__");
     if (capsule == nullptr) {
         PyErr_Clear();
         return nullptr;
     }
-    api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule, PyCapsule_GetName(capsule)));
+    auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule, PyCapsule_GetName(capsule)));
     Py_DECREF(capsule);
     PyErr_Clear();
     while (api != nullptr && api->version.major > 1) api = api->previous;
     if (api == nullptr || api->version.major != 1 || api->borrow_from_object == nullptr) return nullptr;
-    // Cleared first, so that no reader pairs the new type with the old table.
-    cached.type.store(nullptr, std::memory_order_release);
-    cached.api.store(api, std::memory_order_release);
-    cached.type.store(type, std::memory_order_release);
+    Py_INCREF(type);
+    Py_XDECREF(cached.type);
+    cached = {type, api};
     return api;
 }
 
