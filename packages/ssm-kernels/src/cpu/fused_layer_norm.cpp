@@ -151,6 +151,24 @@ struct Rows {
     }
 };
 
+/// What is read next: fetched while a pass works in the first-level cache, which would otherwise
+/// leave the memory idle.
+struct Ahead {
+    const char* from = nullptr;
+    std::int64_t element_bytes = 0;
+
+    template <class T>
+    Ahead(const Rows<T>& rows, std::int64_t row, std::int64_t end) {
+        const TensorView& view = rows.view;
+        if (!rows.given() || row >= end || view.stride[view.ndim - 1] != 1) return;
+        from = static_cast<const char*>(rows.plane(row).data);
+        element_bytes = dtype_bytes(view.dtype);
+    }
+    void fetch(std::int64_t i) const {
+        if (from != nullptr) __builtin_prefetch(from + i * element_bytes);
+    }
+};
+
 template <class T>
 const T* dense(const TensorView& view, T* line, std::int64_t dim) {
     if (view.ndim < 0) return nullptr;
@@ -203,9 +221,10 @@ T add_rows(const T* x, const T* residual, T* sum, T* streamed, std::int64_t dim,
 }
 
 template <class T>
-T squared_deviations(const T* s, T mean, std::int64_t dim) {
+T squared_deviations(const T* s, T mean, std::int64_t dim, const Ahead& next) {
     Sums<T> sums;
     sweep<T>(dim, [&](std::int64_t i, int slot, auto part) {
+        next.fetch(i);
         const Vec<T> d = inside<T>(take(s + i, part) - mean, part);
         sums.part[slot] += d * d;
     });
@@ -215,8 +234,9 @@ T squared_deviations(const T* s, T mean, std::int64_t dim) {
 /// y = (s - mean) rstd weight + bias; bias may be null.
 template <class T>
 void scale_row(const T* s, T mean, T rstd, const T* weight, const T* bias, T* y, std::int64_t dim,
-               bool past_caches) {
+               bool past_caches, const Ahead& next) {
     sweep<T>(dim, [&](std::int64_t i, int, auto part) {
+        next.fetch(i);
         Vec<T> v = (take(s + i, part) - mean) * rstd * take(weight + i, part);
         if (bias != nullptr) v += take(bias + i, part);
         if constexpr (std::is_same_v<decltype(part), Whole>)
@@ -246,6 +266,7 @@ void norm_rows(const FusedLayerNormArgs& args, int wanted_threads) {
         const Rows<T> sum(args.residual_out, lines + 2 * pitch, dim), y(args.y, lines + 3 * pitch, dim);
         const std::int64_t end = min(shape.rows, (task + 1) * rows_per_task);
         for (std::int64_t row = task * rows_per_task; row < end; ++row) {
+            const Ahead next_x(x, row + 1, end), next_residual(residual, row + 1, end);
             const T* s = x.read(row);
             T total;
             if (residual.given()) {
@@ -258,10 +279,10 @@ void norm_rows(const FusedLayerNormArgs& args, int wanted_threads) {
             }
             if (sum.given() && !stream_s) sum.write(row, s);
             const T mean = args.is_rms ? T(0) : total / count;
-            const T squares = args.is_rms ? total : squared_deviations(s, mean, dim);
+            const T squares = args.is_rms ? total : squared_deviations(s, mean, dim, next_residual);
             const T rstd = T(1) / std::sqrt(squares / count + eps);
             T* const out = y.place(row);
-            scale_row(s, mean, rstd, weight, bias, out, dim, stream_y);
+            scale_row(s, mean, rstd, weight, bias, out, dim, stream_y, next_x);
             y.write(row, out);
             if (args.mean.ndim >= 0) *statistic<T>(args.mean, row) = mean;
             if (args.rstd.ndim >= 0) *statistic<T>(args.rstd, row) = rstd;
@@ -284,9 +305,11 @@ struct RowGrad {
 /// Adds a row's part to dweight and dbias (null when not wanted) and returns mean(g xhat) and mean(g)
 /// with g = dy weight.
 template <class T>
-void project_row(const RowGrad<T>& row, T* dweight, T* dbias, std::int64_t dim, T* along, T* constant) {
+void project_row(const RowGrad<T>& row, T* dweight, T* dbias, std::int64_t dim, T* along, T* constant,
+                 const Ahead& ahead) {
     Sums<T> gx, g;
     sweep<T>(dim, [&](std::int64_t i, int slot, auto part) {
+        ahead.fetch(i);
         const Vec<T> xhat = (take(row.s + i, part) - row.mean) * row.rstd;
         const Vec<T> dy = take(row.dy + i, part);
         const Vec<T> scaled = dy * take(row.weight + i, part);
@@ -302,8 +325,10 @@ void project_row(const RowGrad<T>& row, T* dweight, T* dbias, std::int64_t dim, 
 /// ds = (g - mean(g) - xhat mean(g xhat)) rstd + dresidual_out (may be null).
 template <class T>
 void grad_row(const RowGrad<T>& row, T along, T constant, const T* dresidual_out, T* ds,
-              std::int64_t dim, bool past_caches) {
+              std::int64_t dim, bool past_caches, const Ahead& next_s, const Ahead& next_dy) {
     sweep<T>(dim, [&](std::int64_t i, int, auto part) {
+        next_s.fetch(i);
+        next_dy.fetch(i);
         const Vec<T> xhat = (take(row.s + i, part) - row.mean) * row.rstd;
         Vec<T> v = (take(row.dy + i, part) * take(row.weight + i, part) - constant - xhat * along) *
                    row.rstd;
@@ -366,10 +391,10 @@ void norm_grads(const FusedLayerNormArgs& args, const FusedLayerNormGrads& grads
                                 args.is_rms ? T(0) : *statistic<T>(args.mean, row),
                                 *statistic<T>(args.rstd, row)};
             T along, constant;
-            project_row(at, dweight, dbias, dim, &along, &constant);
+            project_row(at, dweight, dbias, dim, &along, &constant, Ahead(dsum, row, end));
             T* const ds = dx.place(row);
             grad_row(at, along, args.is_rms ? T(0) : constant, dsum.given() ? dsum.read(row) : nullptr,
-                     ds, dim, stream_dx);
+                     ds, dim, stream_dx, Ahead(x, row + 1, end), Ahead(dy, row + 1, end));
             // dx last: it may be rounded in place of ds.
             if (dresidual.given()) dresidual.write(row, ds);
             dx.write(row, ds);
