@@ -318,21 +318,22 @@ void project_row(const RowGrad<T>& row, T* dweight, T* dbias, std::int64_t dim, 
         gx.part[slot] += inside<T>(scaled * xhat, part);
         g.part[slot] += scaled;
     });
-    *along = gx.total() / static_cast<T>(dim);
-    *constant = g.total() / static_cast<T>(dim);
+    const T share = T(1) / static_cast<T>(dim);
+    *along = gx.total() * share;
+    *constant = g.total() * share;
 }
 
 /// ds = (g - mean(g) - xhat mean(g xhat)) rstd + dresidual_out (may be null).
 template <class T>
 void grad_row(const RowGrad<T>& row, T along, T constant, const T* dresidual_out, T* ds,
               std::int64_t dim, bool past_caches, const Ahead& next_s, const Ahead& next_dy) {
+    const T slope = -row.rstd * row.rstd * along;
     sweep<T>(dim, [&](std::int64_t i, int, auto part) {
         next_s.fetch(i);
         next_dy.fetch(i);
-        const Vec<T> xhat = (take(row.s + i, part) - row.mean) * row.rstd;
-        Vec<T> v = (take(row.dy + i, part) * take(row.weight + i, part) - constant - xhat * along) *
-                   row.rstd;
+        Vec<T> v = (take(row.s + i, part) - row.mean) * slope;
         if (dresidual_out != nullptr) v += take(dresidual_out + i, part);
+        v += (take(row.dy + i, part) * take(row.weight + i, part) - constant) * row.rstd;
         if constexpr (std::is_same_v<decltype(part), Whole>)
             if (past_caches) return stream(ds + i, v);
         put<T>(ds + i, v, part);
