@@ -330,7 +330,14 @@ def json_file(text: str) -> Path:
 
 def main() -> int:
     """Do what the command line says; return the exit status."""
-    parser = argparse.ArgumentParser(prog="bench", description=__doc__.splitlines()[0])
+    # The usage line is argparse's own.
+    summary, _, details = __doc__.split("\n\n", 2)
+    parser = argparse.ArgumentParser(
+        prog="bench",
+        description=summary,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("op", nargs="?", choices=operators(), help="default: all")
     parser.add_argument("--workload", metavar="NAME", help="default: all of the operator")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
