@@ -85,6 +85,35 @@ def test_bench_prints_a_time_for_every_operator():
     assert all(row["median_ms"] > 0 for row in rows)
 
 
+def test_bench_times_what_is_asked_for():
+    options = "--iters 1 --json --threads 1 --op dw_causal_conv_step".split()
+    found = json.loads(run("bench", *options).stdout)
+    (row,) = found["rows"]
+    assert (row["op"], found["num_threads"]) == ("dw_causal_conv_step", 1)
+    # x, y, weight and bias, and the state twice, as it is written too.
+    assert row["bytes"] == 4 * 1536 * (1 + 1 + 4 + 1 + 3 + 3)
+
+
+def test_bench_rejects_an_unknown_operator():
+    result = run("bench", "--op", "softmax")
+    assert result.returncode == 1
+    assert result.stderr == (
+        f"ssm-kernels: bench: --op must be one of {', '.join(_build.OPERATORS)}, got softmax\n"
+    )
+
+
+@pytest.mark.parametrize("command", ["selftest", "bench"])
+def test_says_what_is_missing_without_numpy(command):
+    program = (
+        "import sys; sys.modules['numpy'] = None; from ssm_kernels.cli import main;"
+        f"sys.argv = ['ssm-kernels', '{command}']; sys.exit(main())"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env)
+    assert child.returncode == 1
+    assert child.stderr == "ssm-kernels: selftest and bench need NumPy: pip install numpy\n"
+
+
 def test_rejects_iters_below_one():
     result = run("bench", "--iters", "0")
     assert result.returncode == 2
