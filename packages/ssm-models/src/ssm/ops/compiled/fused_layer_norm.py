@@ -27,22 +27,39 @@ def _allocate(x, is_rms, sum_dtype, save):
     )
 
 
-def _forward(x, weight, bias, residual, is_rms, eps, sum_dtype, save):
-    y, s, mean, rstd = _allocate(x, is_rms, sum_dtype, save)
+def _launch(x, weight, bias, residual, is_rms, eps, y, s, mean=None, rstd=None):
     ssm_kernels.fused_layer_norm_fwd(
         x,
         weight,
         bias,
         residual,
         y=y,
-        residual_out=None if sum_dtype is None else s,
-        mean=mean if save and not is_rms else None,
-        rstd=rstd if save else None,
+        residual_out=s,
+        mean=mean,
+        rstd=rstd,
         is_rms=is_rms,
         eps=eps,
         num_threads=torch.get_num_threads(),
     )
+
+
+def _forward(x, weight, bias, residual, is_rms, eps, sum_dtype, save):
+    y, s, mean, rstd = _allocate(x, is_rms, sum_dtype, save)
+    _launch(
+        *(x, weight, bias, residual, is_rms, eps, y),
+        s=None if sum_dtype is None else s,
+        mean=mean if save and not is_rms else None,
+        rstd=rstd if save else None,
+    )
     return y, s, mean, rstd
+
+
+def _direct(x, weight, bias, residual, is_rms, eps, sum_dtype):
+    """Return y and s, or None, without the statistics and past the dispatcher."""
+    y = torch.empty_like(x)
+    s = None if sum_dtype is None else torch.empty_like(x, dtype=sum_dtype)
+    _launch(x, weight, bias, residual, is_rms, eps, y, s)
+    return y, s
 
 
 def _forward_fake(x, weight, bias, residual, is_rms, eps, sum_dtype, save):
@@ -171,8 +188,11 @@ def fused_layer_norm(
     # Without a residual x is the sum already. With gradients it still goes through the operator,
     # which adds the two gradients before it rounds them.
     is_sum = prenorm and residual is None and sum_dtype == x.dtype and not save
-    call = _forward if not save and is_eager(x) else _fwd
-    y, s, _, _ = call(*inputs, is_rms, eps, None if is_sum else sum_dtype, save)
+    asked = None if is_sum else sum_dtype
+    if not save and is_eager(x):
+        y, s = _direct(*inputs, is_rms, eps, asked)
+    else:
+        y, s, _, _ = _fwd(*inputs, is_rms, eps, asked, save)
     if not prenorm:
         return y
     return y, x if is_sum else s
