@@ -33,16 +33,19 @@ bool fill(TensorView& view, const dlpack::Tensor& tensor) {
     return true;
 }
 
-// The exchange table of the last type seen: nearly every process passes one tensor type. Per thread,
-// so that nothing is locked; a reference keeps the type's address from being used again.
+// The exchange tables of the last types seen: a model passes tensors and parameters. Per thread, so
+// that nothing is locked; a reference keeps a type's address from being used again.
 struct CachedApi {
     PyTypeObject* type = nullptr;
     const dlpack::ExchangeApi* api = nullptr;
 };
-thread_local CachedApi cached;
+constexpr std::size_t kCachedTypes = 4;
+thread_local CachedApi cached[kCachedTypes];
+thread_local std::size_t oldest = 0;
 
 const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
-    if (cached.type == type) return cached.api;
+    for (const CachedApi& entry : cached)
+        if (entry.type == type) return entry.api;
     PyObject* capsule = PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__");
     if (capsule == nullptr) {
         PyErr_Clear();
@@ -54,8 +57,9 @@ const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
     while (api != nullptr && api->version.major > 1) api = api->previous;
     if (api == nullptr || api->version.major != 1 || api->borrow_from_object == nullptr) return nullptr;
     Py_INCREF(type);
-    Py_XDECREF(cached.type);
-    cached = {type, api};
+    Py_XDECREF(cached[oldest].type);
+    cached[oldest] = {type, api};
+    oldest = (oldest + 1) % kCachedTypes;
     return api;
 }
 
