@@ -10,17 +10,18 @@ namespace ssm {
 /// y_t = act(bias + sum_k weight_k x_{t-(W-1)+k}), act = SiLU or identity.
 /// Gu & Dao 2023, arXiv:2312.00752, section 3.4
 ///
-/// Before the first step of a sequence lies its initial state, or zero. Skipped steps are as if they
-/// were not there: y is 0 and x is not read. Every array is f64, f32, bf16 or f16 in any mix and any
-/// strides. Arithmetic is f64 when x is f64, else f32. W >= 1; L = 0 and empty batches are allowed.
+/// Before the first step of a sequence lies its initial state, or zero. Skipped steps are as if
+/// they were not there: y is 0 and x is not read. Every array is f64, f32, bf16 or f16 in any mix
+/// and any strides. Arithmetic is f64 when x is f64, else f32. W >= 1; L = 0 and empty batches are
+/// allowed.
 struct DwCausalConvArgs {
     TensorView x{};              // (B, D, L)                in
     TensorView weight{};         // (D, W) | (D, 1, W)       in
     TensorView bias{};           // (D)                      in, optional
     TensorView initial_state{};  // (S, D, W - 1)            in, optional: oldest input first
-    TensorView seq_idx{};        // (B, L) i32   in, optional: equal neighbours are one sequence, -1 skips
-    TensorView y{};              // (B, D, L)                out
-    TensorView final_state{};    // (S, D, W - 1)            out, optional
+    TensorView seq_idx{};  // (B, L) i32   in, optional: equal neighbours are one sequence, -1 skips
+    TensorView y{};        // (B, D, L)                out
+    TensorView final_state{};  // (S, D, W - 1)            out, optional
     bool silu = false;
     // True: seq_idx holds sequence numbers 0..S-1 and states are per sequence. False: S = B.
     bool state_per_sequence = false;

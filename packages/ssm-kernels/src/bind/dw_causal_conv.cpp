@@ -26,7 +26,8 @@ DwCausalConvArgs inputs(const Input& x, const Input& weight, const Input& bias,
 void forward(const Input& x, const Input& weight, const Input& bias, const Input& initial_state,
              const Input& seq_idx, const Output& y, const Output& final_state, bool silu,
              bool state_per_sequence, int num_threads) {
-    DwCausalConvArgs args = inputs(x, weight, bias, initial_state, seq_idx, silu, state_per_sequence);
+    DwCausalConvArgs args =
+        inputs(x, weight, bias, initial_state, seq_idx, silu, state_per_sequence);
     args.y = view(kOp, "y", y);
     args.final_state = view(kOp, "final_state", final_state);
     const nb::gil_scoped_release unlocked;

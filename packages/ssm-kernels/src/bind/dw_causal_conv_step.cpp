@@ -31,8 +31,9 @@ void forward(const Input& x, const Output& conv_state, const Input& weight, cons
 void register_dw_causal_conv_step(nb::module_& module) {
     const auto none = nb::none();
     module.def("dw_causal_conv_step_fwd", &forward, "x"_a.none(), "conv_state"_a.none(),
-               "weight"_a.none(), "bias"_a = none, "cache_seqlens"_a = none, "state_indices"_a = none,
-               nb::kw_only(), "y"_a.none(), "silu"_a = false, "num_threads"_a = 0,
+               "weight"_a.none(), "bias"_a = none, "cache_seqlens"_a = none,
+               "state_indices"_a = none, nb::kw_only(), "y"_a.none(), "silu"_a = false,
+               "num_threads"_a = 0,
                R"(Advance the causal convolution by one token, or a few, and its state in place.
 
 Gu & Dao 2023, arXiv:2312.00752, section 3.4.

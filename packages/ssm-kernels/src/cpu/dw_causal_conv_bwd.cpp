@@ -2,11 +2,10 @@
 // from the last step to the first, since dx of a step needs the gradients of the W - 1 steps after
 // it. The value before the activation is computed again from x.
 // docs/ops/dw_causal_conv.md#backward
-#include "dw_causal_conv_filter.h"
+#include <ssm/dw_causal_conv.h>
 
 #include "../op/scratch.h"
-
-#include <ssm/dw_causal_conv.h>
+#include "dw_causal_conv_filter.h"
 
 namespace ssm::cpu::SSM_ISA {
 
@@ -16,7 +15,7 @@ template <LaneAxis axis>
 struct Cut {
     static constexpr bool kTime = axis == LaneAxis::time;
     static constexpr std::int64_t kChannels = kTime ? 16 : 64;
-    static constexpr std::int64_t kSteps = kTime ? 2048 : 512;     // of a task: one part of dweight
+    static constexpr std::int64_t kSteps = kTime ? 2048 : 512;    // of a task: one part of dweight
     static constexpr std::int64_t kTileSteps = kTime ? 128 : 32;  // x, g and dx fit in the L1 cache
 };
 
@@ -24,11 +23,11 @@ struct Cut {
 template <LaneAxis axis, class T>
 struct GradTile {
     using C = Cut<axis>;
-    static constexpr std::int64_t kStep = C::kTime ? kLanes<T> : 1;     // steps in a vector
-    static constexpr std::int64_t kGroup = C::kTime ? 1 : kLanes<T>;    // channels in a vector
+    static constexpr std::int64_t kStep = C::kTime ? kLanes<T> : 1;   // steps in a vector
+    static constexpr std::int64_t kGroup = C::kTime ? 1 : kLanes<T>;  // channels in a vector
     std::int64_t pitch, width;
-    T* x;       // W - 1 inputs before a segment, then its own
-    T* g;       // dy, then the gradient before the activation; then that of the W - 1 steps after
+    T* x;  // W - 1 inputs before a segment, then its own
+    T* g;  // dy, then the gradient before the activation; then that of the W - 1 steps after
     T* dx;
     T* edge;    // W - 1 steps: gradient of a final state
     T* weight;  // [channel][tap] or [tap][channel]
@@ -68,7 +67,8 @@ struct GradTile {
         return channel * channel_pitch<axis>(pitch) + step * step_pitch<axis>(pitch);
     }
     Vec<T> weight_vector(std::int64_t channel, std::int64_t k) const {
-        return C::kTime ? broadcast(weight[channel * width + k]) : load<T>(weight + k * pitch + channel);
+        return C::kTime ? broadcast(weight[channel * width + k])
+                        : load<T>(weight + k * pitch + channel);
     }
     Vec<T> bias_vector(std::int64_t channel) const {
         return C::kTime ? broadcast(bias[channel]) : load<T>(bias + channel);
@@ -78,11 +78,14 @@ struct GradTile {
         std::memset(bias, 0, sizeof(T) * static_cast<std::size_t>(end - bias));
         const TensorView& w = args.weight;
         load_tile(weight, C::kTime ? width : pitch,
-                  plane_at(w, channels.first * w.stride[0], w.stride[C::kTime ? 0 : 1], w.stride[C::kTime ? 1 : 0]),
+                  plane_at(w, channels.first * w.stride[0], w.stride[C::kTime ? 0 : 1],
+                           w.stride[C::kTime ? 1 : 0]),
                   C::kTime ? channels.count : width, C::kTime ? width : channels.count);
         if (args.bias.ndim >= 0)
-            load_tile(bias, 0, plane_at(args.bias, channels.first * args.bias.stride[0], 0, args.bias.stride[0]),
-                      1, channels.count);
+            load_tile(
+                bias, 0,
+                plane_at(args.bias, channels.first * args.bias.stride[0], 0, args.bias.stride[0]),
+                1, channels.count);
     }
 
     // Moves the gradients at the front behind a segment of `steps`; zero follows them.
@@ -90,49 +93,68 @@ struct GradTile {
         const std::int64_t lines = C::kTime ? channels : 1, line = C::kTime ? 1 : pitch;
         for (std::int64_t c = 0; c < lines; ++c) {
             T* const from = g + c * pitch;
-            std::memmove(from + steps * line, from, sizeof(T) * static_cast<std::size_t>(count * line));
+            std::memmove(from + steps * line, from,
+                         sizeof(T) * static_cast<std::size_t>(count * line));
             std::memset(from + (steps + count) * line, 0,
                         sizeof(T) * static_cast<std::size_t>((history() - count) * line));
         }
     }
 };
 
-// d/da act(a).
-template <bool kSilu, class T>
-SSM_INLINE Vec<T> activation_slope(Vec<T> a) {
-    const Vec<T> s = T(1) / (exp_minus(a) + T(1));
-    return s * (T(1) + a * (T(1) - s));
-}
-
 // g = dy act'(bias + sum_k weight_k x_k) over the first `steps` of a tile.
 template <LaneAxis axis, class T, int kWidth, bool kSilu>
 void differentiate(const GradTile<axis, T>& tile, std::int64_t channels, std::int64_t steps) {
     if constexpr (!kSilu) return;
     constexpr std::int64_t step = GradTile<axis, T>::kStep, group = GradTile<axis, T>::kGroup;
-    const std::int64_t width = kWidth > 0 ? kWidth : tile.width, next = step_pitch<axis>(tile.pitch);
+    const std::int64_t width = kWidth > 0 ? kWidth : tile.width;
     for (std::int64_t c = 0; c < channels; c += group) {
         const Vec<T> bias = tile.bias_vector(c);
-        for (std::int64_t t = 0; t < steps; t += step) {
-            const T* const x = tile.x + tile.at(c, t);
-            T* const g = tile.g + tile.at(c, t);
-            Vec<T> a = bias;
+        const T* const x = tile.x + tile.at(c, 0);
+        T* const g = tile.g + tile.at(c, 0);
+        // Leaves the gradients of kCount vectors from step t on in `a`.
+        const auto at = [&]<int kCount>(std::int64_t t, Vec<T>* a) __attribute__((always_inline)) {
+            Vec<T> divisor[kCount];
 #pragma GCC unroll 4
-            for (std::int64_t k = 0; k < width; ++k) a += load<T>(x + k * next) * tile.weight_vector(c, k);
-            const Vec<T> gradient = load<T>(g) * activation_slope<kSilu, T>(a);
+            for (int i = 0; i < kCount; ++i) a[i] = bias;
+#pragma GCC unroll 4
+            for (std::int64_t k = 0; k < width; ++k) {
+                const Vec<T> weight = tile.weight_vector(c, k);
+#pragma GCC unroll 4
+                for (int i = 0; i < kCount; ++i)
+                    a[i] += load<T>(x + tile.at(0, t + i * step + k)) * weight;
+            }
+            one_plus_exp_minus<kCount>(a, divisor);
+#pragma GCC unroll 4
+            for (int i = 0; i < kCount; ++i) {
+                const Vec<T> s = T(1) / divisor[i];
+                a[i] = load<T>(g + tile.at(0, t + i * step)) * (s * (T(1) + a[i] * (T(1) - s)));
+            }
+        };
+        std::int64_t t = 0;
+        Vec<T> a[4];
+        for (; t + 4 * step <= steps; t += 4 * step) {
+            at.template operator()<4>(t, a);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) store<T>(g + tile.at(0, t + i * step), a[i]);
+        }
+        for (; t < steps; t += step) {
+            at.template operator()<1>(t, a);
             if (t + step <= steps)
-                store<T>(g, gradient);
+                store<T>(g + tile.at(0, t), a[0]);
             else
-                store_part<T>(g, gradient, steps - t);  // what follows is needed
+                store_part<T>(g + tile.at(0, t), a[0], steps - t);  // what follows is needed
         }
     }
 }
 
-// dx of a segment, and its part of the sums for dweight and dbias.
+// dx of a segment, and its part of the sums for dweight and dbias: summed by itself and then added,
+// so that the error grows more slowly than in one long sum.
 template <LaneAxis axis, class T, int kWidth>
 void accumulate(const GradTile<axis, T>& tile, std::int64_t channels, std::int64_t steps) {
     constexpr std::int64_t step = GradTile<axis, T>::kStep, group = GradTile<axis, T>::kGroup;
     constexpr std::int64_t n = kLanes<T>;
-    const std::int64_t width = kWidth > 0 ? kWidth : tile.width, next = step_pitch<axis>(tile.pitch);
+    const std::int64_t width = kWidth > 0 ? kWidth : tile.width,
+                       next = step_pitch<axis>(tile.pitch);
     const std::int64_t whole = steps / step * step;
     for (std::int64_t c = 0; c < channels; c += group) {
         T* const sums = tile.sums + c / group * (width + 1) * n;
@@ -141,7 +163,7 @@ void accumulate(const GradTile<axis, T>& tile, std::int64_t channels, std::int64
         for (std::int64_t first = 0; first < width; first += kTaps) {
             const int taps = kWidth > 0 ? kWidth : static_cast<int>(min(kTaps, width - first));
             Vec<T> sum[kTaps];
-            for (int k = 0; k < kTaps; ++k) sum[k] = k < taps ? load<T>(sums + (first + k) * n) : zero<T>();
+            for (int k = 0; k < kTaps; ++k) sum[k] = zero<T>();
             const T* const x = tile.x + tile.at(c, first);
             const T* const g = tile.g + tile.at(c, 0);
             for (std::int64_t t = 0; t < whole; t += step) {
@@ -154,9 +176,12 @@ void accumulate(const GradTile<axis, T>& tile, std::int64_t channels, std::int64
                 for (int k = 0; k < taps; ++k)
                     sum[k] += gradient * load_part<T>(x + tile.at(0, whole + k), steps - whole);
             }
-            for (int k = 0; k < taps; ++k) store<T>(sums + (first + k) * n, sum[k]);
+            for (int k = 0; k < taps; ++k) {
+                T* const to = sums + (first + k) * n;
+                store<T>(to, load<T>(to) + sum[k]);
+            }
         }
-        Vec<T> total = load<T>(sums + width * n);
+        Vec<T> total = zero<T>();
         for (std::int64_t t = 0; t < steps; t += step) {
             const T* const g = tile.g + tile.at(c, t);
             total += t < whole ? load<T>(g) : load_part<T>(g, steps - t);
@@ -166,7 +191,7 @@ void accumulate(const GradTile<axis, T>& tile, std::int64_t channels, std::int64
                 dx += load<T>(g + (width - 1 - k) * next) * tile.weight_vector(c, k);
             store<T>(tile.dx + tile.at(c, t), dx);
         }
-        store<T>(sums + width * n, total);
+        store<T>(sums + width * n, load<T>(sums + width * n) + total);
     }
 }
 
@@ -182,8 +207,9 @@ struct Backward {
     Backward(const DwCausalConvArgs& inputs, const DwCausalConvGrads& outputs, const Runs& all)
         : args(inputs), grads(outputs), runs(all) {
         const bool four = args.weight.shape[1] == 4 && sizeof(T) == sizeof(float);
-        differentiate_loop = args.silu ? (four ? &differentiate<axis, T, 4, true> : &differentiate<axis, T, 0, true>)
-                                       : &differentiate<axis, T, 0, false>;
+        differentiate_loop =
+            args.silu ? (four ? &differentiate<axis, T, 4, true> : &differentiate<axis, T, 0, true>)
+                      : &differentiate<axis, T, 0, false>;
         accumulate_loop = four ? &accumulate<axis, T, 4> : &accumulate<axis, T, 0>;
     }
 
@@ -197,14 +223,18 @@ struct Backward {
                 const Channels& channels, std::int64_t t, std::int64_t count) const {
         const std::int64_t history = tile.history();
         if (t - run->begin >= history) {
-            load_steps<axis>(tile.x, tile.pitch, args.x, row, channels, t - history, history + count);
+            load_steps<axis>(tile.x, tile.pitch, args.x, row, channels, t - history,
+                             history + count);
         } else {
-            load_window<axis>(tile.x, tile.pitch, args.x, args.initial_state, row, run, channels, t, history);
-            load_steps<axis>(tile.x + tile.at(0, history), tile.pitch, args.x, row, channels, t, count);
+            load_window<axis>(tile.x, tile.pitch, args.x, args.initial_state, row, run, channels, t,
+                              history);
+            load_steps<axis>(tile.x + tile.at(0, history), tile.pitch, args.x, row, channels, t,
+                             count);
         }
     }
 
-    // Computes the gradients of the W - 1 steps that follow step t of `run`, which another task owns.
+    // Computes the gradients of the W - 1 steps that follow step t of `run`, which another task
+    // owns.
     Following look_ahead(const GradTile<axis, T>& tile, std::int64_t row, const Run* run,
                          const Channels& channels, std::int64_t t) const {
         const std::int64_t history = tile.history();
@@ -214,10 +244,10 @@ struct Backward {
         for (; following.count < history; t = run->begin) {
             const std::int64_t count = min(run->end - t, history - following.count);
             if (count > 0) {
-                load_steps<axis>(tile.x + tile.at(0, history + following.count), tile.pitch, args.x, row,
+                load_steps<axis>(tile.x + tile.at(0, history + following.count), tile.pitch, args.x,
+                                 row, channels, t, count);
+                load_steps<axis>(tile.g + tile.at(0, following.count), tile.pitch, grads.dy, row,
                                  channels, t, count);
-                load_steps<axis>(tile.g + tile.at(0, following.count), tile.pitch, grads.dy, row, channels,
-                                 t, count);
                 following.count += count;
             }
             following.state = run->state_out;
@@ -228,24 +258,25 @@ struct Backward {
     }
 
     // Adds the gradient of the final state to the inputs that it holds.
-    void add_final_state(const GradTile<axis, T>& tile, const Channels& channels, std::int64_t steps,
-                         const Following& following) const {
+    void add_final_state(const GradTile<axis, T>& tile, const Channels& channels,
+                         std::int64_t steps, const Following& following) const {
         const std::int64_t oldest = steps + following.count - tile.history();
         for (std::int64_t c = 0; c < channels.count; ++c)
             for (std::int64_t t = max(oldest, 0); t < steps; ++t)
                 tile.dx[tile.at(c, t)] += tile.edge[tile.at(c, t - oldest)];
     }
 
-    // The gradient of the initial state, from the first gradients of its sequence and, where that is
-    // shorter than the state, from the final state. It takes the place of x.
+    // The gradient of the initial state, from the first gradients of its sequence and, where that
+    // is shorter than the state, from the final state. It takes the place of x.
     void find_initial_state(const GradTile<axis, T>& tile, const Channels& channels,
                             std::int64_t length, bool reaches_end) const {
         for (std::int64_t c = 0; c < channels.count; ++c)
             for (std::int64_t p = 0; p < tile.history(); ++p) {
                 T sum = reaches_end && p >= length ? tile.edge[tile.at(c, p - length)] : T(0);
                 for (std::int64_t i = 0; i <= p && i < length; ++i)
-                    sum += tile.g[tile.at(c, i)] *
-                           tile.weight[C::kTime ? c * tile.width + p - i : (p - i) * tile.pitch + c];
+                    sum +=
+                        tile.g[tile.at(c, i)] *
+                        tile.weight[C::kTime ? c * tile.width + p - i : (p - i) * tile.pitch + c];
                 tile.x[tile.at(c, p)] = sum;
             }
     }
@@ -263,13 +294,15 @@ struct Backward {
         const bool reaches_end = following.count < history && following.state != Run::kNone &&
                                  grads.dfinal_state.ndim >= 0;
         if (reaches_end) {
-            load_steps<axis>(tile.edge, tile.pitch, grads.dfinal_state, following.state, channels, 0, history);
+            load_steps<axis>(tile.edge, tile.pitch, grads.dfinal_state, following.state, channels,
+                             0, history);
             add_final_state(tile, channels, steps, following);
         }
         store_steps<axis>(grads.dx, row, channels, t, tile.dx, tile.pitch, steps);
         if (t == run->begin && run->state_in >= 0 && grads.dinitial_state.ndim >= 0) {
             find_initial_state(tile, channels, steps + following.count, reaches_end);
-            store_steps<axis>(grads.dinitial_state, run->state_in, channels, 0, tile.x, tile.pitch, history);
+            store_steps<axis>(grads.dinitial_state, run->state_in, channels, 0, tile.x, tile.pitch,
+                              history);
         }
         return {min(history, steps + following.count), following.state};
     }
@@ -282,7 +315,8 @@ struct Backward {
         if (run == end_run || run->begin >= last) --run;
         constexpr std::int64_t kZeros = C::kTime ? C::kTileSteps : C::kSteps;
         Following following{0, Run::kNone};
-        if (run >= begin_run && run->end > first) following = look_ahead(tile, row, run, channels, min(run->end, last));
+        if (run >= begin_run && run->end > first)
+            following = look_ahead(tile, row, run, channels, min(run->end, last));
         std::int64_t done = last;
         for (; run >= begin_run && run->end > first; --run) {
             const std::int64_t begin = max(run->begin, first);
@@ -316,7 +350,8 @@ struct Backward {
 template <class T>
 void add_parts(const DwCausalConvGrads& grads, const T* parts, std::int64_t count, int threads) {
     constexpr std::int64_t kChannels = 64;
-    const std::int64_t dim = grads.dweight.shape[0], width = grads.dweight.shape[1], pitch = width + 1;
+    const std::int64_t dim = grads.dweight.shape[0], width = grads.dweight.shape[1],
+                       pitch = width + 1;
     const std::int64_t blocks = (dim + kChannels - 1) / kChannels;
     const Scratch scratch(sizeof(T) * static_cast<std::size_t>(pitch * blocks * kChannels));
     parallel_for(blocks, threads, [&](std::int64_t block, int) {
@@ -328,17 +363,19 @@ void add_parts(const DwCausalConvGrads& grads, const T* parts, std::int64_t coun
             for (std::int64_t i = 0; i < channels * pitch; ++i) sum[i] += from[i];
         }
         const TensorView& dweight = grads.dweight;
-        store_tile(plane_at(dweight, first * dweight.stride[0], dweight.stride[0], dweight.stride[1]), sum, pitch,
-                   channels, width);
+        store_tile(
+            plane_at(dweight, first * dweight.stride[0], dweight.stride[0], dweight.stride[1]), sum,
+            pitch, channels, width);
         if (grads.dbias.ndim >= 0)
-            store_tile(plane_at(grads.dbias, first * grads.dbias.stride[0], grads.dbias.stride[0], 1),
-                       sum + width, pitch, channels, 1);
+            store_tile(
+                plane_at(grads.dbias, first * grads.dbias.stride[0], grads.dbias.stride[0], 1),
+                sum + width, pitch, channels, 1);
     });
 }
 
 template <LaneAxis axis, class T>
-void differentiate_rows(const DwCausalConvArgs& args, const DwCausalConvGrads& grads, const Runs& runs,
-                        int threads) {
+void differentiate_rows(const DwCausalConvArgs& args, const DwCausalConvGrads& grads,
+                        const Runs& runs, int threads) {
     using C = Cut<axis>;
     const std::int64_t batch = args.x.shape[0], dim = args.x.shape[1], seqlen = args.x.shape[2];
     const std::int64_t width = args.weight.shape[1];
@@ -355,10 +392,12 @@ void differentiate_rows(const DwCausalConvArgs& args, const DwCausalConvGrads& g
     T* const partial = memory + elements * threads;
     parallel_for(parts * blocks, threads, [&](std::int64_t task, int thread) {
         // Neighbouring tasks are neighbours in memory.
-        const std::int64_t part = C::kTime ? task / (blocks * steps_parts) * steps_parts + task % steps_parts
-                                           : task / blocks;
+        const std::int64_t part =
+            C::kTime ? task / (blocks * steps_parts) * steps_parts + task % steps_parts
+                     : task / blocks;
         const std::int64_t block = C::kTime ? task / steps_parts % blocks : task % blocks;
-        const Channels channels{block * C::kChannels, min(C::kChannels, dim - block * C::kChannels)};
+        const Channels channels{block * C::kChannels,
+                                min(C::kChannels, dim - block * C::kChannels)};
         const GradTile<axis, T> tile(memory + elements * thread, width);
         tile.load_parameters(args, channels);
         const std::int64_t first = part % steps_parts * C::kSteps, row = part / steps_parts * rows;
@@ -370,8 +409,8 @@ void differentiate_rows(const DwCausalConvArgs& args, const DwCausalConvGrads& g
 }
 
 template <class T>
-void differentiate_all(const DwCausalConvArgs& args, const DwCausalConvGrads& grads, const Runs& runs,
-                       int threads) {
+void differentiate_all(const DwCausalConvArgs& args, const DwCausalConvGrads& grads,
+                       const Runs& runs, int threads) {
     // A sequence without steps hands its state on unchanged.
     if (grads.dinitial_state.ndim >= 0 && (args.x.shape[2] == 0 || !runs.covers_all))
         copy_conv_states<T>(grads.dfinal_state, grads.dinitial_state, threads);
@@ -383,8 +422,8 @@ void differentiate_all(const DwCausalConvArgs& args, const DwCausalConvGrads& gr
 
 }  // namespace
 
-void dw_causal_conv_bwd(const DwCausalConvArgs& args, const DwCausalConvGrads& grads, const Runs& runs,
-                        int threads) {
+void dw_causal_conv_bwd(const DwCausalConvArgs& args, const DwCausalConvGrads& grads,
+                        const Runs& runs, int threads) {
     if (args.x.dtype == DType::f64)
         differentiate_all<double>(args, grads, runs, threads);
     else

@@ -5,40 +5,64 @@
 
 namespace ssm::cpu::SSM_ISA {
 
-/// e^-x, infinite where that overflows. In a quotient x / (1 + e^-x) every limit comes out right.
-SSM_INLINE Vec<float> exp_minus(Vec<float> x) {
-    constexpr float kLog2e = 1.44269504f;
-    [[maybe_unused]] constexpr float kLog2eRest = 1.92596299e-8f;  // log2(e) - kLog2e
+/// x between two bounds; NaN may become a bound.
+SSM_INLINE Vec<float> clamp(Vec<float> x, float low, float high) {
 #if defined(__AVX512F__)
-    // Beyond |x| = 104 the result is 0 or infinite in float.
-    const __m512 c = _mm512_min_ps(_mm512_max_ps((__m512)x, _mm512_set1_ps(-104.0f)),
-                                   _mm512_set1_ps(104.0f));
-    const Vec<float> s = (Vec<float>)c, n = round_even(s * -kLog2e);
-    const Vec<float> f = s * -kLog2eRest + (s * -kLog2e - n);
-    return (Vec<float>)_mm512_scalef_ps((__m512)exp2_fraction(f), (__m512)n);
+    return (Vec<float>)_mm512_max_ps(_mm512_min_ps((__m512)x, _mm512_set1_ps(high)),
+                                     _mm512_set1_ps(low));
+#elif defined(__AVX2__)
+    return (Vec<float>)_mm256_max_ps(_mm256_min_ps((__m256)x, _mm256_set1_ps(high)),
+                                     _mm256_set1_ps(low));
+#elif defined(__SSE2__)
+    return (Vec<float>)_mm_max_ps(_mm_min_ps((__m128)x, _mm_set1_ps(high)), _mm_set1_ps(low));
 #else
-    typedef std::int32_t Bits __attribute__((vector_size(kVectorBytes)));
-    // Powers 2^-126 .. 2^128 have a bit pattern, the last one infinity.
-    Vec<float> s = x > 87.0f ? broadcast(87.0f) : x;
-    s = s < -88.75f ? broadcast(-88.75f) : s;
-    // 1.5 * 2^23 + 127: the sum holds n + 127, the exponent's bits, in its low bits.
-    constexpr float kMagic = 12582912.0f + 127.0f;
-    const Vec<float> sum = s * -kLog2e + kMagic, n = sum - kMagic;
-#if defined(__FMA__)
-    const Vec<float> f = s * -kLog2eRest + (s * -kLog2e - n);
-#else
-    // Without fused products: ln 2 in two parts, whose products with n are exact.
-    const Vec<float> f = ((n * 0.693359375f + s) - n * 2.12194440e-4f) * -kLog2e;
-#endif
-    return exp2_fraction(f) * (Vec<float>)((Bits)sum << 23);
+    x = x > high ? broadcast(high) : x;
+    return x < low ? broadcast(low) : x;
 #endif
 }
-SSM_INLINE Vec<double> exp_minus(Vec<double> x) { return per_lane<::exp>(-x); }
 
-template <bool kSilu, class T>
-SSM_INLINE Vec<T> activate(Vec<T> x) {
-    if constexpr (kSilu) return x / (exp_minus(x) + T(1));
-    return x;
+/// 1 + e^-x, infinite where that overflows: then a quotient by it is 0, as it should be. For
+/// several vectors at once, one stage after the other: in a single chain of operations each would
+/// wait for the one before, and the processor does not look far enough ahead to fill the gaps.
+template <int kCount>
+SSM_INLINE void one_plus_exp_minus(const Vec<float>* x, Vec<float>* result) {
+    typedef std::int32_t Bits __attribute__((vector_size(kVectorBytes)));
+    // 1.5 * 2^23 + 127: a sum with it is rounded to an integer and holds n + 127, the exponent of
+    // 2^n, in its low bits. Exponents -126 .. 128 have bits, the last one those of infinity.
+    constexpr float kLog2e = 1.44269504f, kMagic = 12582912.0f + 127.0f;
+    [[maybe_unused]] constexpr float kLog2eRest = 1.92596299e-8f;  // log2(e) - kLog2e
+    Vec<float> s[kCount], sum[kCount], f[kCount], p[kCount];
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) s[i] = clamp(x[i], -88.75f, 87.0f);
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) sum[i] = s[i] * -kLog2e + kMagic;
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) {
+        const Vec<float> n = sum[i] - kMagic;
+#if defined(__FMA__)
+        f[i] = s[i] * -kLog2eRest + (s[i] * -kLog2e - n);
+#else
+        // Without fused products: ln 2 in two parts, whose products with n are exact.
+        f[i] = ((n * 0.693359375f + s[i]) - n * 2.12194440e-4f) * -kLog2e;
+#endif
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) p[i] = exp2_fraction(f[i]);
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) result[i] = p[i] * (Vec<float>)((Bits)sum[i] << 23) + 1.0f;
+}
+template <int kCount>
+SSM_INLINE void one_plus_exp_minus(const Vec<double>* x, Vec<double>* result) {
+    for (int i = 0; i < kCount; ++i) result[i] = per_lane<::exp>(-x[i]) + 1.0;
+}
+
+template <bool kSilu, class T, int kCount>
+SSM_INLINE void activate(Vec<T>* x) {
+    if constexpr (!kSilu) return;
+    Vec<T> divisor[kCount];
+    one_plus_exp_minus<kCount>(x, divisor);
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) x[i] = x[i] / divisor[i];
 }
 
 /// Up to a vector's worth of elements, zero in the other lanes.
@@ -87,23 +111,32 @@ static void filter_channels(const Lines<T>& lines, const Taps<T>& taps) {
         T* const out = lines.out + c * lines.out_pitch;
         const T* const weight = taps.weight + c * taps.pitch;
         const Vec<T> bias = broadcast(taps.bias[c]);
-        const auto at = [&](std::int64_t t) __attribute__((always_inline)) {
-            Vec<T> sum = bias;
+        const auto at = [&]<int kCount>(std::int64_t t) __attribute__((always_inline)) {
+            Vec<T> sum[kCount];
 #pragma GCC unroll 4
-            for (std::int64_t k = 0; k < width; ++k) sum += load<T>(in + t + k) * broadcast(weight[k]);
-            store<T>(out + t, activate<kSilu, T>(sum));
+            for (int i = 0; i < kCount; ++i) sum[i] = bias;
+#pragma GCC unroll 4
+            for (std::int64_t k = 0; k < width; ++k)
+#pragma GCC unroll 4
+                for (int i = 0; i < kCount; ++i)
+                    sum[i] += load<T>(in + t + i * n + k) * broadcast(weight[k]);
+            activate<kSilu, T, kCount>(sum);
+#pragma GCC unroll 4
+            for (int i = 0; i < kCount; ++i) store<T>(out + t + i * n, sum[i]);
         };
         if (steps < n) {
             Vec<T> sum = bias;
             for (std::int64_t k = 0; k < width; ++k)
                 sum += load_part<T>(in + k, steps) * broadcast(weight[k]);
-            store_part<T>(out, activate<kSilu, T>(sum), steps);
+            activate<kSilu, T, 1>(&sum);
+            store_part<T>(out, sum, steps);
             continue;
         }
         std::int64_t t = 0;
-        for (; t + n <= steps; t += n) at(t);
+        for (; t + 4 * n <= steps; t += 4 * n) at.template operator()<4>(t);
+        for (; t + n <= steps; t += n) at.template operator()<1>(t);
         // The last vector overlaps the one before: the same values once more, and nothing beyond.
-        if (t < steps) at(steps - n);
+        if (t < steps) at.template operator()<1>(steps - n);
     }
 }
 
@@ -140,9 +173,9 @@ static void filter_steps(const Lines<T>& lines, const Taps<T>& taps) {
                         sum[i] += load<T>(in + (i + k) * lines.in_pitch + c) * weight;
                 }
             }
+            activate<kSilu, T, kRows>(sum);
 #pragma GCC unroll 4
-            for (int i = 0; i < kRows; ++i)
-                store<T>(out + i * lines.out_pitch + c, activate<kSilu, T>(sum[i]));
+            for (int i = 0; i < kRows; ++i) store<T>(out + i * lines.out_pitch + c, sum[i]);
         }
     };
     std::int64_t t = 0;
@@ -156,9 +189,8 @@ using Filter = void (*)(const Lines<T>&, const Taps<T>&);
 /// The loop for a width; float has its own for the widths in use.
 template <LaneAxis axis, class T>
 SSM_INLINE Filter<T> choose_filter(std::int64_t width, bool silu) {
-#define SSM_FILTER(kWidth, kSilu)                                               \
-    (axis == LaneAxis::time ? &filter_channels<T, kWidth, kSilu>                \
-                            : &filter_steps<T, kWidth, kSilu>)
+#define SSM_FILTER(kWidth, kSilu) \
+    (axis == LaneAxis::time ? &filter_channels<T, kWidth, kSilu> : &filter_steps<T, kWidth, kSilu>)
     if constexpr (sizeof(T) == sizeof(float)) {
         if (width == 2) return silu ? SSM_FILTER(2, true) : SSM_FILTER(2, false);
         if (width == 3) return silu ? SSM_FILTER(3, true) : SSM_FILTER(3, false);

@@ -1,11 +1,10 @@
 // Causal convolution, forward. A task owns a range of channels of one row over a range of steps; no
 // task waits for another, since all that a step needs besides itself are the few inputs before it.
 // docs/ops/dw_causal_conv.md#algorithm
-#include "dw_causal_conv_filter.h"
+#include <ssm/dw_causal_conv.h>
 
 #include "../op/scratch.h"
-
-#include <ssm/dw_causal_conv.h>
+#include "dw_causal_conv_filter.h"
 
 namespace ssm::cpu::SSM_ISA {
 
@@ -65,12 +64,14 @@ void convolve_block(const DwCausalConvArgs& args, const Runs& runs, std::int64_t
     using C = Cut<axis>;
     const std::int64_t width = args.weight.shape[1], history = width - 1;
     const ConvTile<axis, T> tile(memory, width);
-    const Plane weight = plane_at(args.weight, channels.first * args.weight.stride[0],
-                                  args.weight.stride[C::kTime ? 0 : 1], args.weight.stride[C::kTime ? 1 : 0]);
+    const Plane weight =
+        plane_at(args.weight, channels.first * args.weight.stride[0],
+                 args.weight.stride[C::kTime ? 0 : 1], args.weight.stride[C::kTime ? 1 : 0]);
     load_tile(tile.weight, tile.taps_pitch, weight, C::kTime ? channels.count : width,
               C::kTime ? width : channels.count);
     if (args.bias.ndim >= 0)
-        load_tile(tile.bias, 0, plane_at(args.bias, channels.first * args.bias.stride[0], 0, args.bias.stride[0]),
+        load_tile(tile.bias, 0,
+                  plane_at(args.bias, channels.first * args.bias.stride[0], 0, args.bias.stride[0]),
                   1, channels.count);
     const Filter<T> filter = choose_filter<axis, T>(width, args.silu);
     const Taps<T> taps{tile.weight, tile.taps_pitch, tile.bias, width};
@@ -84,17 +85,19 @@ void convolve_block(const DwCausalConvArgs& args, const Runs& runs, std::int64_t
 
     std::int64_t done = first;
     const Run* const end_run = runs.runs + runs.row_begin[row + 1];
-    for (const Run* run = first_run_after(runs, row, first); run < end_run && run->begin < last; ++run) {
+    for (const Run* run = first_run_after(runs, row, first); run < end_run && run->begin < last;
+         ++run) {
         const std::int64_t end = min(run->end, last);
         std::int64_t t = max(run->begin, first);
         store_zeros<axis>(args.y, row, channels, done, t, tile.zeros, kZeros);
         while (t < end) {
             // Only the first steps of a run reach back into what lies before it.
             const bool inside = t - run->begin >= history;
-            Lines<T> lines{tile.in, tile.in_pitch, tile.out, tile.out_pitch, channels.count,
-                           min(C::kTileSteps, end - t)};
+            Lines<T> lines{tile.in,        tile.in_pitch,  tile.out,
+                           tile.out_pitch, channels.count, min(C::kTileSteps, end - t)};
             if (inside && reads_x) {
-                lines.in = static_cast<const T*>(steps_plane<axis>(args.x, row, channels.first, t - history).data);
+                lines.in = static_cast<const T*>(
+                    steps_plane<axis>(args.x, row, channels.first, t - history).data);
                 lines.in_pitch = line_stride<axis>(args.x);
                 if (writes_y) lines.steps = end - t;
             } else {
@@ -120,7 +123,8 @@ void convolve_block(const DwCausalConvArgs& args, const Runs& runs, std::int64_t
         done = end;
         if (args.final_state.ndim >= 0 && run->state_out != Run::kNone && run->end <= last) {
             window(run, run->end);
-            store_steps<axis>(args.final_state, run->state_out, channels, 0, tile.in, tile.in_pitch, history);
+            store_steps<axis>(args.final_state, run->state_out, channels, 0, tile.in, tile.in_pitch,
+                              history);
         }
     }
     store_zeros<axis>(args.y, row, channels, done, last, tile.zeros, kZeros);
@@ -132,14 +136,16 @@ void convolve_rows(const DwCausalConvArgs& args, const Runs& runs, int threads) 
     const std::int64_t dim = args.x.shape[1], seqlen = args.x.shape[2];
     const std::int64_t blocks = (dim + C::kChannels - 1) / C::kChannels;
     const std::int64_t parts = (seqlen + C::kSteps - 1) / C::kSteps;
-    const std::int64_t elements = (ConvTile<axis, T>::elements(args.weight.shape[1]) + 15) / 16 * 16;
+    const std::int64_t elements =
+        (ConvTile<axis, T>::elements(args.weight.shape[1]) + 15) / 16 * 16;
     const Scratch scratch(sizeof(T) * static_cast<std::size_t>(elements * threads));
     parallel_for(args.x.shape[0] * blocks * parts, threads, [&](std::int64_t task, int thread) {
         const std::int64_t row = task / (blocks * parts), rest = task % (blocks * parts);
         // Neighbouring tasks are neighbours in memory.
         const std::int64_t block = C::kTime ? rest / parts : rest % blocks;
         const std::int64_t part = C::kTime ? rest % parts : rest / blocks;
-        const Channels channels{block * C::kChannels, min(C::kChannels, dim - block * C::kChannels)};
+        const Channels channels{block * C::kChannels,
+                                min(C::kChannels, dim - block * C::kChannels)};
         convolve_block<axis, T>(args, runs, row, channels, part * C::kSteps,
                                 min((part + 1) * C::kSteps, seqlen),
                                 static_cast<T*>(scratch.data()) + elements * thread);

@@ -1,26 +1,27 @@
-// Causal convolution, one token or a few. A task owns a range of channels of one batch row; lanes are
-// channels. Its state and its tokens form one line of steps, over which the filter runs.
+// Causal convolution, one token or a few. A task owns a range of channels of one batch row; lanes
+// are channels. Its state and its tokens form one line of steps, over which the filter runs.
 // docs/ops/dw_causal_conv_step.md#algorithm
-#include "dw_causal_conv_filter.h"
+#include <ssm/dw_causal_conv_step.h>
 
 #include "../op/scratch.h"
-
-#include <ssm/dw_causal_conv_step.h>
+#include "dw_causal_conv_filter.h"
 
 namespace ssm::cpu::SSM_ISA {
 
 namespace {
 
 constexpr LaneAxis kAxis = LaneAxis::channel;
-constexpr std::int64_t kBlock = 512;     // channels of a task: a line of a tile
-constexpr std::int64_t kTokens = 8;      // tokens of a pass over the tile
-constexpr std::int64_t kAlone = 1 << 16; // below this many products a second thread costs more than it gives
+constexpr std::int64_t kBlock = 512;  // channels of a task: a line of a tile
+constexpr std::int64_t kTokens = 8;   // tokens of a pass over the tile
+constexpr std::int64_t kAlone =
+    1 << 16;  // below this many products a second thread costs more than it gives
 
 // A state whose K inputs of a channel are adjacent, to and from [step][channel].
 template <int kSteps, class T, class E>
 void split_states(T* __restrict to, const E* __restrict from, std::int64_t channels) {
     for (std::int64_t c = 0; c < channels; ++c)
-        for (int k = 0; k < kSteps; ++k) to[k * kBlock + c] = static_cast<T>(widen(from[c * kSteps + k]));
+        for (int k = 0; k < kSteps; ++k)
+            to[k * kBlock + c] = static_cast<T>(widen(from[c * kSteps + k]));
 }
 template <int kSteps, class T, class E>
 void join_states(E* __restrict to, const T* __restrict from, std::int64_t channels) {
@@ -30,6 +31,16 @@ void join_states(E* __restrict to, const T* __restrict from, std::int64_t channe
 
 bool is_dense(const TensorView& state) {
     return state.stride[2] == 1 && state.stride[1] == state.shape[2];
+}
+
+template <class T>
+void load_weight(T* to, const TensorView& weight, const Channels& channels) {
+    const Plane plane =
+        plane_at(weight, channels.first * weight.stride[0], weight.stride[1], weight.stride[0]);
+    if (weight.shape[1] == 4 && weight.stride[1] == 1 && weight.stride[0] == 4)
+        visit_elements(plane, [&](const auto* from) { split_states<4>(to, from, channels.count); });
+    else
+        load_tile(to, kBlock, plane, weight.shape[1], channels.count);
 }
 
 template <class T>
@@ -48,7 +59,8 @@ void load_state(T* line, const TensorView& state, std::int64_t row, const Channe
 }
 
 template <class T>
-void store_state(const TensorView& state, std::int64_t row, const Channels& channels, const T* line) {
+void store_state(const TensorView& state, std::int64_t row, const Channels& channels,
+                 const T* line) {
     const std::int64_t memory = state.shape[2];
     if (is_dense(state) && (memory == 3 || memory == 4)) {
         visit_elements(steps_plane<kAxis>(state, row, channels.first, 0), [&](auto* to) {
@@ -83,22 +95,23 @@ void step_block(const DwCausalConvStepArgs& args, std::int64_t row, std::int64_t
     T* const out = line + (history + kTokens) * kBlock;
     T* const weight = out + kTokens * kBlock;
     T* const bias = weight + width * kBlock;
-    load_tile(weight, kBlock,
-              plane_at(args.weight, channels.first * args.weight.stride[0], args.weight.stride[1],
-                       args.weight.stride[0]),
-              width, channels.count);
+    load_weight(weight, args.weight, channels);
     if (args.bias.ndim >= 0)
-        load_tile(bias, 0, plane_at(args.bias, channels.first * args.bias.stride[0], 0, args.bias.stride[0]),
+        load_tile(bias, 0,
+                  plane_at(args.bias, channels.first * args.bias.stride[0], 0, args.bias.stride[0]),
                   1, channels.count);
     else
         std::memset(bias, 0, sizeof(T) * kBlock);
-    const std::int64_t seen =
-        circular ? static_cast<const std::int32_t*>(args.cache_seqlens.data)[row * args.cache_seqlens.stride[0]] : 0;
+    const std::int64_t seen = circular
+                                  ? static_cast<const std::int32_t*>(
+                                        args.cache_seqlens.data)[row * args.cache_seqlens.stride[0]]
+                                  : 0;
     if (circular) {
         for (std::int64_t i = 0; i < history; ++i) {
             // seen - history may be negative; the memory is at least as long as the history.
             const std::int64_t position = (seen - history + i + size) % size;
-            load_steps<kAxis>(line + i * kBlock, kBlock, args.conv_state, slot, channels, position, 1);
+            load_steps<kAxis>(line + i * kBlock, kBlock, args.conv_state, slot, channels, position,
+                              1);
         }
     } else {
         load_state(line, args.conv_state, slot, channels);
@@ -108,13 +121,16 @@ void step_block(const DwCausalConvStepArgs& args, std::int64_t row, std::int64_t
     for (std::int64_t t = 0; t < tokens; t += kTokens) {
         const std::int64_t count = min(kTokens, tokens - t);
         load_steps<kAxis>(line + history * kBlock, kBlock, args.x, row, channels, t, count);
-        filter({line + (history - (width - 1)) * kBlock, kBlock, out, kBlock, channels.count, count}, taps);
+        filter(
+            {line + (history - (width - 1)) * kBlock, kBlock, out, kBlock, channels.count, count},
+            taps);
         store_steps<kAxis>(args.y, row, channels, t, out, kBlock, count);
         if (circular && size > 0)
             for (std::int64_t i = 0; i < count; ++i)
                 store_steps<kAxis>(args.conv_state, slot, channels, (seen + t + i) % size,
                                    line + (history + i) * kBlock, kBlock, 1);
-        std::memmove(line, line + count * kBlock, sizeof(T) * static_cast<std::size_t>(history * kBlock));
+        std::memmove(line, line + count * kBlock,
+                     sizeof(T) * static_cast<std::size_t>(history * kBlock));
     }
     if (!circular && tokens > 0) store_state(args.conv_state, slot, channels, line);
 }
@@ -131,7 +147,9 @@ void step_rows(const DwCausalConvStepArgs& args, int threads) {
         const Channels channels{first, min(kBlock, dim - first)};
         const TensorView& indices = args.state_indices;
         const std::int64_t slot =
-            indices.ndim < 0 ? row : static_cast<const std::int32_t*>(indices.data)[row * indices.stride[0]];
+            indices.ndim < 0
+                ? row
+                : static_cast<const std::int32_t*>(indices.data)[row * indices.stride[0]];
         T* const memory = static_cast<T*>(scratch.data()) + elements * thread;
         if (slot >= 0) return step_block<T>(args, row, slot, channels, memory);
         std::memset(memory, 0, sizeof(T) * kBlock);

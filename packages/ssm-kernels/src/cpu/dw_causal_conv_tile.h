@@ -2,11 +2,10 @@
 // lane axis, tiles in cache, and the inputs that lie around a step in its sequence.
 #pragma once
 
+#include "../op/runs.h"
 #include "parallel.h"
 #include "tile.h"
 #include "vmath.h"
-
-#include "../op/runs.h"
 
 namespace ssm::cpu::SSM_ISA {
 
@@ -76,7 +75,8 @@ SSM_INLINE void store_steps(const TensorView& view, std::int64_t row, const Chan
 
 /// Zero in the steps [t, t + count) of a tile.
 template <LaneAxis axis, class T>
-SSM_INLINE void clear_steps(T* tile, std::int64_t pitch, std::int64_t channels, std::int64_t count) {
+SSM_INLINE void clear_steps(T* tile, std::int64_t pitch, std::int64_t channels,
+                            std::int64_t count) {
     const bool by_time = axis == LaneAxis::time;
     const std::int64_t lines = by_time ? channels : count, length = by_time ? count : channels;
     for (std::int64_t i = 0; i < lines; ++i)
@@ -92,8 +92,8 @@ SSM_INLINE void store_zeros(const TensorView& view, std::int64_t row, const Chan
         store_steps<axis>(view, row, channels, t, zeros, 0, min(longest, end - t));
 }
 
-/// The last `memory` inputs of the sequence before step t of `run`, oldest first: steps of this run,
-/// then of the runs that it continues, then the newest of the initial state.
+/// The last `memory` inputs of the sequence before step t of `run`, oldest first: steps of this
+/// run, then of the runs that it continues, then the newest of the initial state.
 template <LaneAxis axis, class T>
 static inline void load_window(T* to, std::int64_t pitch, const TensorView& x,
                                const TensorView& initial_state, std::int64_t row, const Run* run,
@@ -111,7 +111,8 @@ static inline void load_window(T* to, std::int64_t pitch, const TensorView& x,
     if (run->state_in == Run::kZero || initial_state.ndim < 0)
         clear_steps<axis>(to, pitch, channels.count, missing);
     else
-        load_steps<axis>(to, pitch, initial_state, run->state_in, channels, memory - missing, missing);
+        load_steps<axis>(to, pitch, initial_state, run->state_in, channels, memory - missing,
+                         missing);
 }
 
 /// to = from, or zero where `from` is absent: states of shape (S, D, W - 1).

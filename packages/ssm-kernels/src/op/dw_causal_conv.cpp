@@ -5,7 +5,8 @@
 #include "runs.h"
 
 SSM_CPU_KERNEL(dw_causal_conv_fwd, const DwCausalConvArgs&, const Runs&, int)
-SSM_CPU_KERNEL(dw_causal_conv_bwd, const DwCausalConvArgs&, const DwCausalConvGrads&, const Runs&, int)
+SSM_CPU_KERNEL(dw_causal_conv_bwd, const DwCausalConvArgs&, const DwCausalConvGrads&, const Runs&,
+               int)
 
 namespace ssm {
 
@@ -87,7 +88,8 @@ void dw_causal_conv_fwd(const DwCausalConvArgs& given, const Exec& exec) {
     const Checked in = check_inputs(given, {given.initial_state, given.final_state});
     const Checker check(kOp, in.args.x.device);
     check_output(check, "y", in.args.y, {in.batch, in.dim, in.seqlen});
-    check_optional_output(check, "final_state", in.args.final_state, {in.states, in.dim, in.memory});
+    check_optional_output(check, "final_state", in.args.final_state,
+                          {in.states, in.dim, in.memory});
     const RunTable runs(kOp, in.args.seq_idx, in.batch.size, in.seqlen.size,
                         in.args.state_per_sequence, in.num_states);
     cpu::dw_causal_conv_fwd.active()(in.args, runs.view(), thread_count(exec));
@@ -107,7 +109,8 @@ void dw_causal_conv_bwd(const DwCausalConvArgs& given, const DwCausalConvGrads& 
     grads.dweight = without_middle_axis(grads.dweight);
     check_output(check, "dweight", grads.dweight, {in.dim, {"W", in.args.weight.shape[1]}});
     if (present(in.args.bias)) check_output(check, "dbias", grads.dbias, {in.dim});
-    check_optional_output(check, "dinitial_state", grads.dinitial_state, {in.states, in.dim, in.memory});
+    check_optional_output(check, "dinitial_state", grads.dinitial_state,
+                          {in.states, in.dim, in.memory});
     const RunTable runs(kOp, in.args.seq_idx, in.batch.size, in.seqlen.size,
                         in.args.state_per_sequence, in.num_states);
     cpu::dw_causal_conv_bwd.active()(in.args, grads, runs.view(), thread_count(exec));

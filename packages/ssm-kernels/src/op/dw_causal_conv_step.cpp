@@ -1,10 +1,10 @@
 #include <ssm/dw_causal_conv_step.h>
 
-#include "check.h"
-#include "isa.h"
-
 #include <algorithm>
 #include <vector>
+
+#include "check.h"
+#include "isa.h"
 
 SSM_CPU_KERNEL(dw_causal_conv_step_fwd, const DwCausalConvStepArgs&, int)
 
@@ -49,7 +49,8 @@ void check_state_indices(const Checker& check, const TensorView& view, std::int6
     for (std::int64_t b = 0; b < batch; ++b) {
         const std::int32_t row = index_at(view, b);
         if (row < -1 || row >= rows)
-            check.fail("state_indices", "lie in -1.." + std::to_string(rows - 1), std::to_string(row));
+            check.fail("state_indices", "lie in -1.." + std::to_string(rows - 1),
+                       std::to_string(row));
         if (row >= 0) used.push_back(row);
     }
     std::sort(used.begin(), used.end());
@@ -103,7 +104,8 @@ void dw_causal_conv_step_fwd(const DwCausalConvStepArgs& given, const Exec& exec
     if (present(args.state_indices))
         check_state_indices(check, args.state_indices, batch.size, rows.size);
     else if (rows.size != batch.size)
-        check.fail("conv_state", "have B = " + std::to_string(batch.size) + " rows without state_indices",
+        check.fail("conv_state",
+                   "have B = " + std::to_string(batch.size) + " rows without state_indices",
                    std::to_string(rows.size));
     if (several)
         check_output(check, "y", args.y, {batch, dim, tokens});
