@@ -21,7 +21,14 @@ void register_device(nb::module_& module) {
     }, "Instruction sets that this build has and this processor can run.");
     module.def("get_num_threads", &num_threads, "Threads of a call that does not name a number.");
     module.def("set_num_threads", &set_num_threads, "count"_a,
-               "Set the threads of calls that do not name a number.\n\nRaises:\n    ValueError: count is below 1.");
+               R"(Set the threads of calls that do not name a number.
+
+Args:
+    count: at least 1.
+
+Raises:
+    ValueError: count is below 1.
+)");
     module.def("_noop", [](const Input& a, const Input& b, const Input& c, const Input& d, const Input& e,
                            const Input& f, const Input& g, const Input& h) {
         int axes = 0;
