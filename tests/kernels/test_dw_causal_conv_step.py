@@ -7,8 +7,8 @@ import sys
 
 import numpy as np
 import pytest
-
 import ssm_kernels
+
 from tests import judge
 from tests.cases import CASES, ConvCase, ConvStepCase, make
 from tests.tolerances import TOLERANCES, assert_close
