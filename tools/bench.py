@@ -25,7 +25,8 @@ JSON (schema 1): an object with
     {backend, median_ms, min_ms, max_ms, samples, calls_per_sample, vs_python, vs_forward (time
     over that of the forward alone), of_bound, saved_bytes, note}, null where it does not apply};
     first_calls: a list of {op, workload, load_ms, first_ms, median_ms, ratio}, each from a fresh
-    process: importing and loading the operator, its first call, the median of the next calls.
+    process: importing and loading the operator, its first call, the median of the next calls; or
+    {op, workload, error}.
 """
 
 from __future__ import annotations
@@ -266,9 +267,12 @@ def first_calls(arguments: argparse.Namespace) -> list[dict]:
         if arguments.threads:
             options += ["--threads", str(arguments.threads)]
         child = measure.in_fresh_process(options)
-        if child.returncode != 0:
-            raise Fault(f"the first call of {op} failed: {child.stderr.strip().splitlines()[-1:]}")
-        found.append({"op": op, "workload": case.name, **json.loads(child.stdout)})
+        item = {"op": op, "workload": case.name}
+        if child.returncode == 0:
+            item |= json.loads(child.stdout)
+        else:  # no reason to lose the minutes before it
+            item["error"] = (child.stderr.strip().splitlines() or ["no message"])[-1]
+        found.append(item)
     return found
 
 

@@ -78,6 +78,9 @@ def print_first_calls(found: list[dict]) -> None:
     """Print how much longer a first call takes."""
     print("\nfirst call in a fresh process, through dispatch")
     for item in found:
+        if "error" in item:
+            print(f"  {item['op']} {item['workload']}: none, {item['error']}")
+            continue
         print(
             f"  {item['op']} {item['workload']}: {milliseconds(item['first_ms'])} ms, "
             f"{item['ratio']:.2f}x the median call {milliseconds(item['median_ms'])} ms; "

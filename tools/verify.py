@@ -40,13 +40,14 @@ def forward_and_backward(function: Callable, args: tuple) -> Callable[[], tuple]
     """Return a call that gives the gradients of all float tensors for a fixed output gradient."""
     leaves = _leaves(args)
     wanted = [a for a in leaves if isinstance(a, torch.Tensor) and a.requires_grad]
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        outputs = _outputs(function(*args))
-    weights = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
+    weights = []
 
     def call():
-        return torch.autograd.grad(_outputs(function(*leaves)), wanted, weights)
+        outputs = _outputs(function(*leaves))
+        if not weights:  # the first call is never timed, and only now are the shapes known
+            generator = torch.Generator().manual_seed(1)
+            weights.extend(torch.randn(o.shape, generator=generator).to(o) for o in outputs)
+        return torch.autograd.grad(outputs, wanted, weights)
 
     return call
 
