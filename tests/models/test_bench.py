@@ -1,15 +1,16 @@
 """tools/bench.py reports what it promises and refuses to time what is wrong."""
 
+import argparse
 import itertools
 import json
+import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from ssm.utils import dispatch
-from tools import bench, measure, verify
+from tools import bench, measure, tables, verify
 from tools.workload import Case, Draw, channel_last
 
 CASES = [
@@ -181,8 +182,25 @@ def test_case_reduced_only_shrinks():
     assert torch.equal(Draw("cpu").normal(3), Draw("cpu").normal(3))
 
 
-def test_bench_runs_as_a_script(tmp_path):
-    done = measure.in_fresh_process(["--help"])
-    assert done.returncode == 0
-    assert "--workload" in done.stdout
-    assert Path(bench.__file__).name == "bench.py"
+def step_arguments():
+    return argparse.Namespace(
+        op="dw_causal_conv_step", workload=None, device="cpu", threads=1, iters=1
+    )
+
+
+def test_first_call_comes_from_a_fresh_process(capsys):
+    (item,) = bench.first_calls(step_arguments())
+    assert item["workload"] == "decode_mamba130m"
+    assert item["ratio"] == pytest.approx(item["first_ms"] / item["median_ms"])
+    assert item["load_ms"] > 0
+    tables.print_first_calls([item])
+    assert "x the median call" in capsys.readouterr().out
+
+
+def test_failed_first_call_is_told_and_loses_nothing(monkeypatch, capsys):
+    failed = subprocess.CompletedProcess([], 1, "", "Traceback\nImportError: no library\n")
+    monkeypatch.setattr(measure, "in_fresh_process", lambda options: failed)
+    found = bench.first_calls(step_arguments())
+    assert found[0]["error"] == "ImportError: no library"
+    tables.print_first_calls(found)
+    assert "decode_mamba130m: none, ImportError: no library" in capsys.readouterr().out
