@@ -7,6 +7,8 @@ For each small case of tests/cases.py one file, DIR/ops/<op>/<case>.safetensors,
 DIR/manifest.json with seeds, hashes and versions. Arguments are rounded to float32 first; outputs
 and gradients come from ``ssm.ops.python.reference`` in float64 on these rounded arguments and are
 rounded once. The same machine and the same versions give the same bytes.
+
+For each checkpoint DIR/models/<name>/ also its loss on DIR/models/sonnets.txt, held_out.json.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.checkout import ROOT, find_packages
 
 SEED = 20240531
+HELD_OUT_TEXT = "sonnets.txt"
 # Goldens are read in every test run and live in the history for ever.
 FILE_LIMIT = 64 << 10
 TOTAL_LIMIT = 3 << 19
@@ -172,6 +175,29 @@ def refresh(folder: Path) -> dict:
     return manifest
 
 
+def refresh_models(folder: Path) -> None:
+    """Write held_out.json beside every checkpoint: its loss on a text that it was not trained on."""
+    import torch
+
+    from ssm.models.lm import MambaLMHeadModel
+    from ssm.text import load_vocabulary, read_bytes
+    from ssm.training import evaluate
+    from ssm.utils import dispatch
+
+    for config in sorted(folder.glob("models/*/config.json")):
+        model = MambaLMHeadModel.from_pretrained(str(config.parent), dtype=torch.float64)
+        vocabulary = load_vocabulary(config.parent, model.config.vocab_size)
+        tokens = vocabulary.encode(read_bytes(folder / "models" / HELD_OUT_TEXT))
+        with dispatch.use_backend("python"):
+            loss = evaluate(model, tokens)
+        found = {
+            "text": HELD_OUT_TEXT,
+            "nats_per_byte": round(loss, 6),
+            "source": "ssm.training.evaluate on the reference operators in float64",
+        }
+        write(config.with_name("held_out.json"), (json.dumps(found, indent=1) + "\n").encode())
+
+
 def write(path: Path, data: bytes) -> None:
     """Write a file so that an interruption leaves the one before it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -194,6 +220,7 @@ def main() -> int:
     torch.set_num_threads(1)
     try:
         manifest = refresh(arguments.output)
+        refresh_models(arguments.output)
     except (Fault, OSError) as fault:
         print(f"refresh_goldens: {fault}", file=sys.stderr)
         return 1
