@@ -157,12 +157,25 @@ SSM_INLINE void copy_row(T* __restrict to, const T* __restrict from, std::int64_
 template <class T, class E>
 SSM_INLINE void widen_row(T* __restrict to, const E* __restrict from, std::int64_t count) {
     if constexpr (std::is_same_v<T, E>) return copy_row(to, from, count);
-    for (std::int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(widen(from[i]));
+    std::int64_t i = 0;
+#if defined(__F16C__)
+    if constexpr (std::is_same_v<T, float> && std::is_same_v<E, Float16>)
+        for (; i + 8 <= count; i += 8)
+            _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+#endif
+    for (; i < count; ++i) to[i] = static_cast<T>(widen(from[i]));
 }
 template <class T, class E>
 SSM_INLINE void narrow_row(E* __restrict to, const T* __restrict from, std::int64_t count) {
     if constexpr (std::is_same_v<T, E>) return copy_row(to, from, count);
-    for (std::int64_t i = 0; i < count; ++i) narrow(to + i, from[i]);
+    std::int64_t i = 0;
+#if defined(__F16C__)
+    if constexpr (std::is_same_v<T, float> && std::is_same_v<E, Float16>)
+        for (; i + 8 <= count; i += 8)
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                             _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+    for (; i < count; ++i) narrow(to + i, from[i]);
 }
 
 /// One vector from adjacent elements.

@@ -90,9 +90,6 @@ def _choose(op: str, device_type: str, backend: str) -> tuple[Callable, str]:
     return reference, f"the {device_type} kernels did not load: {loaded}"
 
 
-# Dynamo runs this while tracing and keeps the result, a string, as a constant: nothing inside is
-# traceable, and a function could not be kept.
-@torch.compiler.assume_constant_result
 def _resolve(op: str, device_type: str) -> str:
     """Choose, remember the choice in ``_table`` and return its key there."""
     backend = _forced.get()
@@ -100,6 +97,12 @@ def _resolve(op: str, device_type: str) -> str:
     key = f"{op}:{device_type}" if backend is None else f"{op}:{device_type}:{backend}"
     _table[key] = function
     return key
+
+
+# Dynamo runs _resolve while tracing and keeps the result, a string, as a constant: nothing inside is
+# traceable, and a function could not be kept. This is the mark that
+# torch.compiler.assume_constant_result sets; calling it would import dynamo, a second of start-up.
+_resolve._dynamo_marked_constant = True
 
 
 def implementation(op: str, tensor: torch.Tensor) -> Callable:

@@ -3,7 +3,7 @@
 import torch
 
 import ssm_kernels
-from ssm.ops.compiled.library import define, differentiate, refuse_second_gradient
+from ssm.ops.compiled.library import define, differentiate, is_eager, refuse_second_gradient
 from ssm.ops.python import check
 
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? seq_idx"
@@ -137,15 +137,7 @@ def dw_causal_conv(
         num_states = check.check_seq_meta("dw_causal_conv", seq_meta, num_states)
         seq_idx = seq_meta.positions(x.shape[0], x.shape[2], x.device)
         per_sequence = seq_meta.state_per_sequence
-    y, final_state = _fwd(
-        x,
-        weight,
-        bias,
-        initial_state,
-        seq_idx,
-        silu,
-        per_sequence,
-        num_states,
-        return_final_state,
-    )
+    inputs = (x, weight, bias, initial_state)
+    call = _forward if is_eager(*inputs) else _fwd
+    y, final_state = call(*inputs, seq_idx, silu, per_sequence, num_states, return_final_state)
     return (y, final_state) if return_final_state else y

@@ -4,7 +4,7 @@ import torch
 
 import ssm_kernels
 from ssm.ops.compiled.dw_causal_conv import is_silu
-from ssm.ops.compiled.library import define
+from ssm.ops.compiled.library import define, is_eager
 from ssm.ops.python import reference
 
 
@@ -21,6 +21,8 @@ def _forward(x, conv_state, weight, bias, cache_seqlens, state_indices, silu):
         silu=silu,
         num_threads=torch.get_num_threads(),
     )
+    # The kernel wrote behind torch's back; a graph that saved the state must notice.
+    torch.autograd.graph.increment_version(conv_state)
     return y
 
 
@@ -47,4 +49,5 @@ def dw_causal_conv_step(
             *inputs, activation, cache_seqlens=cache_seqlens, state_indices=state_indices
         )
     silu = is_silu("dw_causal_conv_step", activation)
-    return _fwd(x, conv_state, weight, bias, cache_seqlens, state_indices, silu)
+    call = _forward if is_eager(*inputs) else _fwd
+    return call(*inputs, cache_seqlens, state_indices, silu)

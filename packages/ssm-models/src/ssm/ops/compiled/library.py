@@ -7,26 +7,37 @@ import torch
 # One library object per process: torch removes the operators when it is collected.
 _LIBRARY = torch.library.Library("ssm", "FRAGMENT")
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
 
-def is_eager(x: torch.Tensor) -> bool:
+
+def is_eager(*tensors: torch.Tensor | None) -> bool:
     """Return whether a call may go to the kernels directly, past torch's dispatcher.
 
     Args:
-        x: main input of an operator.
+        tensors: all tensor arguments of an operator.
 
     Returns:
-        False while torch traces, transforms or intercepts operators, or if x is no plain tensor:
-        then the call must go through the registered operator. Gradients are the caller's concern.
+        False if a gradient is wanted, while torch traces, transforms or intercepts operators, or
+        if the first is no plain tensor or one is a lazily negated view: then the call must go
+        through the registered operator.
 
     Source:
         A step of decoding is shorter than the dispatcher's way through Python.
     """
-    return (
-        type(x) is torch.Tensor
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.maybe_current_level() is None
-    )
+    if (
+        type(tensors[0]) is not torch.Tensor
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.maybe_current_level() is not None
+    ):
+        return False
+    wanted = torch.is_grad_enabled()
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN:
+            return False
+        if tensor is not None and ((wanted and tensor.requires_grad) or tensor.is_neg()):
+            return False
+    return True
 
 
 def define(schema: str, kernel: Callable, fake: Callable) -> Callable:

@@ -3,8 +3,8 @@
 import ssm_kernels
 import torch
 
-from ssm.ops.compiled.library import define, differentiate, refuse_second_gradient
-from ssm.seq_meta import SeqMeta
+from ssm.ops.compiled.library import define, differentiate, is_eager, refuse_second_gradient
+from ssm.ops.python import check
 
 _STEPS = 32  # steps between saved states: kSelectiveScanCheckpoint of the kernels
 _INPUTS = (
@@ -135,15 +135,19 @@ def selective_scan(
     return_last_state=False,
     *,
     initial_state=None,
-    seq_meta: SeqMeta | None = None,
+    seq_meta=None,
 ):
     """Run the selective scan on compiled kernels; contract: ``ssm.ops.python.reference``."""
+    inputs = (u, delta, A, B, C, D, z, dt_bias, initial_state)
+    if u.ndim != 3 or not isinstance(A, torch.Tensor) or A.ndim != 2:
+        # Shapes are read below, before the kernels check them: this raises.
+        check.selective_scan(*inputs, seq_meta)
     seq_idx, per_sequence, num_states = None, False, u.shape[0]
     if seq_meta is not None:
-        seq_idx = seq_meta.positions(u.shape[0], u.shape[-1], u.device)
+        num_states = check.check_seq_meta("selective_scan", seq_meta, num_states)
+        seq_idx = seq_meta.positions(u.shape[0], u.shape[2], u.device)
         per_sequence = seq_meta.state_per_sequence
-        num_states = seq_meta.num_sequences if per_sequence else num_states
-    inputs = (u, delta, A, B, C, D, z, dt_bias, initial_state)
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    y, last_state, _ = _fwd(*inputs, seq_idx, softplus, per_sequence, num_states, save)
+    save = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in inputs)
+    call = _forward if is_eager(*inputs) else _fwd
+    y, last_state, _ = call(*inputs, seq_idx, softplus, per_sequence, num_states, save)
     return (y, last_state) if return_last_state else y

@@ -55,5 +55,5 @@ def selective_state_step(
     inputs = (state, x, dt, A, B, C, D, z, dt_bias)
     if torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in inputs):
         return reference.selective_state_step(*inputs, softplus, state_indices=state_indices)
-    call = _step if is_eager(x) else _op
+    call = _step if is_eager(*inputs) else _op
     return call(*inputs, state_indices, softplus)
