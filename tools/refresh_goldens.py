@@ -176,7 +176,7 @@ def refresh(folder: Path) -> dict:
 
 
 def refresh_models(folder: Path) -> None:
-    """Write held_out.json beside every checkpoint: its loss on a text that it was not trained on."""
+    """Write held_out.json beside every checkpoint: its loss on a text it was not trained on."""
     import torch
 
     from ssm.models.lm import MambaLMHeadModel

@@ -59,13 +59,28 @@ struct Problem {
     Array dy, dlast, du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial;
 
     explicit Problem(std::int64_t L = 40)
-        : u({2, 4, L}, 0.5f), delta({2, 4, L}, 0.1f), A({4, 3}, -1.0f), B({2, 3, L}, 1.0f),
-          C({2, 1, 3, L}, 1.0f), D({4}, 1.0f), z({2, 4, L}, 1.0f), bias({4}, 0.0f),
-          initial({2, 4, 3}, 2.0f), y({2, 4, L}, kPoison), last({2, 4, 3}, kPoison),
-          checkpoints({2, (L + 31) / 32, 3, 4}, kPoison), dy({2, 4, L}, 1.0f),
-          dlast({2, 4, 3}, 3.0f), du({2, 4, L}, kPoison), ddelta({2, 4, L}, kPoison),
-          dA({4, 3}, kPoison), dB({2, 3, L}, kPoison), dC({2, 1, 3, L}, kPoison),
-          dD({4}, kPoison), dz({2, 4, L}, kPoison), dbias({4}, kPoison),
+        : u({2, 4, L}, 0.5f),
+          delta({2, 4, L}, 0.1f),
+          A({4, 3}, -1.0f),
+          B({2, 3, L}, 1.0f),
+          C({2, 1, 3, L}, 1.0f),
+          D({4}, 1.0f),
+          z({2, 4, L}, 1.0f),
+          bias({4}, 0.0f),
+          initial({2, 4, 3}, 2.0f),
+          y({2, 4, L}, kPoison),
+          last({2, 4, 3}, kPoison),
+          checkpoints({2, (L + 31) / 32, 3, 4}, kPoison),
+          dy({2, 4, L}, 1.0f),
+          dlast({2, 4, 3}, 3.0f),
+          du({2, 4, L}, kPoison),
+          ddelta({2, 4, L}, kPoison),
+          dA({4, 3}, kPoison),
+          dB({2, 3, L}, kPoison),
+          dC({2, 1, 3, L}, kPoison),
+          dD({4}, kPoison),
+          dz({2, 4, L}, kPoison),
+          dbias({4}, kPoison),
           dinitial({2, 4, 3}, kPoison) {}
 
     ssm::SelectiveScanArgs args() const {
@@ -141,7 +156,10 @@ void skips_steps() {
     const Problem problem;
     std::vector<std::int32_t> ids(80, -1);
     ssm::SelectiveScanArgs args = problem.args();
-    args.seq_idx = {.data = ids.data(), .dtype = ssm::DType::i32, .ndim = 2, .shape = {2, 40},
+    args.seq_idx = {.data = ids.data(),
+                    .dtype = ssm::DType::i32,
+                    .ndim = 2,
+                    .shape = {2, 40},
                     .stride = {40, 1}};
     ssm::selective_scan_fwd(args);
     check(problem.y.all(0.0f), "a skipped step gives 0");
@@ -188,12 +206,13 @@ void refuses_bad_input() {
             [](Args& a, Grads&) { a.y.stride[1] = 0; });
     refuses("checkpoints must be contiguous, got stride 12 along axis 3",
             [](Args& a, Grads&) { a.checkpoints.stride[3] = 12; });
-    refuses("checkpoints must be given, got None",
-            [](Args& a, Grads&) { a.checkpoints = {}; }, true);
+    refuses(
+        "checkpoints must be given, got None", [](Args& a, Grads&) { a.checkpoints = {}; }, true);
     refuses("dy must be given, got None", [](Args&, Grads& g) { g.dy = {}; }, true);
     refuses("dD must be given, got None", [](Args&, Grads& g) { g.dD = {}; }, true);
-    refuses("dA must have shape (D, N) = (4, 3), got (4, 2)",
-            [](Args&, Grads& g) { g.dA.shape[1] = 2; }, true);
+    refuses(
+        "dA must have shape (D, N) = (4, 3), got (4, 2)",
+        [](Args&, Grads& g) { g.dA.shape[1] = 2; }, true);
 }
 
 void refuses_other_devices() {

@@ -111,10 +111,8 @@ def test_special_values(dtype):
 
 
 def test_values_below_the_range_stay_small_and_finite():
-    # Baseline's rounding to integers ends beyond 1e13, which no step size times a rate reaches.
-    lowest = {"exp2": 1e13, "softplus": 3e38, "sigmoid": 3e38, "silu": 3e38}
-    for function, end in lowest.items():
-        x = -np.geomspace(125.0, end, 10_000).astype("f4")
+    for function in ("exp2", "softplus", "sigmoid", "silu"):
+        x = -np.geomspace(125.0, 3e38, 10_000).astype("f4")
         exact = JUDGES[function](np.maximum(x.astype("f8"), -700.0))
         bound = TINY * np.abs(x) if function == "silu" else TINY
         assert (np.abs(apply(function, x) - exact) <= bound).all(), function

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import ssm_kernels
 import torch
 
-import ssm_kernels
 from ssm.models.lm import MambaLMHeadModel
 from ssm.text import load_vocabulary, read_bytes
 from ssm.training import evaluate

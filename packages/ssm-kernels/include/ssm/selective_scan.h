@@ -26,10 +26,11 @@ struct SelectiveScanArgs {
     TensorView z{};              // (B, D, L)     in, optional
     TensorView dt_bias{};        // (D)           in, optional
     TensorView initial_state{};  // (S, D, N)     in, optional
-    TensorView seq_idx{};        // (B, L) i32    in, optional: equal neighbours are one sequence, -1 skips
-    TensorView y{};              // (B, D, L)     out
-    TensorView last_state{};     // (S, D, N)     out, optional
-    TensorView checkpoints{};    // (B, ceil(L / 32), N, D) contiguous, compute type   out, optional
+    TensorView
+        seq_idx{};   // (B, L) i32    in, optional: equal neighbours are one sequence, -1 skips
+    TensorView y{};  // (B, D, L)     out
+    TensorView last_state{};   // (S, D, N)     out, optional
+    TensorView checkpoints{};  // (B, ceil(L / 32), N, D) contiguous, compute type   out, optional
     bool softplus = false;
     // True: seq_idx holds sequence numbers 0..S-1 and states are per sequence. False: S = B.
     bool state_per_sequence = false;

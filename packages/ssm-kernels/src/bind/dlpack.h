@@ -1,4 +1,5 @@
-// The part of the DLPack 1.x ABI that the bindings read (https://dmlc.github.io/dlpack/latest/c_api.html).
+// The part of the DLPack 1.x ABI that the bindings read
+// (https://dmlc.github.io/dlpack/latest/c_api.html).
 #pragma once
 
 #include <cstdint>
@@ -38,7 +39,8 @@ struct ExchangeApi {
     void* allocate;
     void* managed_from_object;
     void* managed_to_object;
-    int (*borrow_from_object)(void* object, Tensor* out);  // 0 on success, else a Python error is set
+    int (*borrow_from_object)(void* object,
+                              Tensor* out);  // 0 on success, else a Python error is set
     int (*current_work_stream)(std::int32_t device_type, std::int32_t device_id, void** stream);
 };
 

@@ -33,8 +33,8 @@ void forward(const Input& u, const Input& delta, const Input& A, const Input& B,
              const Input& D, const Input& z, const Input& dt_bias, const Input& initial_state,
              const Input& seq_idx, const Output& y, const Output& last_state,
              const Output& checkpoints, bool softplus, bool state_per_sequence, int num_threads) {
-    SelectiveScanArgs args = inputs(u, delta, A, B, C, D, z, dt_bias, initial_state, seq_idx, softplus,
-                                    state_per_sequence);
+    SelectiveScanArgs args = inputs(u, delta, A, B, C, D, z, dt_bias, initial_state, seq_idx,
+                                    softplus, state_per_sequence);
     args.y = view(kOp, "y", y);
     args.last_state = view(kOp, "last_state", last_state);
     args.checkpoints = view(kOp, "checkpoints", checkpoints);
@@ -49,8 +49,8 @@ void backward(const Input& u, const Input& delta, const Input& A, const Input& B
               const Output& dB, const Output& dC, const Output& dD, const Output& dz,
               const Output& ddt_bias, const Output& dinitial_state, bool softplus,
               bool state_per_sequence, int num_threads) {
-    SelectiveScanArgs args = inputs(u, delta, A, B, C, D, z, dt_bias, initial_state, seq_idx, softplus,
-                                    state_per_sequence);
+    SelectiveScanArgs args = inputs(u, delta, A, B, C, D, z, dt_bias, initial_state, seq_idx,
+                                    softplus, state_per_sequence);
     args.checkpoints = view(kOp, "checkpoints", checkpoints);
     const SelectiveScanGrads grads{.dy = view(kOp, "dy", dy),
                                    .dlast_state = view(kOp, "dlast_state", dlast_state),

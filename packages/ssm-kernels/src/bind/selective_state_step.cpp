@@ -34,11 +34,12 @@ void forward(const Output& state, const Input& x, const Input& dt, const Input& 
 
 void register_selective_state_step(nb::module_& module) {
     const auto none = nb::none();
-    module.def("selective_state_step_fwd", &forward, "state"_a.none(), "x"_a.none(), "dt"_a.none(),
-               "A"_a.none(), "B"_a.none(), "C"_a.none(), "D"_a = none, "z"_a = none,
-               "dt_bias"_a = none, "state_indices"_a = none, nb::kw_only(), "y"_a.none(),
-               "softplus"_a = true, "num_threads"_a = 0,
-               R"(Advance the selective recurrence by one token, or a few, updating the state in place.
+    module.def(
+        "selective_state_step_fwd", &forward, "state"_a.none(), "x"_a.none(), "dt"_a.none(),
+        "A"_a.none(), "B"_a.none(), "C"_a.none(), "D"_a = none, "z"_a = none, "dt_bias"_a = none,
+        "state_indices"_a = none, nb::kw_only(), "y"_a.none(), "softplus"_a = true,
+        "num_threads"_a = 0,
+        R"(Advance the selective recurrence by one token, or a few, updating the state in place.
 
 h = exp(dt A) h + dt B x and y = (sum_n C h + D x) silu(z) with dt = softplus(dt + dt_bias):
 Gu & Dao 2023, arXiv:2312.00752, eq. 2-4; Dao & Gu 2024, arXiv:2405.21060, eq. 1.

@@ -7,9 +7,17 @@ namespace ssm::bind {
 namespace {
 
 DType dtype_of(std::uint8_t code, std::uint8_t bits) {
-    if (code == 2) return bits == 64 ? DType::f64 : bits == 32 ? DType::f32 : bits == 16 ? DType::f16 : DType::other;
+    if (code == 2)
+        return bits == 64   ? DType::f64
+               : bits == 32 ? DType::f32
+               : bits == 16 ? DType::f16
+                            : DType::other;
     if (code == 4 && bits == 16) return DType::bf16;
-    if (code == 0) return bits == 64 ? DType::i64 : bits == 32 ? DType::i32 : bits == 8 ? DType::i8 : DType::other;
+    if (code == 0)
+        return bits == 64   ? DType::i64
+               : bits == 32 ? DType::i32
+               : bits == 8  ? DType::i8
+                            : DType::other;
     if (code == 1 && bits == 8) return DType::u8;
     return DType::other;
 }
@@ -21,7 +29,8 @@ Device device_of(std::int32_t type, std::int32_t id) {
 bool fill(TensorView& view, const dlpack::Tensor& tensor) {
     if (tensor.ndim > kMaxDims) return false;
     view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
-    view.dtype = tensor.dtype.lanes == 1 ? dtype_of(tensor.dtype.code, tensor.dtype.bits) : DType::other;
+    view.dtype =
+        tensor.dtype.lanes == 1 ? dtype_of(tensor.dtype.code, tensor.dtype.bits) : DType::other;
     view.device = device_of(tensor.device.type, tensor.device.id);
     view.ndim = tensor.ndim;
     std::int64_t dense = 1;
@@ -46,16 +55,19 @@ thread_local std::size_t oldest = 0;
 const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
     for (const CachedApi& entry : cached)
         if (entry.type == type) return entry.api;
-    PyObject* capsule = PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__");
+    PyObject* capsule =
+        PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__");
     if (capsule == nullptr) {
         PyErr_Clear();
         return nullptr;
     }
-    auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule, PyCapsule_GetName(capsule)));
+    auto* api = static_cast<const dlpack::ExchangeApi*>(
+        PyCapsule_GetPointer(capsule, PyCapsule_GetName(capsule)));
     Py_DECREF(capsule);
     PyErr_Clear();
     while (api != nullptr && api->version.major > 1) api = api->previous;
-    if (api == nullptr || api->version.major != 1 || api->borrow_from_object == nullptr) return nullptr;
+    if (api == nullptr || api->version.major != 1 || api->borrow_from_object == nullptr)
+        return nullptr;
     Py_INCREF(type);
     Py_XDECREF(cached[oldest].type);
     cached[oldest] = {type, api};
@@ -68,7 +80,8 @@ bool borrow_ndarray(nb::handle object, TensorArg& arg, Array& held) {
     if (!nb::try_cast<Array>(object, held, false) || !held.is_valid()) return false;
     if (held.ndim() > kMaxDims) return false;
     arg.view.data = const_cast<void*>(static_cast<const void*>(held.data()));
-    arg.view.dtype = held.dtype().lanes == 1 ? dtype_of(held.dtype().code, held.dtype().bits) : DType::other;
+    arg.view.dtype =
+        held.dtype().lanes == 1 ? dtype_of(held.dtype().code, held.dtype().bits) : DType::other;
     arg.view.device = device_of(held.device_type(), held.device_id());
     arg.view.ndim = static_cast<int>(held.ndim());
     for (int i = 0; i < arg.view.ndim; ++i) {
@@ -86,7 +99,8 @@ bool borrow(nb::handle object, TensorArg& arg, bool writable) noexcept {
     if (object.is_none()) return true;
     if (const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(object.ptr()))) {
         dlpack::Tensor tensor{};
-        if (api->borrow_from_object(object.ptr(), &tensor) == 0 && fill(arg.view, tensor)) return true;
+        if (api->borrow_from_object(object.ptr(), &tensor) == 0 && fill(arg.view, tensor))
+            return true;
         PyErr_Clear();
     }
     try {

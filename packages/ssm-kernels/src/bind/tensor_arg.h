@@ -1,10 +1,9 @@
 // Python arrays as TensorView, without copies: the one place where Python objects become data.
 #pragma once
 
-#include <ssm/tensor.h>
-
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <ssm/tensor.h>
 
 #include <string>
 

@@ -1,7 +1,7 @@
 // Loops that run into one limit of the processor each, so that a benchmark can name its distance.
-#include "vmath.h"
-
 #include "../op/ceiling.h"
+
+#include "vmath.h"
 
 namespace ssm::cpu::SSM_ISA {
 

@@ -2,12 +2,11 @@
 // stays in the first-level cache between its passes. docs/ops/fused_layer_norm.md#algorithm
 #include <ssm/fused_layer_norm.h>
 
-#include "parallel.h"
-#include "tile.h"
+#include <cmath>
 
 #include "../op/scratch.h"
-
-#include <cmath>
+#include "parallel.h"
+#include "tile.h"
 
 namespace ssm::cpu::SSM_ISA {
 
@@ -126,7 +125,9 @@ struct Rows {
     bool direct;
 
     Rows(const TensorView& tensor, T* scratch_line, std::int64_t columns)
-        : view(tensor), line(scratch_line), dim(columns),
+        : view(tensor),
+          line(scratch_line),
+          dim(columns),
           direct(tensor.ndim >= 0 && tensor.dtype == (sizeof(T) == 8 ? DType::f64 : DType::f32) &&
                  (columns == 1 || tensor.stride[tensor.ndim - 1] == 1)) {}
 
@@ -263,7 +264,8 @@ void norm_rows(const FusedLayerNormArgs& args, int wanted_threads) {
     parallel_for(tasks, threads, [&](std::int64_t task, int thread) {
         T* const lines = memory + pitch * (2 + 4 * thread);
         const Rows<T> x(args.x, lines, dim), residual(args.residual, lines + pitch, dim);
-        const Rows<T> sum(args.residual_out, lines + 2 * pitch, dim), y(args.y, lines + 3 * pitch, dim);
+        const Rows<T> sum(args.residual_out, lines + 2 * pitch, dim),
+            y(args.y, lines + 3 * pitch, dim);
         const std::int64_t end = min(shape.rows, (task + 1) * rows_per_task);
         for (std::int64_t row = task * rows_per_task; row < end; ++row) {
             const Ahead next_x(x, row + 1, end), next_residual(residual, row + 1, end);
@@ -271,8 +273,8 @@ void norm_rows(const FusedLayerNormArgs& args, int wanted_threads) {
             T total;
             if (residual.given()) {
                 T* const to = stream_s ? sum.line : sum.place(row);
-                total = add_rows(s, residual.read(row), to, stream_s ? sum.place(row) : nullptr, dim,
-                                 args.is_rms);
+                total = add_rows(s, residual.read(row), to, stream_s ? sum.place(row) : nullptr,
+                                 dim, args.is_rms);
                 s = to;
             } else {
                 total = add_rows<T>(s, nullptr, nullptr, nullptr, dim, args.is_rms);
@@ -302,11 +304,11 @@ struct RowGrad {
     T rstd;
 };
 
-/// Adds a row's part to dweight and dbias (null when not wanted) and returns mean(g xhat) and mean(g)
-/// with g = dy weight.
+/// Adds a row's part to dweight and dbias (null when not wanted) and returns mean(g xhat) and
+/// mean(g) with g = dy weight.
 template <class T>
-void project_row(const RowGrad<T>& row, T* dweight, T* dbias, std::int64_t dim, T* along, T* constant,
-                 const Ahead& ahead) {
+void project_row(const RowGrad<T>& row, T* dweight, T* dbias, std::int64_t dim, T* along,
+                 T* constant, const Ahead& ahead) {
     Sums<T> gx, g;
     sweep<T>(dim, [&](std::int64_t i, int slot, auto part) {
         ahead.fetch(i);
@@ -342,8 +344,8 @@ void grad_row(const RowGrad<T>& row, T along, T constant, const T* dresidual_out
 
 /// out = the sum of `count` lines, in their order.
 template <class T>
-void reduce_partials(const TensorView& out, const T* partials, std::int64_t pitch, std::int64_t count,
-                     std::int64_t dim, int threads) {
+void reduce_partials(const TensorView& out, const T* partials, std::int64_t pitch,
+                     std::int64_t count, std::int64_t dim, int threads) {
     if (out.ndim < 0) return;
     parallel_for((dim + kReduceColumns - 1) / kReduceColumns, threads, [&](std::int64_t task, int) {
         const std::int64_t first = task * kReduceColumns, width = min(kReduceColumns, dim - first);
@@ -355,7 +357,8 @@ void reduce_partials(const TensorView& out, const T* partials, std::int64_t pitc
 }
 
 template <class T>
-void norm_grads(const FusedLayerNormArgs& args, const FusedLayerNormGrads& grads, int wanted_threads) {
+void norm_grads(const FusedLayerNormArgs& args, const FusedLayerNormGrads& grads,
+                int wanted_threads) {
     const NormShape shape(args.x);
     const std::int64_t dim = shape.dim, pitch = shape.pitch;
     const int threads = shape.threads(wanted_threads);
@@ -364,7 +367,8 @@ void norm_grads(const FusedLayerNormArgs& args, const FusedLayerNormGrads& grads
     const std::int64_t rows_per_task = max(1, (shape.rows + most - 1) / most);
     const std::int64_t tasks = (shape.rows + rows_per_task - 1) / rows_per_task;
     const bool has_dweight = grads.dweight.ndim >= 0, has_dbias = grads.dbias.ndim >= 0;
-    const Scratch scratch(sizeof(T) * static_cast<std::size_t>(pitch * (1 + 5 * threads + 2 * tasks)));
+    const Scratch scratch(sizeof(T) *
+                          static_cast<std::size_t>(pitch * (1 + 5 * threads + 2 * tasks)));
     T* const memory = static_cast<T*>(scratch.data());
     T* const partials = memory + pitch * (1 + 5 * threads);
     const T* const weight = dense(args.weight, memory, dim);
@@ -394,8 +398,9 @@ void norm_grads(const FusedLayerNormArgs& args, const FusedLayerNormGrads& grads
             T along, constant;
             project_row(at, dweight, dbias, dim, &along, &constant, Ahead(dsum, row, end));
             T* const ds = dx.place(row);
-            grad_row(at, along, args.is_rms ? T(0) : constant, dsum.given() ? dsum.read(row) : nullptr,
-                     ds, dim, stream_dx, Ahead(x, row + 1, end), Ahead(dy, row + 1, end));
+            grad_row(at, along, args.is_rms ? T(0) : constant,
+                     dsum.given() ? dsum.read(row) : nullptr, ds, dim, stream_dx,
+                     Ahead(x, row + 1, end), Ahead(dy, row + 1, end));
             // dx last: it may be rounded in place of ds.
             if (dresidual.given()) dresidual.write(row, ds);
             dx.write(row, ds);

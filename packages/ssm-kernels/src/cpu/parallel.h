@@ -1,9 +1,9 @@
 // Work sharing. The only file with an OpenMP directive.
 #pragma once
 
-#include "simd.h"
-
 #include <omp.h>
+
+#include "simd.h"
 
 namespace ssm::cpu::SSM_ISA {
 

@@ -1,9 +1,8 @@
 // Selective scan, backward. Tiles of 32 steps are walked from the last to the first: the states
 // inside a tile are computed again from its checkpoint, then the adjoint runs back over them.
 // docs/ops/selective_scan.md#backward
-#include "selective_scan_tile.h"
-
 #include "../op/scratch.h"
+#include "selective_scan_tile.h"
 
 namespace ssm::cpu::SSM_ISA {
 
@@ -50,8 +49,11 @@ struct BlockSums {
 
     static std::int64_t elements(std::int64_t dstate) { return (4 * dstate + 2) * kScanChannels; }
     BlockSums(T* memory, std::int64_t dstate)
-        : dh(memory), dA(dh + dstate * kScanChannels), dB(dA + dstate * kScanChannels),
-          dC(dB + dstate * kScanChannels), dD(dC + dstate * kScanChannels),
+        : dh(memory),
+          dA(dh + dstate * kScanChannels),
+          dB(dA + dstate * kScanChannels),
+          dC(dB + dstate * kScanChannels),
+          dD(dC + dstate * kScanChannels),
           dbias(dD + kScanChannels) {}
 };
 
@@ -65,8 +67,11 @@ struct BackwardPlan {
     T* partial_dC;
 
     explicit BackwardPlan(const SelectiveScanArgs& args)
-        : shape(args), splits(min(kMaxSplits, shape.blocks_per_group)), sums(nullptr),
-          partial_dB(nullptr), partial_dC(nullptr) {}
+        : shape(args),
+          splits(min(kMaxSplits, shape.blocks_per_group)),
+          sums(nullptr),
+          partial_dB(nullptr),
+          partial_dC(nullptr) {}
 
     std::int64_t sum_elements() const {
         return shape.batch * shape.blocks_per_row() * BlockSums<T>::elements(shape.dstate);
@@ -75,11 +80,13 @@ struct BackwardPlan {
         return splits * shape.batch * shape.groups * shape.dstate * shape.seqlen;
     }
     BlockSums<T> block_sums(std::int64_t row, std::int64_t index) const {
-        return {sums + (row * shape.blocks_per_row() + index) * BlockSums<T>::elements(shape.dstate),
-                shape.dstate};
+        return {
+            sums + (row * shape.blocks_per_row() + index) * BlockSums<T>::elements(shape.dstate),
+            shape.dstate};
     }
     T* partial(T* base, std::int64_t split, std::int64_t row, std::int64_t group) const {
-        return base + ((split * shape.batch + row) * shape.groups + group) * shape.dstate * shape.seqlen;
+        return base +
+               ((split * shape.batch + row) * shape.groups + group) * shape.dstate * shape.seqlen;
     }
 };
 
@@ -100,7 +107,8 @@ SSM_INLINE void differentiate_states(const ScanTile<T>& tile, const GradTile<T>&
     }
     for (std::int64_t t = begin; t < end; ++t) {
         const std::int64_t i = t * kScanChannels + lane;
-        const Vec<T> dt = load<T>(tile.dt + i), dtu = load<T>(tile.dtu + i), dy = load<T>(grad.dy + i);
+        const Vec<T> dt = load<T>(tile.dt + i), dtu = load<T>(tile.dtu + i),
+                     dy = load<T>(grad.dy + i);
         Vec<T> y = load<T>(tile.y + i);
 #pragma GCC unroll 4
         for (int n = 0; n < kStates; ++n) {
@@ -126,7 +134,8 @@ SSM_INLINE void differentiate_states(const ScanTile<T>& tile, const GradTile<T>&
     }
     for (std::int64_t t = end - 1; t >= begin; --t) {
         const std::int64_t i = t * kScanChannels + lane;
-        const Vec<T> dt = load<T>(tile.dt + i), dtu = load<T>(tile.dtu + i), dy = load<T>(grad.dy + i);
+        const Vec<T> dt = load<T>(tile.dt + i), dtu = load<T>(tile.dtu + i),
+                     dy = load<T>(grad.dy + i);
         Vec<T> ddt = load<T>(grad.ddt + i), ddtu = load<T>(grad.ddtu + i);
 #pragma GCC unroll 4
         for (int n = 0; n < kStates; ++n) {
@@ -156,9 +165,9 @@ SSM_INLINE void differentiate_states(const ScanTile<T>& tile, const GradTile<T>&
 }
 
 template <class T, bool kConstB, bool kConstC>
-void differentiate_segment(const ScanTile<T>& tile, const GradTile<T>& grad, const BlockSums<T>& sums,
-                           const T* entry, std::int64_t dstate, std::int64_t width,
-                           std::int64_t begin, std::int64_t end) {
+void differentiate_segment(const ScanTile<T>& tile, const GradTile<T>& grad,
+                           const BlockSums<T>& sums, const T* entry, std::int64_t dstate,
+                           std::int64_t width, std::int64_t begin, std::int64_t end) {
     for (std::int64_t lane = 0; lane < width; lane += kLanes<T>) {
         std::int64_t n = 0;
         // Four states: their decays and states over 32 steps stay in the first-level cache.
@@ -199,7 +208,8 @@ void load_output_gradient(const SelectiveScanArgs& args, const SelectiveScanGrad
     if (args.z.ndim < 0) return;
     load_tile(tile.z, kScanChannels, sequence_plane(args.z, block, t0), steps, block.width);
     for (std::int64_t t = 0; t < steps; ++t)
-        for (std::int64_t i = t * kScanChannels; i < t * kScanChannels + block.padded_width; i += kLanes<T>) {
+        for (std::int64_t i = t * kScanChannels; i < t * kScanChannels + block.padded_width;
+             i += kLanes<T>) {
             const Vec<T> dy = load<T>(grad.dy + i), z = load<T>(tile.z + i);
             const Vec<T> gate = sigmoid(z);
             store<T>(grad.dz + i, dy * gate * (T(1) + z * (T(1) - gate)));  // times y later
@@ -216,8 +226,10 @@ void finish_segment(const SelectiveScanArgs& args, const ScanTile<T>& tile, cons
     for (std::int64_t lane = 0; lane < width; lane += kLanes<T>) {
         const Vec<T> skip = load<T>(tile.D + lane);
         Vec<T> sum_d = load<T>(sums.dD + lane), sum_bias = load<T>(sums.dbias + lane);
-        for (std::int64_t i = begin * kScanChannels + lane; i < end * kScanChannels; i += kScanChannels) {
-            const Vec<T> u = load<T>(tile.u + i), dy = load<T>(grad.dy + i), ddtu = load<T>(grad.ddtu + i);
+        for (std::int64_t i = begin * kScanChannels + lane; i < end * kScanChannels;
+             i += kScanChannels) {
+            const Vec<T> u = load<T>(tile.u + i), dy = load<T>(grad.dy + i),
+                         ddtu = load<T>(grad.ddtu + i);
             Vec<T> ddt = load<T>(grad.ddt + i) * ln2 + u * ddtu;
             if (args.softplus) ddt *= sigmoid(load<T>(tile.raw + i));
             sum_bias += ddt;
@@ -248,10 +260,12 @@ void differentiate_tile(const SelectiveScanArgs& args, const SelectiveScanGrads&
     const Run* const end_run = runs.runs + runs.row_begin[block.row + 1];
     const std::int64_t dstate = shape.dstate, states = dstate * kScanChannels;
     const bool const_b = args.B.ndim == 2, const_c = args.C.ndim == 2;
-    const auto differentiate =
-        const_b ? (const_c ? &differentiate_segment<T, true, true> : &differentiate_segment<T, true, false>)
-                : (const_c ? &differentiate_segment<T, false, true> : &differentiate_segment<T, false, false>);
-    load_tile(tile.h, kScanChannels, checkpoint_plane(args.checkpoints, block, t0), dstate, block.width);
+    const auto differentiate = const_b ? (const_c ? &differentiate_segment<T, true, true>
+                                                  : &differentiate_segment<T, true, false>)
+                                       : (const_c ? &differentiate_segment<T, false, true>
+                                                  : &differentiate_segment<T, false, false>);
+    load_tile(tile.h, kScanChannels, checkpoint_plane(args.checkpoints, block, t0), dstate,
+              block.width);
     const Run* begin_run = after;
     while (begin_run > first_run && (begin_run - 1)->end > t0) --begin_run;
     std::int64_t done = 0;
@@ -272,16 +286,16 @@ void differentiate_tile(const SelectiveScanArgs& args, const SelectiveScanGrads&
             std::memset(sums.dh, 0, sizeof(T) * static_cast<std::size_t>(states));
             if (grads.dlast_state.ndim >= 0 && run->state_out != Run::kNone)
                 load_tile(sums.dh, kScanChannels,
-                          channel_state_plane(grads.dlast_state, run->state_out, block.channel), dstate,
-                          block.width);
+                          channel_state_plane(grads.dlast_state, run->state_out, block.channel),
+                          dstate, block.width);
         }
         for (T* area : {grad.ddt, grad.ddtu}) clear_rows(area, begin, end);
         differentiate(tile, grad, sums, grad.entry + (run - begin_run) * states, dstate,
                       block.padded_width, begin, end);
         finish_segment(args, tile, grad, sums, block.padded_width, begin, end);
         if (grads.dinitial_state.ndim >= 0 && run->begin >= t0 && run->state_in >= 0)
-            store_tile(channel_state_plane(grads.dinitial_state, run->state_in, block.channel), sums.dh,
-                       kScanChannels, dstate, block.width);
+            store_tile(channel_state_plane(grads.dinitial_state, run->state_in, block.channel),
+                       sums.dh, kScanChannels, dstate, block.width);
     }
 }
 
@@ -314,45 +328,52 @@ void differentiate_split(const SelectiveScanArgs& args, const SelectiveScanGrads
     const ScanTile<T> tile(memory, shape.dstate, Keep::inputs);
     const GradTile<T> grad(tile.end, shape.dstate);
     tile.clear();
-    const std::int64_t first = group * shape.blocks_per_group + split * shape.blocks_per_group / plan.splits;
+    const std::int64_t first =
+        group * shape.blocks_per_group + split * shape.blocks_per_group / plan.splits;
     const std::int64_t last =
         group * shape.blocks_per_group + (split + 1) * shape.blocks_per_group / plan.splits;
     for (std::int64_t index = first; index < last; ++index)
         std::memset(plan.block_sums(row, index).dh, 0,
                     sizeof(T) * static_cast<std::size_t>(BlockSums<T>::elements(shape.dstate)));
-    const auto lane_bytes = sizeof(T) * static_cast<std::size_t>(shape.dstate * kScanSteps * kLanes<T>);
+    const auto lane_bytes =
+        sizeof(T) * static_cast<std::size_t>(shape.dstate * kScanSteps * kLanes<T>);
     const Run* after = runs.runs + runs.row_begin[row + 1];
     const Run* const first_run = runs.runs + runs.row_begin[row];
-    for (std::int64_t t0 = (shape.seqlen - 1) / kScanSteps * kScanSteps; t0 >= 0 && t0 < shape.seqlen;
-         t0 -= kScanSteps) {
+    for (std::int64_t t0 = (shape.seqlen - 1) / kScanSteps * kScanSteps;
+         t0 >= 0 && t0 < shape.seqlen; t0 -= kScanSteps) {
         const std::int64_t steps = min(kScanSteps, shape.seqlen - t0);
         while (after > first_run && (after - 1)->begin >= t0 + steps) --after;
         std::memset(grad.lane_dB, 0, lane_bytes);
         std::memset(grad.lane_dC, 0, lane_bytes);
         for (std::int64_t index = first; index < last; ++index) {
             const ScanBlock block = shape.block(row, index, kLanes<T>);
-            // The lanes beyond a narrow block's width enter the sums of dB and dC: they must be zero.
+            // The lanes beyond a narrow block's width enter the sums of dB and dC: they must be
+            // zero.
             if (block.width < block.padded_width) {
-                std::memset(tile.begin, 0, sizeof(T) * static_cast<std::size_t>(tile.B - tile.begin));
+                std::memset(tile.begin, 0,
+                            sizeof(T) * static_cast<std::size_t>(tile.B - tile.begin));
                 std::memset(grad.dy, 0, sizeof(T) * static_cast<std::size_t>(ScanTile<T>::kArea));
             }
             if (index == first) tile.load_groups(args, shape, block, t0, steps);
             tile.load_parameters(args, shape, block);
             tile.load_inputs(args, block, t0, steps);
             load_output_gradient(args, grads, tile, grad, block, t0, steps);
-            differentiate_tile(args, grads, runs, shape, block, tile, grad, plan.block_sums(row, index),
-                               t0, steps, after);
-            store_tile(sequence_plane(grads.du, block, t0), grad.ddtu, kScanChannels, steps, block.width);
-            store_tile(sequence_plane(grads.ddelta, block, t0), grad.ddt, kScanChannels, steps, block.width);
+            differentiate_tile(args, grads, runs, shape, block, tile, grad,
+                               plan.block_sums(row, index), t0, steps, after);
+            store_tile(sequence_plane(grads.du, block, t0), grad.ddtu, kScanChannels, steps,
+                       block.width);
+            store_tile(sequence_plane(grads.ddelta, block, t0), grad.ddt, kScanChannels, steps,
+                       block.width);
             if (args.z.ndim >= 0)
-                store_tile(sequence_plane(grads.dz, block, t0), grad.dz, kScanChannels, steps, block.width);
+                store_tile(sequence_plane(grads.dz, block, t0), grad.dz, kScanChannels, steps,
+                           block.width);
         }
         if (args.B.ndim == 4)
-            reduce_lanes(plan.partial(plan.partial_dB, split, row, group), grad.lane_dB, shape.dstate,
-                         shape.seqlen, t0, steps);
+            reduce_lanes(plan.partial(plan.partial_dB, split, row, group), grad.lane_dB,
+                         shape.dstate, shape.seqlen, t0, steps);
         if (args.C.ndim == 4)
-            reduce_lanes(plan.partial(plan.partial_dC, split, row, group), grad.lane_dC, shape.dstate,
-                         shape.seqlen, t0, steps);
+            reduce_lanes(plan.partial(plan.partial_dC, split, row, group), grad.lane_dC,
+                         shape.dstate, shape.seqlen, t0, steps);
     }
 }
 
@@ -360,7 +381,8 @@ void differentiate_split(const SelectiveScanArgs& args, const SelectiveScanGrads
 template <class T>
 void reduce_partials(const BackwardPlan<T>& plan, T* partials, const TensorView& out, int threads) {
     const ScanShape& shape = plan.shape;
-    const std::int64_t merged = shape.groups / out.shape[1];  // groups of channels per group of `out`
+    const std::int64_t merged =
+        shape.groups / out.shape[1];  // groups of channels per group of `out`
     parallel_for(shape.batch * out.shape[1] * shape.dstate, threads, [&](std::int64_t task, int) {
         const std::int64_t n = task % shape.dstate, group = task / shape.dstate % out.shape[1];
         const std::int64_t row = task / shape.dstate / out.shape[1];
@@ -397,15 +419,19 @@ void reduce_rows(const SelectiveScanArgs& args, const SelectiveScanGrads& grads,
         const T* const from = plan.block_sums(row, index).dh;
         for (std::int64_t i = 0; i < elements; ++i) memory[i] += from[i];
     }
-    store_tile(channel_state_plane(grads.dA, 0, block.channel), total.dA, kScanChannels, shape.dstate, block.width);
+    store_tile(channel_state_plane(grads.dA, 0, block.channel), total.dA, kScanChannels,
+               shape.dstate, block.width);
     if (args.B.ndim == 2)
-        store_tile(channel_state_plane(grads.dB, 0, block.channel), total.dB, kScanChannels, shape.dstate, block.width);
+        store_tile(channel_state_plane(grads.dB, 0, block.channel), total.dB, kScanChannels,
+                   shape.dstate, block.width);
     if (args.C.ndim == 2)
-        store_tile(channel_state_plane(grads.dC, 0, block.channel), total.dC, kScanChannels, shape.dstate, block.width);
+        store_tile(channel_state_plane(grads.dC, 0, block.channel), total.dC, kScanChannels,
+                   shape.dstate, block.width);
     if (args.D.ndim >= 0)
         store_tile(channel_plane(grads.dD, block.channel), total.dD, kScanChannels, 1, block.width);
     if (args.dt_bias.ndim >= 0)
-        store_tile(channel_plane(grads.ddt_bias, block.channel), total.dbias, kScanChannels, 1, block.width);
+        store_tile(channel_plane(grads.ddt_bias, block.channel), total.dbias, kScanChannels, 1,
+                   block.width);
 }
 
 template <class T>
@@ -425,11 +451,12 @@ void differentiate_rows(const SelectiveScanArgs& args, const SelectiveScanGrads&
     T* const local = plan.partial_dC + partial_c;
     if (grads.dinitial_state.ndim >= 0 && (shape.seqlen == 0 || !runs.covers_all))
         copy_states<T>(grads.dlast_state, grads.dinitial_state, threads);
-    parallel_for(shape.batch * shape.groups * plan.splits, threads, [&](std::int64_t task, int thread) {
-        differentiate_split(args, grads, runs, plan, task / (shape.groups * plan.splits),
-                            task / plan.splits % shape.groups, task % plan.splits,
-                            local + per_thread * thread);
-    });
+    parallel_for(
+        shape.batch * shape.groups * plan.splits, threads, [&](std::int64_t task, int thread) {
+            differentiate_split(args, grads, runs, plan, task / (shape.groups * plan.splits),
+                                task / plan.splits % shape.groups, task % plan.splits,
+                                local + per_thread * thread);
+        });
     if (args.B.ndim == 4) reduce_partials(plan, plan.partial_dB, grads.dB, threads);
     if (args.C.ndim == 4) reduce_partials(plan, plan.partial_dC, grads.dC, threads);
     parallel_for(shape.blocks_per_row(), threads, [&](std::int64_t index, int thread) {

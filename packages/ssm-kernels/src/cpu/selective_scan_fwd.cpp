@@ -1,10 +1,9 @@
-// Selective scan, forward. A task owns one row and up to 32 channels of it; lanes are channels, so a
-// state element of all lanes is one vector and no sum crosses lanes.
+// Selective scan, forward. A task owns one row and up to 32 channels of it; lanes are channels, so
+// a state element of all lanes is one vector and no sum crosses lanes.
 // docs/ops/selective_scan.md#algorithm
+#include "../op/scratch.h"
 #include "parallel.h"
 #include "selective_scan_tile.h"
-
-#include "../op/scratch.h"
 
 namespace ssm::cpu::SSM_ISA {
 
@@ -28,7 +27,8 @@ SSM_INLINE void scan_states(const ScanTile<T>& tile, std::int64_t dstate, std::i
         for (int n = 0; n < kStates; ++n) {
             const Vec<T> a = exp2(dt * load<T>(rate + n * kScanChannels));
             h[n] = a * h[n] + dtu * input_vector<kConstB>(tile.B, dstate, t, first + n, lane);
-            (n % 2 == 0 ? even : odd) += h[n] * input_vector<kConstC>(tile.C, dstate, t, first + n, lane);
+            (n % 2 == 0 ? even : odd) +=
+                h[n] * input_vector<kConstC>(tile.C, dstate, t, first + n, lane);
         }
         store<T>(tile.y + t * kScanChannels + lane, even + odd);
     }
@@ -40,7 +40,8 @@ void scan_run(const ScanTile<T>& tile, std::int64_t dstate, std::int64_t width, 
               std::int64_t end) {
     for (std::int64_t lane = 0; lane < width; lane += kLanes<T>) {
         std::int64_t n = 0;
-        // Sixteen states fill 32 registers, four fill 16. A constant B or C is rare and stays small.
+        // Sixteen states fill 32 registers, four fill 16. A constant B or C is rare and stays
+        // small.
         if constexpr (kVectorBytes == 64 && !kConstB && !kConstC)
             for (; n + 16 <= dstate; n += 16)
                 scan_states<T, 16, kConstB, kConstC>(tile, dstate, n, lane, begin, end);
@@ -83,9 +84,10 @@ void scan_block(const SelectiveScanArgs& args, const Runs& runs, const ScanShape
     const ScanTile<T> tile(memory, shape.dstate, Keep::outputs);
     tile.clear();
     tile.load_parameters(args, shape, block);
-    const auto scan = args.B.ndim == 2
-                          ? (args.C.ndim == 2 ? &scan_run<T, true, true> : &scan_run<T, true, false>)
-                          : (args.C.ndim == 2 ? &scan_run<T, false, true> : &scan_run<T, false, false>);
+    const auto scan =
+        args.B.ndim == 2
+            ? (args.C.ndim == 2 ? &scan_run<T, true, true> : &scan_run<T, true, false>)
+            : (args.C.ndim == 2 ? &scan_run<T, false, true> : &scan_run<T, false, false>);
     const Run* run = runs.runs + runs.row_begin[block.row];
     const Run* const end_run = runs.runs + runs.row_begin[block.row + 1];
     for (std::int64_t t0 = 0; t0 < shape.seqlen; t0 += kScanSteps) {
@@ -97,7 +99,8 @@ void scan_block(const SelectiveScanArgs& args, const Runs& runs, const ScanShape
                        shape.dstate, block.width);
         const std::int64_t next = t0 + kScanSteps, ahead = min(kScanSteps, shape.seqlen - next);
         for (const TensorView* view : {&args.u, &args.delta, &args.y, &args.z})
-            if (view->ndim >= 0) prefetch_tile(sequence_plane(*view, block, next), ahead, block.width);
+            if (view->ndim >= 0)
+                prefetch_tile(sequence_plane(*view, block, next), ahead, block.width);
         const Run* const first_run = run;
         for (; run < end_run && run->begin < t0 + steps; ++run) {
             const std::int64_t begin = max(run->begin - t0, 0), end = min(run->end - t0, steps);
@@ -105,8 +108,8 @@ void scan_block(const SelectiveScanArgs& args, const Runs& runs, const ScanShape
             scan(tile, shape.dstate, block.padded_width, begin, end);
             if (run->end > t0 + steps) break;
             if (args.last_state.ndim >= 0 && run->state_out != Run::kNone)
-                store_tile(channel_state_plane(args.last_state, run->state_out, block.channel), tile.h,
-                           kScanChannels, shape.dstate, block.width);
+                store_tile(channel_state_plane(args.last_state, run->state_out, block.channel),
+                           tile.h, kScanChannels, shape.dstate, block.width);
         }
         if (args.z.ndim >= 0) gate(args, tile, block, t0, steps);
         if (!runs.covers_all) clear_gaps(tile, first_run, end_run, t0, steps);
@@ -124,9 +127,10 @@ void scan_rows(const SelectiveScanArgs& args, const Runs& runs, int threads) {
     const std::int64_t elements = ScanTile<T>::elements(shape.dstate, Keep::outputs);
     const Scratch scratch(sizeof(T) * static_cast<std::size_t>(elements * threads));
     parallel_for(shape.batch * shape.blocks_per_row(), threads, [&](std::int64_t task, int thread) {
-        const ScanBlock block = shape.block(task / shape.blocks_per_row(),
-                                            task % shape.blocks_per_row(), kLanes<T>);
-        scan_block<T>(args, runs, shape, block, static_cast<T*>(scratch.data()) + elements * thread);
+        const ScanBlock block =
+            shape.block(task / shape.blocks_per_row(), task % shape.blocks_per_row(), kLanes<T>);
+        scan_block<T>(args, runs, shape, block,
+                      static_cast<T*>(scratch.data()) + elements * thread);
     });
 }
 

@@ -1,15 +1,14 @@
 // What the selective scan's forward and backward share: the cut of the work and the tile in cache.
 #pragma once
 
-#include "parallel.h"
-#include "tile.h"
-#include "vmath.h"
-
-#include "../op/runs.h"
-
 #include <ssm/selective_scan.h>
 
 #include <cstddef>
+
+#include "../op/runs.h"
+#include "parallel.h"
+#include "tile.h"
+#include "vmath.h"
 
 namespace ssm::cpu::SSM_ISA {
 
@@ -27,11 +26,13 @@ struct ScanBlock {
 /// Sizes of one call and its cut into blocks, which depends on nothing but these sizes.
 struct ScanShape {
     std::int64_t batch, dim, seqlen, dstate;
-    std::int64_t groups;            // runs of channels that share both B and C
+    std::int64_t groups;  // runs of channels that share both B and C
     std::int64_t blocks_per_group;
 
     explicit ScanShape(const SelectiveScanArgs& args)
-        : batch(args.u.shape[0]), dim(args.u.shape[1]), seqlen(args.u.shape[2]),
+        : batch(args.u.shape[0]),
+          dim(args.u.shape[1]),
+          seqlen(args.u.shape[2]),
           dstate(args.A.shape[1]) {
         // B and C may have different group counts: the least common multiple cuts at both.
         const std::int64_t b = groups_of(args.B), c = groups_of(args.C);
@@ -61,9 +62,9 @@ struct ScanShape {
 
 /// (B, D, L) from step t0 on: rows are steps, columns are channels.
 SSM_INLINE Plane sequence_plane(const TensorView& view, const ScanBlock& block, std::int64_t t0) {
-    return plane_at(view,
-                    block.row * view.stride[0] + block.channel * view.stride[1] + t0 * view.stride[2],
-                    view.stride[2], view.stride[1]);
+    return plane_at(
+        view, block.row * view.stride[0] + block.channel * view.stride[1] + t0 * view.stride[2],
+        view.stride[2], view.stride[1]);
 }
 
 /// (D, N), or (S, D, N) at one sequence: rows are states, columns are channels.
@@ -106,8 +107,8 @@ SSM_INLINE Vec<T> input_vector(const T* tile, std::int64_t dstate, std::int64_t 
         return broadcast(tile[t * dstate + n]);
 }
 
-/// What a tile keeps beside the scan itself: the backward needs all inputs again, the forward lets an
-/// array serve twice, so that the whole tile stays in the first-level cache.
+/// What a tile keeps beside the scan itself: the backward needs all inputs again, the forward lets
+/// an array serve twice, so that the whole tile stays in the first-level cache.
 enum class Keep { outputs, inputs };
 
 /// Dense arrays for 32 steps of 32 channels in the compute type. Channels beyond the block's width
@@ -118,19 +119,19 @@ struct ScanTile {
     // waits for an earlier store of another area and all areas fight for the same cache sets.
     static constexpr std::int64_t kArea = kScanSteps * kScanChannels + 160;
 
-    T* dt;      // [step][channel]   after softplus
-    T* dtu;     // [step][channel]   dt * u
-    T* y;       // [step][channel]
-    T* u;       // [step][channel]   shares y when inputs are not kept
-    T* raw;     // [step][channel]   delta + dt_bias; shares dt
-    T* z;       // [step][channel]   shares dtu: read only after the scan
-    T* A;       // [state][channel]  times log2(e), for exp2
-    T* h;       // [state][channel]
-    T* B;       // [step][state], or [state][channel] when constant
-    T* C;       // as B
-    T* D;       // [channel]
-    T* bias;    // [channel]
-    T* limit;   // [channel]         largest |dt|
+    T* dt;     // [step][channel]   after softplus
+    T* dtu;    // [step][channel]   dt * u
+    T* y;      // [step][channel]
+    T* u;      // [step][channel]   shares y when inputs are not kept
+    T* raw;    // [step][channel]   delta + dt_bias; shares dt
+    T* z;      // [step][channel]   shares dtu: read only after the scan
+    T* A;      // [state][channel]  times log2(e), for exp2
+    T* h;      // [state][channel]
+    T* B;      // [step][state], or [state][channel] when constant
+    T* C;      // as B
+    T* D;      // [channel]
+    T* bias;   // [channel]
+    T* limit;  // [channel]         largest |dt|
     T* begin;
     T* end;
 
@@ -192,7 +193,8 @@ struct ScanTile {
         if (args.D.ndim >= 0)
             load_tile(D, kScanChannels, channel_plane(args.D, block.channel), 1, block.width);
         if (args.dt_bias.ndim >= 0)
-            load_tile(bias, kScanChannels, channel_plane(args.dt_bias, block.channel), 1, block.width);
+            load_tile(bias, kScanChannels, channel_plane(args.dt_bias, block.channel), 1,
+                      block.width);
     }
 
     /// B and C of the steps from t0 on; the same for all blocks of a group.
@@ -210,7 +212,8 @@ struct ScanTile {
         load_tile(u, kScanChannels, sequence_plane(args.u, block, t0), steps, block.width);
         load_tile(raw, kScanChannels, sequence_plane(args.delta, block, t0), steps, block.width);
         for (std::int64_t lane = 0; lane < block.padded_width; lane += kLanes<T>) {
-            const Vec<T> offset = load<T>(bias + lane), skip = load<T>(D + lane), high = load<T>(limit + lane);
+            const Vec<T> offset = load<T>(bias + lane), skip = load<T>(D + lane),
+                         high = load<T>(limit + lane);
             for (std::int64_t i = lane; i < steps * kScanChannels; i += kScanChannels) {
                 const Vec<T> x = load<T>(raw + i) + offset, in = load<T>(u + i);
                 const Vec<T> size = args.softplus ? softplus(x) : x;
@@ -230,7 +233,8 @@ struct ScanTile {
         if (state_in == Run::kZero || args.initial_state.ndim < 0)
             std::memset(h, 0, sizeof(T) * static_cast<std::size_t>(shape.dstate * kScanChannels));
         else
-            load_tile(h, kScanChannels, channel_state_plane(args.initial_state, state_in, block.channel),
+            load_tile(h, kScanChannels,
+                      channel_state_plane(args.initial_state, state_in, block.channel),
                       shape.dstate, block.width);
     }
 };
@@ -246,12 +250,15 @@ void copy_states(const TensorView& from, const TensorView& to, int threads) {
                 const std::int64_t count = min(kScanChannels, to.shape[2] - n);
                 if (from.ndim >= 0)
                     load_tile(line, 0,
-                              plane_at(from, sequence * from.stride[0] + d * from.stride[1] + n * from.stride[2],
+                              plane_at(from,
+                                       sequence * from.stride[0] + d * from.stride[1] +
+                                           n * from.stride[2],
                                        0, from.stride[2]),
                               1, count);
-                store_tile(plane_at(to, sequence * to.stride[0] + d * to.stride[1] + n * to.stride[2], 0,
-                                    to.stride[2]),
-                           line, 0, 1, count);
+                store_tile(
+                    plane_at(to, sequence * to.stride[0] + d * to.stride[1] + n * to.stride[2], 0,
+                             to.stride[2]),
+                    line, 0, 1, count);
             }
     });
 }

@@ -1,13 +1,12 @@
-// One token, or a few, of the selective recurrence. A task owns some channels of one batch row; lanes
-// are states, since those are adjacent in memory, and the sums over states of a square of channels
-// are turned into one vector at the end. docs/ops/selective_state_step.md#algorithm
+// One token, or a few, of the selective recurrence. A task owns some channels of one batch row;
+// lanes are states, since those are adjacent in memory, and the sums over states of a square of
+// channels are turned into one vector at the end. docs/ops/selective_state_step.md#algorithm
 #include <ssm/selective_state_step.h>
 
+#include "../op/scratch.h"
 #include "parallel.h"
 #include "tile.h"
 #include "vmath.h"
-
-#include "../op/scratch.h"
 
 namespace ssm::cpu::SSM_ISA {
 
@@ -98,7 +97,8 @@ SSM_INLINE Vec<T> advance_square(const Square<T>& at, std::int64_t dstate) {
         for (std::int64_t j = 0; j < dstate; j += n) {
             const Vec<T> b = load<T>(at.B + j), c = load<T>(at.C + j);
 #pragma GCC unroll 4
-            for (int i = 0; i < group; ++i) sum[i] += c * advance_state<T, kTied>(at, first + i, j, b);
+            for (int i = 0; i < group; ++i)
+                sum[i] += c * advance_state<T, kTied>(at, first + i, j, b);
         }
         for (int i = 0; i < group; ++i) sums[first + i] = sum[i];
     }
@@ -120,8 +120,11 @@ struct StepShape {
     bool tied;                   // A does not depend on n
 
     explicit StepShape(const SelectiveStateStepArgs& args)
-        : batch(args.x.shape[0]), tokens(args.x.shape[1]), heads(args.x.shape[2]),
-          headdim(args.x.shape[3]), dstate(args.state.shape[3]),
+        : batch(args.x.shape[0]),
+          tokens(args.x.shape[1]),
+          heads(args.x.shape[2]),
+          headdim(args.x.shape[3]),
+          dstate(args.state.shape[3]),
           padded_dstate((dstate + kLanes<T> - 1) / kLanes<T> * kLanes<T>),
           tied(args.A.stride[2] == 0 || dstate == 1) {
         const std::int64_t fitting = kTaskStates / max(padded_dstate, 1) / kLanes<T> * kLanes<T>;
@@ -135,7 +138,7 @@ struct StepShape {
 /// Working memory of one task.
 template <class T>
 struct StepTile {
-    T* x;      // [channel], like all up to skip
+    T* x;  // [channel], like all up to skip
     T* dt;
     T* z;
     T* rate;
@@ -143,10 +146,10 @@ struct StepTile {
     T* y;
     T* bias;
     T* skip;
-    T* B;      // [state]
-    T* C;      // [state]
-    T* h;      // [channel][state]
-    T* A;      // [channel][state]
+    T* B;  // [state]
+    T* C;  // [state]
+    T* h;  // [channel][state]
+    T* A;  // [channel][state]
 
     static std::int64_t elements(const StepShape<T>& shape) {
         return 8 * shape.channels + 2 * (1 + shape.channels) * shape.padded_dstate;
@@ -189,8 +192,8 @@ struct StepBlock {
         return line;
     }
     const T* activations(const TensorView& view, std::int64_t token, T* line) const {
-        return channels(view,
-                        row * view.stride[0] + token * view.stride[1] + head * view.stride[2], 3, line);
+        return channels(view, row * view.stride[0] + token * view.stride[1] + head * view.stride[2],
+                        3, line);
     }
     const T* weights(const TensorView& view, T* line) const {
         return channels(view, head * view.stride[0], 1, line);
@@ -226,8 +229,9 @@ void write_zeros(const StepBlock<T>& block) {
     const TensorView& y = block.args.y;
     std::memset(block.tile.y, 0, sizeof(T) * static_cast<std::size_t>(block.width));
     for (std::int64_t token = 0; token < block.shape.tokens; ++token)
-        store_tile(plane_at(y, block.row * y.stride[0] + token * y.stride[1] +
-                                   block.head * y.stride[2] + block.channel * y.stride[3],
+        store_tile(plane_at(y,
+                            block.row * y.stride[0] + token * y.stride[1] +
+                                block.head * y.stride[2] + block.channel * y.stride[3],
                             0, y.stride[3]),
                    block.tile.y, 0, 1, block.width);
 }
@@ -278,10 +282,12 @@ void step_block(const StepBlock<T>& block, std::int64_t state_row) {
         block.load_square(args.A, A_base, 1, tile.A);
     }
 
-    const std::int64_t h_base = state_row * args.state.stride[0] + block.head * args.state.stride[1];
+    const std::int64_t h_base =
+        state_row * args.state.stride[0] + block.head * args.state.stride[1];
     const bool in_place = block.in_place(args.state, 3);
     const std::int64_t h_pitch = in_place ? args.state.stride[2] : shape.padded_dstate;
-    T* const h = in_place ? static_cast<T*>(args.state.data) + h_base + block.channel * h_pitch : tile.h;
+    T* const h =
+        in_place ? static_cast<T*>(args.state.data) + h_base + block.channel * h_pitch : tile.h;
     if (!in_place) block.load_square(args.state, h_base, 2, tile.h);
 
     const bool y_in_place = block.whole && is_dense<T>(args.y, 3);
@@ -293,18 +299,26 @@ void step_block(const StepBlock<T>& block, std::int64_t state_row) {
         const T* const B = block.matrix(args.B, token, tile.B);
         const T* const C = block.matrix(args.C, token, tile.C);
         const std::int64_t y_base = block.row * args.y.stride[0] + token * args.y.stride[1] +
-                                    block.head * args.y.stride[2] + block.channel * args.y.stride[3];
+                                    block.head * args.y.stride[2] +
+                                    block.channel * args.y.stride[3];
         T* const y = y_in_place ? static_cast<T*>(args.y.data) + y_base : tile.y;
         for (std::int64_t i = 0; i < block.width; i += n) {
-            const Square<T> square{h + i * h_pitch, h_pitch,        A + i * A_pitch, A_pitch,
-                                   tile.rate + i,   tile.drive + i, B,               C};
+            const Square<T> square{h + i * h_pitch,
+                                   h_pitch,
+                                   A + i * A_pitch,
+                                   A_pitch,
+                                   tile.rate + i,
+                                   tile.drive + i,
+                                   B,
+                                   C};
             Vec<T> sum = shape.tied ? advance_square<T, true>(square, shape.padded_dstate)
                                     : advance_square<T, false>(square, shape.padded_dstate);
             if (skip != nullptr) sum += load<T>(skip + i) * load<T>(x + i);
             if (z != nullptr) sum *= silu<T>(load<T>(z + i));
             store<T>(y + i, sum);
         }
-        if (!y_in_place) store_tile(plane_at(args.y, y_base, 0, args.y.stride[3]), y, 0, 1, block.width);
+        if (!y_in_place)
+            store_tile(plane_at(args.y, y_base, 0, args.y.stride[3]), y, 0, 1, block.width);
     }
     if (!in_place)
         store_tile(plane_at(args.state, h_base + block.channel * args.state.stride[2],
@@ -318,22 +332,30 @@ void step_rows(const SelectiveStateStepArgs& args, int wanted_threads) {
     const int threads = shape.states() <= kSerialStates ? 1 : wanted_threads;
     const std::int64_t elements = StepTile<T>::elements(shape);
     const Scratch scratch(sizeof(T) * static_cast<std::size_t>(elements * threads));
-    parallel_for(shape.batch * shape.heads * shape.blocks, threads, [&](std::int64_t task, int thread) {
-        const StepTile<T> tile(static_cast<T*>(scratch.data()) + elements * thread, shape);
-        const std::int64_t row = task / (shape.heads * shape.blocks);
-        const std::int64_t channel = task % shape.blocks * shape.channels;
-        const std::int64_t width = min(shape.channels, shape.headdim - channel);
-        const StepBlock<T> block{args,    shape, tile, row, task / shape.blocks % shape.heads,
-                                 channel, width, width % kLanes<T> == 0};
-        const std::int64_t state_row =
-            args.state_indices.ndim < 0
-                ? row
-                : static_cast<const std::int32_t*>(args.state_indices.data)[row * args.state_indices.stride[0]];
-        if (state_row < 0)
-            write_zeros(block);
-        else
-            step_block(block, state_row);
-    });
+    parallel_for(
+        shape.batch * shape.heads * shape.blocks, threads, [&](std::int64_t task, int thread) {
+            const StepTile<T> tile(static_cast<T*>(scratch.data()) + elements * thread, shape);
+            const std::int64_t row = task / (shape.heads * shape.blocks);
+            const std::int64_t channel = task % shape.blocks * shape.channels;
+            const std::int64_t width = min(shape.channels, shape.headdim - channel);
+            const StepBlock<T> block{args,
+                                     shape,
+                                     tile,
+                                     row,
+                                     task / shape.blocks % shape.heads,
+                                     channel,
+                                     width,
+                                     width % kLanes<T> == 0};
+            const std::int64_t state_row =
+                args.state_indices.ndim < 0
+                    ? row
+                    : static_cast<const std::int32_t*>(
+                          args.state_indices.data)[row * args.state_indices.stride[0]];
+            if (state_row < 0)
+                write_zeros(block);
+            else
+                step_block(block, state_row);
+        });
 }
 
 }  // namespace

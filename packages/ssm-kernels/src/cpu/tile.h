@@ -4,16 +4,17 @@
 // kernel has one instantiation per compute type.
 #pragma once
 
-#include "simd.h"
-
 #include <ssm/tensor.h>
 
 #include <type_traits>
 #include <utility>
 
+#include "simd.h"
+
 namespace ssm::cpu::SSM_ISA {
 
-/// A rectangle of a tensor: element (row, column) is data[row * row_stride + column * column_stride].
+/// A rectangle of a tensor: element (row, column) is data[row * row_stride + column *
+/// column_stride].
 struct Plane {
     void* data;
     DType dtype;
@@ -27,20 +28,24 @@ SSM_INLINE std::int64_t max(std::int64_t a, std::int64_t b) { return a > b ? a :
 SSM_INLINE std::int64_t dtype_bytes(DType dtype) {
     switch (dtype) {
         case DType::f64:
-        case DType::i64: return 8;
+        case DType::i64:
+            return 8;
         case DType::f32:
-        case DType::i32: return 4;
+        case DType::i32:
+            return 4;
         case DType::bf16:
-        case DType::f16: return 2;
-        default: return 1;
+        case DType::f16:
+            return 2;
+        default:
+            return 1;
     }
 }
 
 /// The rectangle that starts `offset` elements into `view`.
 SSM_INLINE Plane plane_at(const TensorView& view, std::int64_t offset, std::int64_t row_stride,
                           std::int64_t column_stride) {
-    return {static_cast<char*>(view.data) + offset * dtype_bytes(view.dtype), view.dtype, row_stride,
-            column_stride};
+    return {static_cast<char*>(view.data) + offset * dtype_bytes(view.dtype), view.dtype,
+            row_stride, column_stride};
 }
 
 // Element types as stored. Each knows how to become float and how to be rounded from it.
@@ -89,8 +94,8 @@ SSM_INLINE void narrow(BFloat16* to, double value) {
 }
 SSM_INLINE void narrow(Float16* to, double value) {
 #if defined(__F16C__)
-    to->bits = static_cast<std::uint16_t>(
-        _cvtss_sh(static_cast<float>(value), _MM_FROUND_TO_NEAREST_INT));
+    to->bits =
+        static_cast<std::uint16_t>(_cvtss_sh(static_cast<float>(value), _MM_FROUND_TO_NEAREST_INT));
 #else
     const std::uint32_t bits = float_to_bits(static_cast<float>(value));
     const std::uint32_t sign = (bits >> 16) & 0x8000u;
@@ -114,10 +119,18 @@ SSM_INLINE void narrow(Float16* to, double value) {
 template <class Visitor>
 SSM_INLINE void visit_elements(const Plane& plane, const Visitor& visitor) {
     switch (plane.dtype) {
-        case DType::f64: visitor(static_cast<double*>(plane.data)); break;
-        case DType::bf16: visitor(static_cast<BFloat16*>(plane.data)); break;
-        case DType::f16: visitor(static_cast<Float16*>(plane.data)); break;
-        default: visitor(static_cast<float*>(plane.data)); break;
+        case DType::f64:
+            visitor(static_cast<double*>(plane.data));
+            break;
+        case DType::bf16:
+            visitor(static_cast<BFloat16*>(plane.data));
+            break;
+        case DType::f16:
+            visitor(static_cast<Float16*>(plane.data));
+            break;
+        default:
+            visitor(static_cast<float*>(plane.data));
+            break;
     }
 }
 
@@ -129,7 +142,8 @@ SSM_INLINE void transpose_round(Vec<T>* rows, std::integer_sequence<int, kIndex.
     for (int i = 0; i < n; ++i) {
         if ((i & kBlock) != 0) continue;
         const Vec<T> a = rows[i], b = rows[i + kBlock];
-        rows[i] = __builtin_shufflevector(a, b, ((kIndex & kBlock) ? n + kIndex - kBlock : kIndex)...);
+        rows[i] =
+            __builtin_shufflevector(a, b, ((kIndex & kBlock) ? n + kIndex - kBlock : kIndex)...);
         rows[i + kBlock] =
             __builtin_shufflevector(a, b, ((kIndex & kBlock) ? n + kIndex : kIndex + kBlock)...);
     }
@@ -161,7 +175,9 @@ SSM_INLINE void widen_row(T* __restrict to, const E* __restrict from, std::int64
 #if defined(__F16C__)
     if constexpr (std::is_same_v<T, float> && std::is_same_v<E, Float16>)
         for (; i + 8 <= count; i += 8)
-            _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+            _mm256_storeu_ps(
+                to + i,
+                _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
 #endif
     for (; i < count; ++i) to[i] = static_cast<T>(widen(from[i]));
 }

@@ -10,12 +10,18 @@ namespace {
 template <class T>
 Vec<T> apply(int function, Vec<T> x) {
     switch (function) {
-        case 0: return exp2(x);
-        case 1: return exp_bounded(x);
-        case 2: return log1p_unit(x);
-        case 3: return softplus(x);
-        case 4: return sigmoid(x);
-        default: return silu<T>(x);
+        case 0:
+            return exp2(x);
+        case 1:
+            return exp_bounded(x);
+        case 2:
+            return log1p_unit(x);
+        case 3:
+            return softplus(x);
+        case 4:
+            return sigmoid(x);
+        default:
+            return silu<T>(x);
     }
 }
 
@@ -23,7 +29,8 @@ template <class T>
 void apply_all(int function, const T* x, T* y, std::int64_t count) {
     for (std::int64_t i = 0; i < count; i += kLanes<T>) {
         const std::int64_t left = count - i;
-        const auto bytes = sizeof(T) * static_cast<std::size_t>(left < kLanes<T> ? left : kLanes<T>);
+        const auto bytes =
+            sizeof(T) * static_cast<std::size_t>(left < kLanes<T> ? left : kLanes<T>);
         T line[kLanes<T>] = {};
         std::memcpy(line, x + i, bytes);
         store<T>(line, apply<T>(function, load<T>(line)));
@@ -35,9 +42,11 @@ void apply_all(int function, const T* x, T* y, std::int64_t count) {
 
 void vmath(int function, const TensorView& x, const TensorView& y) {
     if (x.dtype == DType::f64)
-        apply_all(function, static_cast<const double*>(x.data), static_cast<double*>(y.data), x.shape[0]);
+        apply_all(function, static_cast<const double*>(x.data), static_cast<double*>(y.data),
+                  x.shape[0]);
     else
-        apply_all(function, static_cast<const float*>(x.data), static_cast<float*>(y.data), x.shape[0]);
+        apply_all(function, static_cast<const float*>(x.data), static_cast<float*>(y.data),
+                  x.shape[0]);
 }
 
 }  // namespace ssm::cpu::SSM_ISA

@@ -2,9 +2,9 @@
 // float64 for every instruction set; docs/numerics.md lists them.
 #pragma once
 
-#include "simd.h"
-
 #include <cmath>
+
+#include "simd.h"
 
 namespace ssm::cpu::SSM_ISA {
 
@@ -68,21 +68,21 @@ SSM_INLINE Vec<float> at_least(Vec<float> x, float bound) {
 #endif
 }
 
-/// p * 2^n for p = 2^f, |f| <= 0.5, and integral n <= 128. Without a scaling instruction, n is added
-/// to the exponent field and what lies below 2^-126 comes out as some value below 2^-125.
+/// p * 2^n for p = 2^f, |f| <= 0.5, and integral n <= 128. Without a scaling instruction, n is
+/// added to the exponent field and what lies below 2^-126 comes out as some value below 2^-125.
 SSM_INLINE Vec<float> scale_by_power(Vec<float> p, Vec<float> n) {
 #if defined(__AVX512F__)
     return (Vec<float>)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
     typedef std::int32_t Bits __attribute__((vector_size(kVectorBytes)));
+    const Vec<float> bounded = at_least(n, -126.0f);
+    // NaN converts to an integer without low bits, which leaves the NaN in p as it is.
 #if defined(__AVX2__)
-    const Bits integer = (Bits)_mm256_max_epi32(_mm256_cvtps_epi32((__m256)n), _mm256_set1_epi32(-126));
+    const Bits integer = (Bits)_mm256_cvtps_epi32((__m256)bounded);
 #else
-    const Vec<float> bounded = n < -126.0f ? broadcast(-126.0f) : n;
     const Bits integer = (Bits)(bounded + 12582912.0f) - 0x4b400000;
 #endif
-    const Vec<float> scaled = (Vec<float>)((Bits)p + (integer << 23));
-    return p == p ? scaled : p;  // an integer sum would make a number of NaN
+    return (Vec<float>)((Bits)p + (integer << 23));
 #endif
 }
 
@@ -91,13 +91,16 @@ SSM_INLINE Vec<float> exp2(Vec<float> x) {
 #if !defined(__AVX512F__)
     x = at_most(x, 128.0f);  // 2^128 is infinity: exponent field 255 and no mantissa bits
 #endif
+#if !defined(__AVX2__)
+    x = at_least(x, -200.0f);  // beyond 2^22 the rounding without an instruction for it ends
+#endif
     const Vec<float> n = round_even(x);
     return scale_by_power(exp2_fraction(x - n), n);
 }
 SSM_INLINE Vec<double> exp2(Vec<double> x) { return per_lane<::exp2>(x); }
 
-/// e^x for -87 <= x <= 88. Cody and Waite: ln 2 in two parts, of which the first has so few bits that
-/// n times it is exact, so that the error does not grow with |x|.
+/// e^x for -87 <= x <= 88. Cody and Waite: ln 2 in two parts, of which the first has so few bits
+/// that n times it is exact, so that the error does not grow with |x|.
 SSM_INLINE Vec<float> exp_bounded(Vec<float> x) {
     const Vec<float> n = round_even(x * 1.44269504e+0f);
     const Vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;

@@ -1,9 +1,5 @@
 #include "ceiling.h"
 
-#include "check.h"
-#include "isa.h"
-#include "scratch.h"
-
 #include <algorithm>
 #include <barrier>
 #include <chrono>
@@ -11,6 +7,10 @@
 #include <string>
 #include <thread>
 #include <vector>
+
+#include "check.h"
+#include "isa.h"
+#include "scratch.h"
 
 SSM_CPU_KERNEL(ceiling, const Ceiling&, std::int64_t, double&)
 
@@ -54,9 +54,11 @@ double rate_of(const Ceiling& which, double seconds) {
 
 double ceiling(const char* name, int threads, double seconds, std::int64_t bytes) {
     constexpr const char* kNames[] = {"fma", "exp", "copy", "copy_streamed"};
-    const auto found = std::find_if(std::begin(kNames), std::end(kNames),
-                                    [&](const char* known) { return std::strcmp(name, known) == 0; });
-    if (found == std::end(kNames)) fail("ceiling", "name", "be fma, exp, copy or copy_streamed", name);
+    const auto found = std::find_if(std::begin(kNames), std::end(kNames), [&](const char* known) {
+        return std::strcmp(name, known) == 0;
+    });
+    if (found == std::end(kNames))
+        fail("ceiling", "name", "be fma, exp, copy or copy_streamed", name);
     if (threads < 1) fail("ceiling", "threads", "be at least 1", std::to_string(threads));
     if (!(seconds > 0 && seconds <= 60))
         fail("ceiling", "seconds", "be in (0, 60]", std::to_string(seconds));

@@ -8,9 +8,12 @@ namespace {
 
 std::string device_text(const Device& device) {
     switch (device.type) {
-        case DeviceType::cpu: return "cpu";
-        case DeviceType::cuda: return "cuda:" + std::to_string(device.index);
-        case DeviceType::other: break;
+        case DeviceType::cpu:
+            return "cpu";
+        case DeviceType::cuda:
+            return "cuda:" + std::to_string(device.index);
+        case DeviceType::other:
+            break;
     }
     return "an unknown device";
 }
@@ -43,15 +46,24 @@ void fail(std::string_view op, std::string_view argument, std::string_view rule,
 
 const char* dtype_name(DType dtype) {
     switch (dtype) {
-        case DType::f64: return "float64";
-        case DType::f32: return "float32";
-        case DType::bf16: return "bfloat16";
-        case DType::f16: return "float16";
-        case DType::i64: return "int64";
-        case DType::i32: return "int32";
-        case DType::i8: return "int8";
-        case DType::u8: return "uint8";
-        case DType::other: break;
+        case DType::f64:
+            return "float64";
+        case DType::f32:
+            return "float32";
+        case DType::bf16:
+            return "bfloat16";
+        case DType::f16:
+            return "float16";
+        case DType::i64:
+            return "int64";
+        case DType::i32:
+            return "int32";
+        case DType::i8:
+            return "int8";
+        case DType::u8:
+            return "uint8";
+        case DType::other:
+            break;
     }
     return "an unsupported dtype";
 }
@@ -59,7 +71,8 @@ const char* dtype_name(DType dtype) {
 std::string shape_text(const TensorView& view) { return tuple_text(view.shape, view.ndim); }
 
 bool is_float(DType dtype) {
-    return dtype == DType::f64 || dtype == DType::f32 || dtype == DType::bf16 || dtype == DType::f16;
+    return dtype == DType::f64 || dtype == DType::f32 || dtype == DType::bf16 ||
+           dtype == DType::f16;
 }
 
 void Checker::given(std::string_view name, const TensorView& view) const {
@@ -69,8 +82,7 @@ void Checker::given(std::string_view name, const TensorView& view) const {
 void Checker::rank(std::string_view name, const TensorView& view, int ndim,
                    std::string_view letters) const {
     given(name, view);
-    if (view.ndim != ndim)
-        fail(name, "have shape " + std::string(letters), shape_text(view));
+    if (view.ndim != ndim) fail(name, "have shape " + std::string(letters), shape_text(view));
 }
 
 void Checker::shape(std::string_view name, const TensorView& view,

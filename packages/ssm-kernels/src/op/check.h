@@ -24,19 +24,24 @@ struct Axis {
     std::int64_t size;
 };
 
-/// Checks of one operator's arguments, made in argument order: presence, rank, shape, dtype, device.
+/// Checks of one operator's arguments, made in argument order: presence, rank, shape, dtype,
+/// device.
 class Checker {
-public:
+  public:
     Checker(std::string_view op, const Device& device) : op_(op), device_(device) {}
 
-    void rank(std::string_view name, const TensorView& view, int ndim, std::string_view letters) const;
-    void shape(std::string_view name, const TensorView& view, std::initializer_list<Axis> axes) const;
+    void rank(std::string_view name, const TensorView& view, int ndim,
+              std::string_view letters) const;
+    void shape(std::string_view name, const TensorView& view,
+               std::initializer_list<Axis> axes) const;
     /// Shape, floating dtype and device of an input.
-    void input(std::string_view name, const TensorView& view, std::initializer_list<Axis> axes) const;
+    void input(std::string_view name, const TensorView& view,
+               std::initializer_list<Axis> axes) const;
     void optional_input(std::string_view name, const TensorView& view,
                         std::initializer_list<Axis> axes) const;
     /// As input; besides, no two elements may share memory.
-    void output(std::string_view name, const TensorView& view, std::initializer_list<Axis> axes) const;
+    void output(std::string_view name, const TensorView& view,
+                std::initializer_list<Axis> axes) const;
     void optional_output(std::string_view name, const TensorView& view,
                          std::initializer_list<Axis> axes) const;
     void dtype(std::string_view name, const TensorView& view, DType wanted) const;
@@ -50,7 +55,7 @@ public:
         ssm::fail(op_, argument, rule, got);
     }
 
-private:
+  private:
     std::string_view op_;
     Device device_;
 };

@@ -1,9 +1,6 @@
 // Process-wide choices: instruction set, threads, working memory.
-#include <ssm/device.h>
-
-#include "scratch.h"
-
 #include <omp.h>
+#include <ssm/device.h>
 
 #include <atomic>
 #include <cstdlib>
@@ -11,6 +8,8 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+
+#include "scratch.h"
 
 namespace ssm {
 
@@ -27,8 +26,9 @@ Isa choose_isa() {
     for (const Isa isa : kPriority) {
         if (std::strcmp(wanted, isa_name(isa)) != 0) continue;
         if (!isa_available(isa))
-            throw std::runtime_error("SSM_ISA must name an instruction set of this processor, got " +
-                                     std::string(wanted));
+            throw std::runtime_error(
+                "SSM_ISA must name an instruction set of this processor, got " +
+                std::string(wanted));
         return isa;
     }
     throw std::runtime_error("SSM_ISA must be auto, baseline, avx2 or avx512, got " +
@@ -53,9 +53,12 @@ thread_local KeptBlock kept;
 bool isa_available(Isa isa) {
 #if defined(__x86_64__)
     switch (isa) {
-        case Isa::avx512: return __builtin_cpu_supports("x86-64-v4");
-        case Isa::avx2: return __builtin_cpu_supports("x86-64-v3");
-        case Isa::baseline: return true;
+        case Isa::avx512:
+            return __builtin_cpu_supports("x86-64-v4");
+        case Isa::avx2:
+            return __builtin_cpu_supports("x86-64-v3");
+        case Isa::baseline:
+            return true;
     }
 #endif
     return isa == Isa::baseline;
@@ -63,9 +66,12 @@ bool isa_available(Isa isa) {
 
 const char* isa_name(Isa isa) {
     switch (isa) {
-        case Isa::avx512: return "avx512";
-        case Isa::avx2: return "avx2";
-        case Isa::baseline: break;
+        case Isa::avx512:
+            return "avx512";
+        case Isa::avx2:
+            return "avx2";
+        case Isa::baseline:
+            break;
     }
     return "baseline";
 }

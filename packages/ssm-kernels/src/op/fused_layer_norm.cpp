@@ -1,10 +1,10 @@
 // The front of the fused norm: checks once, then hands views with few axes to the chosen kernel.
 #include <ssm/fused_layer_norm.h>
 
+#include <charconv>
+
 #include "check.h"
 #include "isa.h"
-
-#include <charconv>
 
 SSM_CPU_KERNEL(fused_layer_norm_fwd, const FusedLayerNormArgs&, int)
 SSM_CPU_KERNEL(fused_layer_norm_bwd, const FusedLayerNormArgs&, const FusedLayerNormGrads&, int)
@@ -58,7 +58,7 @@ std::string number_text(double value) {
 }
 
 class NormChecker : public Checker {
-public:
+  public:
     explicit NormChecker(const TensorView& x) : Checker(kOp, x.device), x_(x) {}
 
     void like_x(std::string_view name, const TensorView& view) const {
@@ -88,7 +88,7 @@ public:
         dtype(name, view, x_.dtype == DType::f64 ? DType::f64 : DType::f32);
     }
 
-private:
+  private:
     const TensorView& x_;
 };
 
@@ -145,8 +145,8 @@ void fused_layer_norm_bwd(const FusedLayerNormArgs& given, const FusedLayerNormG
     const Axis dim{"D", args.x.shape[args.x.ndim - 1]};
     check.optional_output("dweight", grads.dweight, {dim});
     check.optional_output("dbias", grads.dbias, {dim});
-    for (TensorView* view : {&args.x, &args.residual, &grads.dy, &grads.dresidual_out, &grads.dx,
-                             &grads.dresidual})
+    for (TensorView* view :
+         {&args.x, &args.residual, &grads.dy, &grads.dresidual_out, &grads.dx, &grads.dresidual})
         *view = merge_rows(*view);
     cpu::fused_layer_norm_bwd.active()(args, grads, thread_count(exec));
 }

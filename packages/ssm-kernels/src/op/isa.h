@@ -19,9 +19,12 @@ struct PerIsa {
 
     Function* active() const {
         switch (active_isa()) {
-            case Isa::avx512: return avx512;
-            case Isa::avx2: return avx2;
-            case Isa::baseline: break;
+            case Isa::avx512:
+                return avx512;
+            case Isa::avx2:
+                return avx2;
+            case Isa::baseline:
+                break;
         }
         return baseline;
     }
@@ -33,15 +36,23 @@ struct PerIsa {
 #if defined(__x86_64__)
 #define SSM_CPU_KERNEL(name, ...)                                                          \
     namespace ssm::cpu {                                                                   \
-    namespace baseline { void name(__VA_ARGS__); }                                         \
-    namespace avx2 { void name(__VA_ARGS__); }                                             \
-    namespace avx512 { void name(__VA_ARGS__); }                                           \
+    namespace baseline {                                                                   \
+    void name(__VA_ARGS__);                                                                \
+    }                                                                                      \
+    namespace avx2 {                                                                       \
+    void name(__VA_ARGS__);                                                                \
+    }                                                                                      \
+    namespace avx512 {                                                                     \
+    void name(__VA_ARGS__);                                                                \
+    }                                                                                      \
     constexpr PerIsa<void(__VA_ARGS__)> name{&baseline::name, &avx2::name, &avx512::name}; \
     }
 #else
 #define SSM_CPU_KERNEL(name, ...)                                                \
     namespace ssm::cpu {                                                         \
-    namespace baseline { void name(__VA_ARGS__); }                               \
+    namespace baseline {                                                         \
+    void name(__VA_ARGS__);                                                      \
+    }                                                                            \
     constexpr PerIsa<void(__VA_ARGS__)> name{&baseline::name, nullptr, nullptr}; \
     }
 #endif

@@ -1,8 +1,8 @@
 #include "runs.h"
 
-#include "check.h"
-
 #include <vector>
+
+#include "check.h"
 
 namespace ssm {
 
@@ -26,13 +26,13 @@ RunTable::RunTable(const char* op, const TensorView& seq_idx, std::int64_t batch
         if (!present(seq_idx)) {
             if (seqlen > 0) runs.push_back({0, seqlen, row, row});
         } else {
-            const auto* ids = static_cast<const std::int32_t*>(seq_idx.data) + row * seq_idx.stride[0];
+            const auto* ids =
+                static_cast<const std::int32_t*>(seq_idx.data) + row * seq_idx.stride[0];
             std::int32_t current = -1;  // sequence of the last step that was not skipped
             bool open = false;
             for (std::int64_t t = 0; t < seqlen; ++t) {
                 const std::int32_t id = ids[t * seq_idx.stride[1]];
-                if (id < -1)
-                    fail(op, "seq_idx", "be -1 or a sequence number", std::to_string(id));
+                if (id < -1) fail(op, "seq_idx", "be -1 or a sequence number", std::to_string(id));
                 if (id == -1) {
                     open = false;
                     continue;
@@ -45,11 +45,13 @@ RunTable::RunTable(const char* op, const TensorView& seq_idx, std::int64_t batch
                 if (id != current) {
                     if (state_per_sequence) {
                         if (id >= num_states)
-                            fail(op, "seq_idx", "be below the number of states " + std::to_string(num_states),
+                            fail(op, "seq_idx",
+                                 "be below the number of states " + std::to_string(num_states),
                                  std::to_string(id));
                         if (seen[static_cast<std::size_t>(id)])
                             fail(op, "seq_idx", "keep each sequence in one place",
-                                 "sequence " + std::to_string(id) + " again at row " + std::to_string(row));
+                                 "sequence " + std::to_string(id) + " again at row " +
+                                     std::to_string(row));
                         seen[static_cast<std::size_t>(id)] = true;
                         state_in = id;
                     } else {

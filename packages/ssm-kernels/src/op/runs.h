@@ -29,9 +29,9 @@ struct Runs {
 
 /// Owns what a Runs refers to.
 class RunTable {
-public:
-    /// Without `seq_idx` each row is one run. Throws std::invalid_argument when a sequence number is
-    /// below -1, is not below `num_states` (only with `state_per_sequence`), or comes back after
+  public:
+    /// Without `seq_idx` each row is one run. Throws std::invalid_argument when a sequence number
+    /// is below -1, is not below `num_states` (only with `state_per_sequence`), or comes back after
     /// another sequence or in another row.
     RunTable(const char* op, const TensorView& seq_idx, std::int64_t batch, std::int64_t seqlen,
              bool state_per_sequence, std::int64_t num_states);
@@ -41,7 +41,7 @@ public:
 
     const Runs& view() const { return view_; }
 
-private:
+  private:
     struct Storage;
     std::unique_ptr<Storage> storage_;
     Runs view_;

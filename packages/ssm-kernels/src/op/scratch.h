@@ -8,14 +8,14 @@ namespace ssm {
 /// Cache-line aligned memory for one call. The calling thread keeps its block for the next call, so
 /// that repeated calls meet warm pages; blocks above 32 MiB go back to the system at once.
 class Scratch {
-public:
+  public:
     explicit Scratch(std::size_t bytes);  // throws std::bad_alloc
     ~Scratch();
     Scratch(const Scratch&) = delete;
     Scratch& operator=(const Scratch&) = delete;
     void* data() const { return data_; }
 
-private:
+  private:
     void* data_;
     std::size_t bytes_;
 };

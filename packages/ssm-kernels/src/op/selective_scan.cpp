@@ -6,7 +6,8 @@
 #include "runs.h"
 
 SSM_CPU_KERNEL(selective_scan_fwd, const SelectiveScanArgs&, const Runs&, int)
-SSM_CPU_KERNEL(selective_scan_bwd, const SelectiveScanArgs&, const SelectiveScanGrads&, const Runs&, int)
+SSM_CPU_KERNEL(selective_scan_bwd, const SelectiveScanArgs&, const SelectiveScanGrads&, const Runs&,
+               int)
 
 namespace ssm {
 
@@ -89,8 +90,12 @@ void check_checkpoints(const SelectiveScanArgs& args) {
     const std::int64_t chunks =
         (args.u.shape[2] + kSelectiveScanCheckpoint - 1) / kSelectiveScanCheckpoint;
     check.output("checkpoints", args.checkpoints,
-                 {{"B", args.u.shape[0]}, {"ceil(L / 32)", chunks}, {"N", args.A.shape[1]}, {"D", args.u.shape[1]}});
-    check.dtype("checkpoints", args.checkpoints, args.u.dtype == DType::f64 ? DType::f64 : DType::f32);
+                 {{"B", args.u.shape[0]},
+                  {"ceil(L / 32)", chunks},
+                  {"N", args.A.shape[1]},
+                  {"D", args.u.shape[1]}});
+    check.dtype("checkpoints", args.checkpoints,
+                args.u.dtype == DType::f64 ? DType::f64 : DType::f32);
     check.contiguous("checkpoints", args.checkpoints);
 }
 
@@ -101,9 +106,11 @@ void selective_scan_fwd(const SelectiveScanArgs& given, const Exec& exec) {
     const Checker check(kOp, args.u.device);
     const Axis batch{"B", args.u.shape[0]}, dim{"D", args.u.shape[1]}, seqlen{"L", args.u.shape[2]};
     check.output("y", args.y, {batch, dim, seqlen});
-    check.optional_output("last_state", args.last_state, {{"S", num_states}, dim, {"N", args.A.shape[1]}});
+    check.optional_output("last_state", args.last_state,
+                          {{"S", num_states}, dim, {"N", args.A.shape[1]}});
     if (present(args.checkpoints)) check_checkpoints(args);
-    const RunTable runs(kOp, args.seq_idx, batch.size, seqlen.size, args.state_per_sequence, num_states);
+    const RunTable runs(kOp, args.seq_idx, batch.size, seqlen.size, args.state_per_sequence,
+                        num_states);
     cpu::selective_scan_fwd.active()(args, runs.view(), thread_count(exec));
 }
 
@@ -130,7 +137,8 @@ void selective_scan_bwd(const SelectiveScanArgs& given, const SelectiveScanGrads
     if (present(args.z)) check.output("dz", grads.dz, {batch, dim, seqlen});
     if (present(args.dt_bias)) check.output("ddt_bias", grads.ddt_bias, {dim});
     check.optional_output("dinitial_state", grads.dinitial_state, {states, dim, dstate});
-    const RunTable runs(kOp, args.seq_idx, batch.size, seqlen.size, args.state_per_sequence, num_states);
+    const RunTable runs(kOp, args.seq_idx, batch.size, seqlen.size, args.state_per_sequence,
+                        num_states);
     cpu::selective_scan_bwd.active()(args, canonical, runs.view(), thread_count(exec));
 }
 

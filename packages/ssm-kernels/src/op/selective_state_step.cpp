@@ -1,13 +1,14 @@
-// The front of the step: checks once, then hands the kernel the shapes of Mamba-2 with a token axis:
-// state (R, H, P, N), x, dt, z, y (B, T, H, P), A (H, P, N), B and C (B, T, G, N), D and dt_bias (H, P).
+// The front of the step: checks once, then hands the kernel the shapes of Mamba-2 with a token
+// axis: state (R, H, P, N), x, dt, z, y (B, T, H, P), A (H, P, N), B and C (B, T, G, N), D and
+// dt_bias (H, P).
 #include <ssm/selective_state_step.h>
+
+#include <algorithm>
+#include <numeric>
 
 #include "check.h"
 #include "isa.h"
 #include "scratch.h"
-
-#include <algorithm>
-#include <numeric>
 
 SSM_CPU_KERNEL(selective_state_step_fwd, const SelectiveStateStepArgs&, int)
 
@@ -51,12 +52,13 @@ struct Form {
 };
 
 class StepChecker : public Checker {
-public:
+  public:
     using Checker::Checker;
 
     /// A floating tensor of one of the shapes. Text is only put together for a refusal: a step is
     /// short enough to feel it.
-    void one_of(std::string_view name, const TensorView& view, std::initializer_list<Form> forms) const {
+    void one_of(std::string_view name, const TensorView& view,
+                std::initializer_list<Form> forms) const {
         given(name, view);
         // The sentence shows the last form of the tensor's rank, else the last, most general one.
         const Form* shown = forms.end() - 1;
@@ -95,7 +97,8 @@ void check_indices(const Checker& check, const TensorView& indices, std::int64_t
     for (std::int64_t b = 0; b < batch; ++b) {
         const std::int32_t row = data[b * indices.stride[0]];
         if (row < -1 || row >= rows)
-            check.fail("state_indices", "lie in -1.." + std::to_string(rows - 1), std::to_string(row));
+            check.fail("state_indices", "lie in -1.." + std::to_string(rows - 1),
+                       std::to_string(row));
         if (row < 0) continue;
         rising = rising && row > last;
         last = row;
@@ -145,20 +148,23 @@ SelectiveStateStepArgs check_and_canonicalise(const SelectiveStateStepArgs& give
     const std::int64_t headdim = args.state.shape[2];
     const std::int64_t dstate = args.state.shape[args.state.ndim - 1];
     if (has_heads)
-        check.one_of("x", args.x, {{"B, H, P", 3, {-'B', heads, headdim}},
-                                   {"B, T, H, P", 4, {-'B', -'T', heads, headdim}}});
+        check.one_of("x", args.x,
+                     {{"B, H, P", 3, {-'B', heads, headdim}},
+                      {"B, T, H, P", 4, {-'B', -'T', heads, headdim}}});
     else
-        check.one_of("x", args.x, {{"B, D", 2, {-'B', heads}}, {"B, T, D", 3, {-'B', -'T', heads}}});
+        check.one_of("x", args.x,
+                     {{"B, D", 2, {-'B', heads}}, {"B, T, D", 3, {-'B', -'T', heads}}});
     const std::int64_t batch = args.x.shape[0], tokens = several ? args.x.shape[1] : 1;
 
-    const Form like_x = !several ? (has_heads ? Form{"B, H, P", 3, {batch, heads, headdim}}
-                                              : Form{"B, D", 2, {batch, heads}})
-                                 : (has_heads ? Form{"B, T, H, P", 4, {batch, tokens, heads, headdim}}
-                                              : Form{"B, T, D", 3, {batch, tokens, heads}});
-    const Form per_head = several ? Form{"B, T, H", 3, {batch, tokens, heads}}
-                                  : Form{"B, H", 2, {batch, heads}};
-    const Form matrix = several ? Form{"B, T, N", 3, {batch, tokens, dstate}}
-                                : Form{"B, N", 2, {batch, dstate}};
+    const Form like_x = !several
+                            ? (has_heads ? Form{"B, H, P", 3, {batch, heads, headdim}}
+                                         : Form{"B, D", 2, {batch, heads}})
+                            : (has_heads ? Form{"B, T, H, P", 4, {batch, tokens, heads, headdim}}
+                                         : Form{"B, T, D", 3, {batch, tokens, heads}});
+    const Form per_head =
+        several ? Form{"B, T, H", 3, {batch, tokens, heads}} : Form{"B, H", 2, {batch, heads}};
+    const Form matrix =
+        several ? Form{"B, T, N", 3, {batch, tokens, dstate}} : Form{"B, N", 2, {batch, dstate}};
     const Form grouped = several ? Form{"B, T, G, N", 4, {batch, tokens, -'G', dstate}}
                                  : Form{"B, G, N", 3, {batch, -'G', dstate}};
     const Form weight = has_heads ? Form{"H,", 1, {heads}} : Form{"D,", 1, {heads}};

@@ -1,8 +1,8 @@
 """The causal convolution between torch and ``ssm_kernels``: allocation, gradients, shapes."""
 
+import ssm_kernels
 import torch
 
-import ssm_kernels
 from ssm.ops.compiled.library import define, differentiate, is_eager, refuse_second_gradient
 from ssm.ops.python import check
 

@@ -1,8 +1,8 @@
 """The step of the causal convolution between torch and ``ssm_kernels``."""
 
+import ssm_kernels
 import torch
 
-import ssm_kernels
 from ssm.ops.compiled.dw_causal_conv import is_silu
 from ssm.ops.compiled.library import define, is_eager
 from ssm.ops.python import reference

@@ -33,10 +33,11 @@ def is_eager(*tensors: torch.Tensor | None) -> bool:
         return False
     wanted = torch.is_grad_enabled()
     for tensor in tensors:
-        if type(tensor) not in _PLAIN:
-            return False
-        if tensor is not None and ((wanted and tensor.requires_grad) or tensor.is_neg()):
-            return False
+        if type(tensor) in _PLAIN:
+            if tensor is not None and ((wanted and tensor.requires_grad) or tensor.is_neg()):
+                return False
+        elif isinstance(tensor, torch.Tensor):
+            return False  # a subclass; what is no tensor at all, the kernels refuse by name
     return True
 
 
