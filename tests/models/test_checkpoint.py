@@ -1,4 +1,4 @@
-"""The committed checkpoint. Judge: its loss on the reference operators in float64, kept beside it."""
+"""The committed checkpoint. Judge: its loss on the reference in float64, kept beside it."""
 
 import json
 import os

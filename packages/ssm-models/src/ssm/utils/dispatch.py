@@ -99,8 +99,8 @@ def _resolve(op: str, device_type: str) -> str:
     return key
 
 
-# Dynamo runs _resolve while tracing and keeps the result, a string, as a constant: nothing inside is
-# traceable, and a function could not be kept. This is the mark that
+# Dynamo runs _resolve while tracing and keeps the result, a string, as a constant: nothing inside
+# is traceable, and a function could not be kept. This is the mark that
 # torch.compiler.assume_constant_result sets; calling it would import dynamo, a second of start-up.
 _resolve._dynamo_marked_constant = True
 

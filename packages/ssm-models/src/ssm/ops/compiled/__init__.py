@@ -1,4 +1,4 @@
-"""Operators on compiled kernels, one module each: tensors on one side, ``ssm_kernels`` on the other.
+"""Operators on compiled kernels, one module each: torch on one side, ``ssm_kernels`` on the other.
 
 ``ssm.utils.dispatch`` imports a module when its operator is first used; importing one raises
 whatever keeps the kernels from loading.
