@@ -197,6 +197,24 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(arguments, sentence, tmp_p
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize("option", [("--top-p", 2), ("--max-new-tokens", -1), ("--top-k", -1)])
+def test_generate_prints_nothing_before_the_options_are_checked(checkpoint, option, capsys):
+    assert run("generate", "--model", checkpoint, "--prompt", "Ab", *option) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+
+
+def test_text_that_is_not_utf8_is_one_sentence(checkpoint, capsys, monkeypatch):
+    # Python hands over bytes of the command line that are no UTF-8 as lone surrogates.
+    sentence = "must be valid UTF-8 text, got '\\udcff' at position 2\n"
+    assert run("generate", "--model", checkpoint, "--prompt", "Ab\udcff") == 1
+    assert capsys.readouterr() == ("", f"ssm-models: generate: prompt {sentence}")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Ab\udcff\n"))
+    assert run("chat", "--model", checkpoint) == 1
+    assert capsys.readouterr() == ("", f"ssm-models: chat: line {sentence}")
+
+
 @pytest.mark.parametrize(
     "arguments", [[], ["fly"], ["generate"], ["train", "x", "--steps", "many", "--out", "y"]]
 )

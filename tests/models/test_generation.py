@@ -262,6 +262,16 @@ def test_nothing_to_generate(model):
             "teacher_outputs must have shape",
         ),
         (
+            {"max_length": 9, "teacher_outputs": torch.zeros(3, dtype=torch.long)},
+            r"teacher_outputs must have shape \(3, T\), got \(3,\)",
+        ),
+        (
+            {"max_length": 9, "teacher_outputs": torch.full((3, 5), 16)},
+            r"teacher_outputs must lie in \[0, 16\), got 16",
+        ),
+        ({"max_length": 9, "pad_token_id": 16}, r"pad_token_id must lie in \[0, 16\), got 16"),
+        ({"max_length": 9, "pad_token_id": -1}, r"pad_token_id must lie in \[0, 16\), got -1"),
+        (
             {"max_length": 9, "seed": 1, "generator": torch.Generator()},
             "seed must not be given beside generator",
         ),
@@ -283,3 +293,69 @@ def test_rejects_bad_inputs(model):
         model.generate(prompts(), max_length=9, num_beams=2)
     with pytest.raises(TypeError, match=r"eos_token_id must be an int or a list of int, got '[.]'"):
         model.generate(prompts(), max_length=9, eos_token_id=".")
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        ([[1, 2]], TypeError, "generate: input_ids must be a torch.Tensor, got list"),
+        (torch.ones(1, 2), ValueError, "generate: input_ids must hold integers, got torch.float32"),
+        (torch.tensor([[1, 16]]), ValueError, r"generate: input_ids must lie in \[0, 16\), got 16"),
+        (torch.tensor([[-2, 1]]), ValueError, r"generate: input_ids must lie in \[0, 16\), got -2"),
+    ],
+)
+def test_rejects_ids_that_are_no_tokens(model, ids, error, message):
+    shown = []
+    with pytest.raises(error, match=message):
+        model.generate(ids, max_new_tokens=1, streamer=shown.append)
+    with pytest.raises(error, match=message):
+        model.stream(ids, max_new_tokens=1)
+    assert not shown
+
+
+def test_every_integer_type_is_taken(model):
+    ids = prompts()
+    want = model.generate(ids, max_new_tokens=3)
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        got = model.generate(ids.to(dtype), max_new_tokens=torch.tensor(3))
+        assert got.dtype == torch.int64
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": 1.5}, "generate: max_new_tokens must be an int, got 1.5"),
+        ({"max_new_tokens": True}, "generate: max_new_tokens must be an int, got True"),
+        ({"max_length": "x"}, "generate: max_length must be an int, got 'x'"),
+        ({"max_length": 9, "pad_token_id": "x"}, "generate: pad_token_id must be an int, got 'x'"),
+        ({"max_length": 9, "vocab_size": 2.0}, "generate: vocab_size must be an int, got 2.0"),
+        (
+            {"max_length": 9, "teacher_outputs": [[1]]},
+            "generate: teacher_outputs must be a torch.Tensor, got list",
+        ),
+        (
+            {"max_length": 9, "attention_mask": [[1]]},
+            "generate: attention_mask must be a torch.Tensor, got list",
+        ),
+    ],
+)
+def test_rejects_wrong_types(model, settings, message):
+    with pytest.raises(TypeError, match=message):
+        model.generate(prompts(), **settings)
+
+
+def test_unknown_keywords_are_refused_in_the_name_of_the_caller(model):
+    with pytest.raises(TypeError, match=r"^generate: .* got 'max_tokens'; did you mean 'max_"):
+        model.generate(prompts(), max_tokens=9)
+    with pytest.raises(TypeError, match=r"^stream: .* got 'num_beams'$"):
+        model.stream(prompts(), max_length=9, num_beams=2)
+
+
+def test_streamer_is_told_nothing_before_the_checks(model):
+    class Streamer:
+        def put(self, value):
+            raise AssertionError("put before the arguments were checked")
+
+    with pytest.raises(ValueError, match="top_p must lie"):
+        model.generate(prompts(1), max_new_tokens=3, top_p=2, streamer=Streamer())

@@ -200,12 +200,10 @@ def run_info(arguments) -> None:
 def run_generate(arguments) -> None:
     """Stream the continuation of a prompt to stdout."""
     model, vocabulary = _load(arguments)
-    prompt = vocabulary.encode(arguments.prompt)
+    prompt = _encode(vocabulary, arguments.prompt, "generate: prompt")
     if not prompt.numel():
         raise ValueError("generate: prompt must not be empty, got ''")
     decoder, pieces, tokens = vocabulary.decoder(), [], []
-    if not arguments.json:
-        _show(arguments.prompt)
     start = time.perf_counter()
     stream = model.stream(
         prompt[None],
@@ -213,6 +211,9 @@ def run_generate(arguments) -> None:
         eos_token_id=vocabulary.eos_token_id,
         **_sampling(arguments),
     )
+    # The call above has checked every option; a complaint must not follow half a line of output.
+    if not arguments.json:
+        _show(arguments.prompt)
     for token in stream:
         tokens.append(int(token))
         pieces.append(decoder.push(tokens[-1]))
@@ -252,7 +253,7 @@ def run_chat(arguments) -> None:
         line = sys.stdin.readline()
         if not line:
             return
-        fed = torch.tensor([unseen + vocabulary.encode(line).tolist()])
+        fed = torch.tensor([unseen + _encode(vocabulary, line, "chat: line").tolist()])
         unseen = _answer(model, vocabulary, fed, state, sampling, arguments)
 
 
@@ -410,6 +411,19 @@ def _load(arguments):
         dtype="auto" if arguments.dtype == "auto" else getattr(torch, arguments.dtype),
     )
     return model, load_vocabulary(arguments.model, model.config.vocab_size)
+
+
+def _encode(vocabulary, text: str, name: str) -> torch.Tensor:
+    """Return (L,) tokens; ValueError for lone surrogates, which stand for bytes that are no UTF-8.
+
+    Checked here because every vocabulary complains differently.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        found = f"{text[error.start]!a} at position {error.start}"
+        raise ValueError(f"{name} must be valid UTF-8 text, got {found}") from None
+    return vocabulary.encode(text)
 
 
 def _sampling(arguments) -> dict:

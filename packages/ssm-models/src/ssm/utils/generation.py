@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -59,7 +62,7 @@ def generate(model, input_ids: Tensor, max_length: int | None = None, **kwargs):
     Args:
         model: callable as ``model(ids, state=state, num_last_tokens=1).logits`` with
             ``allocate_state``.
-        input_ids: (B, L) int, prompts, L > 0.
+        input_ids: (B, L) int, prompts, L > 0; every id is a row of the embedding.
         max_length: length of the result, prompt included.
         **kwargs: what follows.
         max_new_tokens: new tokens, in place of max_length.
@@ -89,7 +92,7 @@ def generate(model, input_ids: Tensor, max_length: int | None = None, **kwargs):
 
     Raises:
         ValueError: an argument is out of its range; the message names it.
-        TypeError: an argument that nobody knows.
+        TypeError: an argument that nobody knows, or one of the wrong Python type.
 
     Note:
         A State that was passed in has seen every token of the result except the last.
@@ -98,10 +101,13 @@ def generate(model, input_ids: Tensor, max_length: int | None = None, **kwargs):
     output_scores = kwargs.pop("output_scores", False)
     streamer = kwargs.pop("streamer", None)
     put = None if streamer is None else getattr(streamer, "put", streamer)
+    _check_names("generate", kwargs)
+    steps = _steps(model, input_ids, max_length=max_length, **kwargs)
     sequences, scores = [input_ids.long()], []
+    # After the checks: a call that is refused shows nothing.
     if hasattr(streamer, "put"):
         put(input_ids.cpu())
-    for tokens, logits in _steps(model, input_ids, max_length=max_length, **kwargs):
+    for tokens, logits in steps:
         sequences.append(tokens[:, None])
         if output_scores:
             scores.append(logits)
@@ -117,6 +123,7 @@ def generate(model, input_ids: Tensor, max_length: int | None = None, **kwargs):
 
 def stream(model, input_ids: Tensor, max_length: int | None = None, **kwargs) -> Iterator[Tensor]:
     """Yield the new tokens (B,) int64 of each step as they come; arguments of ``generate``."""
+    _check_names("stream", kwargs)
     return (tokens for tokens, _ in _steps(model, input_ids, max_length=max_length, **kwargs))
 
 
@@ -189,8 +196,11 @@ def _steps(
     cg: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Check everything now, then return the iterator over (tokens (B,), logits (B, V))."""
+    _check_tensor("input_ids", input_ids)
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
         _fail("input_ids", "have shape (B, L) with L > 0", tuple(input_ids.shape))
+    columns = model.config.padded_vocab_size
+    input_ids = _checked_ids("input_ids", input_ids, columns)
     batch, length = input_ids.shape
     steps = _number_of_steps(length, max_length, max_new_tokens)
     sampling = Sampling(top_k, top_p, min_p, temperature, repetition_penalty)
@@ -200,27 +210,34 @@ def _steps(
         _fail("top_k", "be 0 (no limit) or at least 2 with do_sample=True", top_k)
     if vocab_size is None:
         vocab_size = model.config.vocab_size
-    if not 0 < vocab_size <= model.config.padded_vocab_size:
-        _fail("vocab_size", f"lie in [1, {model.config.padded_vocab_size}]", vocab_size)
+    vocab_size = _integer("vocab_size", vocab_size)
+    _check(0 < vocab_size <= columns, "vocab_size", f"lie in [1, {columns}]", vocab_size)
     eos = _token_ids("eos_token_id", eos_token_id, vocab_size)
     if pad_token_id is None:
         pad_token_id = eos[0] if eos else 0
+    pad_token_id = _integer("pad_token_id", pad_token_id)
+    # Not vocab_size: a finished row may go on with a token that is never sampled.
+    _check(0 <= pad_token_id < columns, "pad_token_id", f"lie in [0, {columns})", pad_token_id)
     if seed is not None:
         if generator is not None:
             raise ValueError("generate: seed must not be given beside generator")
         generator = torch.Generator(device=input_ids.device).manual_seed(seed)
     if attention_mask is not None:
         input_ids, attention_mask = _pad_left(input_ids, attention_mask)
-    if teacher_outputs is not None and teacher_outputs.shape[:1] != (batch,):
-        _fail("teacher_outputs", f"have shape ({batch}, T)", tuple(teacher_outputs.shape))
+    if teacher_outputs is not None:
+        _check_tensor("teacher_outputs", teacher_outputs)
+        if teacher_outputs.dim() != 2 or teacher_outputs.shape[0] != batch:
+            _fail("teacher_outputs", f"have shape ({batch}, T)", tuple(teacher_outputs.shape))
+        # What lies under the prompt is never read.
+        taught = _checked_ids("teacher_outputs", teacher_outputs[:, length:], columns)
     if state is None:
         state = model.allocate_state(batch)
     elif state.max_batch_size != batch:
         _fail("state", f"hold {batch} rows", state.max_batch_size)
     end = torch.tensor(eos, dtype=torch.int64, device=input_ids.device)
-    pick = _picker(sampling, generator, input_ids, attention_mask, model.config.padded_vocab_size)
+    pick = _picker(sampling, generator, input_ids, attention_mask, columns)
     if teacher_outputs is not None:
-        pick = _taught(pick, teacher_outputs, length)
+        pick = _taught(pick, taught)
     return _loop(
         model, state, input_ids, attention_mask, steps, pick, end, pad_token_id, vocab_size
     )
@@ -263,17 +280,16 @@ def _picker(
     return pick
 
 
-def _taught(pick, teacher_outputs: Tensor, length: int):
+def _taught(pick, taught: Tensor):
     def teach(logits: Tensor, step: int) -> Tensor:
-        if length + step < teacher_outputs.shape[1]:
-            return teacher_outputs[:, length + step].long()
-        return pick(logits, step)
+        return taught[:, step] if step < taught.shape[1] else pick(logits, step)
 
     return teach
 
 
 def _pad_left(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Move padding to the left, so that the last column is the last token of every row."""
+    _check_tensor("attention_mask", attention_mask)
     if attention_mask.shape != input_ids.shape:
         _fail("attention_mask", f"have shape {tuple(input_ids.shape)}", tuple(attention_mask.shape))
     mask = attention_mask.bool()
@@ -290,10 +306,12 @@ def _number_of_steps(length: int, max_length: int | None, max_new_tokens: int | 
     if max_new_tokens is not None:
         if max_length is not None:
             raise ValueError("generate: max_new_tokens must not be given beside max_length")
+        max_new_tokens = _integer("max_new_tokens", max_new_tokens)
         _check(max_new_tokens >= 0, "max_new_tokens", "not be negative", max_new_tokens)
         return max_new_tokens
     if max_length is None:
         raise ValueError("generate: max_length or max_new_tokens must be given, got neither")
+    max_length = _integer("max_length", max_length)
     _check(
         max_length >= length, "max_length", f"be at least the prompt length {length}", max_length
     )
@@ -307,6 +325,43 @@ def _token_ids(name: str, value, vocab_size: int) -> list[int]:
             raise TypeError(f"generate: {name} must be an int or a list of int, got {value!r}")
         _check(0 <= token < vocab_size, name, f"lie in [0, {vocab_size})", token)
     return ids
+
+
+def _check_names(caller: str, kwargs: dict) -> None:
+    """Refuse unknown keywords in the name of the function that was called."""
+    known = inspect.signature(_steps).parameters
+    for name in kwargs:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"{caller}: keyword must be a known argument, got {name!r}{hint}")
+
+
+def _check_tensor(name: str, value) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"generate: {name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def _checked_ids(name: str, ids: Tensor, columns: int) -> Tensor:
+    """Return ids as int64; ValueError where they are no rows of the embedding."""
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        _fail(name, "hold integers", ids.dtype)
+    ids = ids.long()
+    if ids.numel():
+        # One transfer for both, as reading a value waits for the device.
+        low, high = torch.stack(ids.aminmax()).tolist()
+        _check(low >= 0 and high < columns, name, f"lie in [0, {columns})", min(low, 0) or high)
+    return ids
+
+
+def _integer(name: str, value) -> int:
+    """Return a Python int; takes the integers of numpy and torch, but no bool."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"generate: {name} must be an int, got {value!r}") from None
 
 
 def _check(holds: bool, name: str, rule: str, value) -> None:
