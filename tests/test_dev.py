@@ -97,7 +97,7 @@ def test_refuses_an_old_compiler(tmp_path, monkeypatch):
     compiler.write_text(f"#!/bin/sh\n{version}\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    assert "must be version 11 or later, got 9.4.0" in dev.compiler_fault()
+    assert "must be version 12 or later, got 9.4.0" in dev.compiler_fault()
 
 
 def test_prints_its_commands():

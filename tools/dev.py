@@ -73,15 +73,15 @@ def compiler_fault() -> str:
     ]
     if not found:
         return (
-            "a C++ compiler must be on PATH, got none: install g++ 11 or later "
+            "a C++ compiler must be on PATH, got none: install g++ 12 or later "
             "(Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++)"
         )
     banner = subprocess.run([found[0], "--version"], capture_output=True, text=True).stdout
     dump = subprocess.run([found[0], "-dumpversion"], capture_output=True, text=True).stdout
     major = dump.split(".")[0].strip()
-    if "Free Software Foundation" in banner and major.isdigit() and int(major) < 11:
+    if "Free Software Foundation" in banner and major.isdigit() and int(major) < 12:
         return (
-            f"{found[0]} must be version 11 or later, got {dump.strip()}: name a newer one in CXX"
+            f"{found[0]} must be version 12 or later, got {dump.strip()}: name a newer one in CXX"
         )
     return ""
 
