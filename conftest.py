@@ -19,6 +19,8 @@ _first = max((sys.path.index(p) for p in _named), default=-1) + 1
 for _folder in (ROOT / "packages/ssm-models/src", BUILD):
     if str(_folder) not in sys.path:
         sys.path.insert(_first, str(_folder))
+        _named.append(str(_folder))
+os.environ["PYTHONPATH"] = os.pathsep.join(_named)  # for the processes that tests start
 
 
 def _is_built() -> bool:

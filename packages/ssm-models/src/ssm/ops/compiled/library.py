@@ -7,7 +7,12 @@ import torch
 # One library object per process: torch removes the operators when it is collected.
 _LIBRARY = torch.library.Library("ssm", "FRAGMENT")
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
+# Looked up once: is_eager is part of every call.
+_is_compiling = torch.compiler.is_compiling
+_dispatch_depth = torch._C._len_torch_dispatch_stack
+_transform_level = torch._C._functorch.maybe_current_level
+_is_grad_enabled = torch.is_grad_enabled
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
 def is_eager(*tensors: torch.Tensor | None) -> bool:
@@ -17,28 +22,24 @@ def is_eager(*tensors: torch.Tensor | None) -> bool:
         tensors: all tensor arguments of an operator.
 
     Returns:
-        False if a gradient is wanted, while torch traces, transforms or intercepts operators, or
-        if the first is no plain tensor or one is a lazily negated view: then the call must go
-        through the registered operator.
+        False if a gradient is wanted, while torch traces, transforms or intercepts operators, if
+        one is of a tensor subclass, or if the first is a lazily negated view: then the call must
+        go through the registered operator.
 
     Source:
         A step of decoding is shorter than the dispatcher's way through Python.
     """
     if (
-        type(tensors[0]) is not torch.Tensor
-        or torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.maybe_current_level() is not None
+        _is_compiling()
+        or _dispatch_depth()
+        or _transform_level() is not None
+        or (_is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in tensors))
     ):
         return False
-    wanted = torch.is_grad_enabled()
-    for tensor in tensors:
-        if type(tensor) in _PLAIN:
-            if tensor is not None and ((wanted and tensor.requires_grad) or tensor.is_neg()):
-                return False
-        elif isinstance(tensor, torch.Tensor):
-            return False  # a subclass; what is no tensor at all, the kernels refuse by name
-    return True
+    if not _PLAIN.issuperset(map(type, tensors)):
+        # A subclass has rules of its own; what is no tensor at all, the kernels refuse by name.
+        return not any(isinstance(t, torch.Tensor) and type(t) not in _PLAIN for t in tensors)
+    return not tensors[0].is_neg()
 
 
 def define(schema: str, kernel: Callable, fake: Callable) -> Callable:
