@@ -312,8 +312,12 @@ struct Backward {
         const Run* const begin_run = runs.runs + runs.row_begin[row];
         const Run* const end_run = runs.runs + runs.row_begin[row + 1];
         const Run* run = first_run_after(runs, row, last - 1);
-        if (run == end_run || run->begin >= last) --run;
         constexpr std::int64_t kZeros = C::kTime ? C::kTileSteps : C::kSteps;
+        if (begin_run == end_run) {
+            store_zeros<axis>(grads.dx, row, channels, first, last, tile.zeros, kZeros);
+            return;
+        }
+        if (run == end_run || run->begin >= last) --run;
         Following following{0, Run::kNone};
         if (run >= begin_run && run->end > first)
             following = look_ahead(tile, row, run, channels, min(run->end, last));

@@ -12,7 +12,8 @@ namespace ssm::cpu::SSM_ISA {
 /// The thread count is a clause of this region; the process-wide setting belongs to others.
 template <class Body>
 static inline void parallel_for(std::int64_t tasks, int threads, const Body& body) {
-    if (threads <= 1 || tasks <= 1) {
+    if (threads > tasks) threads = static_cast<int>(tasks);
+    if (threads <= 1) {
         for (std::int64_t task = 0; task < tasks; ++task) body(task, 0);
         return;
     }

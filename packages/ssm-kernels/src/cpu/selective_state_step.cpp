@@ -126,7 +126,7 @@ struct StepShape {
           headdim(args.x.shape[3]),
           dstate(args.state.shape[3]),
           padded_dstate((dstate + kLanes<T> - 1) / kLanes<T> * kLanes<T>),
-          tied(args.A.stride[2] == 0 || dstate == 1) {
+          tied(dstate == 1 || (dstate > 0 && args.A.stride[2] == 0)) {
         const std::int64_t fitting = kTaskStates / max(padded_dstate, 1) / kLanes<T> * kLanes<T>;
         channels = max(kLanes<T>, min(kMostChannels, fitting));
         channels = min(channels, (headdim + kLanes<T> - 1) / kLanes<T> * kLanes<T>);

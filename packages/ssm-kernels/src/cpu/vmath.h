@@ -68,31 +68,27 @@ SSM_INLINE Vec<float> at_least(Vec<float> x, float bound) {
 #endif
 }
 
-/// p * 2^n for p = 2^f, |f| <= 0.5, and integral n <= 128. Without a scaling instruction, n is
-/// added to the exponent field and what lies below 2^-126 comes out as some value below 2^-125.
+/// p * 2^n for p = 2^f, |f| <= 0.5, and integral n from -126 to 128.
 SSM_INLINE Vec<float> scale_by_power(Vec<float> p, Vec<float> n) {
 #if defined(__AVX512F__)
     return (Vec<float>)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
     typedef std::int32_t Bits __attribute__((vector_size(kVectorBytes)));
-    const Vec<float> bounded = at_least(n, -126.0f);
     // NaN converts to an integer without low bits, which leaves the NaN in p as it is.
 #if defined(__AVX2__)
-    const Bits integer = (Bits)_mm256_cvtps_epi32((__m256)bounded);
+    const Bits integer = (Bits)_mm256_cvtps_epi32((__m256)n);
 #else
-    const Bits integer = (Bits)(bounded + 12582912.0f) - 0x4b400000;
+    const Bits integer = (Bits)(n + 12582912.0f) - 0x4b400000;
 #endif
     return (Vec<float>)((Bits)p + (integer << 23));
 #endif
 }
 
-/// 2^x for x that is not -infinity (the products of the scans are kept finite).
+/// 2^x. With AVX-512 results underflow gradually and the scaling instruction makes 0 of -infinity;
+/// without it they end at 2^-126. 2^128 is infinity: exponent field 255 and no mantissa bits.
 SSM_INLINE Vec<float> exp2(Vec<float> x) {
 #if !defined(__AVX512F__)
-    x = at_most(x, 128.0f);  // 2^128 is infinity: exponent field 255 and no mantissa bits
-#endif
-#if !defined(__AVX2__)
-    x = at_least(x, -200.0f);  // beyond 2^22 the rounding without an instruction for it ends
+    x = at_least(at_most(x, 128.0f), -126.0f);
 #endif
     const Vec<float> n = round_even(x);
     return scale_by_power(exp2_fraction(x - n), n);

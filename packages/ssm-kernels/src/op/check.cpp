@@ -1,5 +1,6 @@
 #include "check.h"
 
+#include <cstdlib>
 #include <stdexcept>
 
 namespace ssm {
@@ -140,13 +141,32 @@ void Checker::optional_input(std::string_view name, const TensorView& view,
     if (present(view)) input(name, view, axes);
 }
 
+void Checker::no_overlap(std::string_view name, const TensorView& view) const {
+    if (is_empty(view)) return;
+    const auto size = [&view](int axis) { return std::abs(view.stride[axis]); };
+    int order[kMaxDims];  // axes by rising stride
+    int count = 0;
+    for (int i = 0; i < view.ndim; ++i) {
+        if (view.shape[i] == 1) continue;
+        if (view.stride[i] == 0)
+            fail(name, "not overlap itself", "stride 0 along axis " + std::to_string(i));
+        int place = count++;
+        for (; place > 0 && size(order[place - 1]) > size(i); --place)
+            order[place] = order[place - 1];
+        order[place] = i;
+    }
+    std::int64_t extent = 0;  // distance from the first to the last element of the axes so far
+    for (int k = 0; k < count; ++k) {
+        if (size(order[k]) <= extent)
+            fail(name, "not overlap itself", "strides " + tuple_text(view.stride, view.ndim));
+        extent += (view.shape[order[k]] - 1) * size(order[k]);
+    }
+}
+
 void Checker::output(std::string_view name, const TensorView& view,
                      std::initializer_list<Axis> axes) const {
     input(name, view, axes);
-    if (is_empty(view)) return;
-    for (int i = 0; i < view.ndim; ++i)
-        if (view.shape[i] > 1 && view.stride[i] == 0)
-            fail(name, "not overlap itself", "stride 0 along axis " + std::to_string(i));
+    no_overlap(name, view);
 }
 
 void Checker::optional_output(std::string_view name, const TensorView& view,

@@ -47,6 +47,9 @@ class Checker {
     void dtype(std::string_view name, const TensorView& view, DType wanted) const;
     void floating(std::string_view name, const TensorView& view) const;
     void device(std::string_view name, const TensorView& view) const;
+    /// Refuses a view of which two elements share memory, or might: every stride must pass the
+    /// extent of the axes inside it.
+    void no_overlap(std::string_view name, const TensorView& view) const;
     void contiguous(std::string_view name, const TensorView& view) const;
     void same_shape(std::string_view name, const TensorView& view, const TensorView& like) const;
     void given(std::string_view name, const TensorView& view) const;

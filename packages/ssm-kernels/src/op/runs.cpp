@@ -1,5 +1,6 @@
 #include "runs.h"
 
+#include <unordered_set>
 #include <vector>
 
 #include "check.h"
@@ -20,7 +21,7 @@ RunTable::RunTable(const char* op, const TensorView& seq_idx, std::int64_t batch
     std::vector<std::int64_t>& row_begin = storage_->row_begin;
     row_begin.reserve(static_cast<std::size_t>(batch) + 1);
     row_begin.push_back(0);
-    std::vector<bool> seen(state_per_sequence ? static_cast<std::size_t>(num_states) : 0);
+    std::unordered_set<std::int32_t> seen;
     for (std::int64_t row = 0; row < batch; ++row) {
         const auto first = static_cast<std::int64_t>(runs.size());
         if (!present(seq_idx)) {
@@ -44,15 +45,14 @@ RunTable::RunTable(const char* op, const TensorView& seq_idx, std::int64_t batch
                 std::int64_t state_in = Run::kContinue;
                 if (id != current) {
                     if (state_per_sequence) {
-                        if (id >= num_states)
+                        if (num_states != kAnyNumber && id >= num_states)
                             fail(op, "seq_idx",
                                  "be below the number of states " + std::to_string(num_states),
                                  std::to_string(id));
-                        if (seen[static_cast<std::size_t>(id)])
+                        if (!seen.insert(id).second)
                             fail(op, "seq_idx", "keep each sequence in one place",
                                  "sequence " + std::to_string(id) + " again at row " +
                                      std::to_string(row));
-                        seen[static_cast<std::size_t>(id)] = true;
                         state_in = id;
                     } else {
                         state_in = current == -1 ? row : Run::kZero;

@@ -30,6 +30,8 @@ struct Runs {
 /// Owns what a Runs refers to.
 class RunTable {
   public:
+    static constexpr std::int64_t kAnyNumber = -1;  // no state is given that a number could miss
+
     /// Without `seq_idx` each row is one run. Throws std::invalid_argument when a sequence number
     /// is below -1, is not below `num_states` (only with `state_per_sequence`), or comes back after
     /// another sequence or in another row.

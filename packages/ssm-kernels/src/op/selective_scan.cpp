@@ -69,7 +69,7 @@ Checked check_inputs(const SelectiveScanArgs& given, std::initializer_list<Tenso
     std::int64_t num_states = batch.size;
     if (args.state_per_sequence) {
         check.given("seq_idx", args.seq_idx);
-        num_states = batch.size * seqlen.size;  // without states no sequence number is too high
+        num_states = RunTable::kAnyNumber;
         for (const TensorView& state : states)
             if (state.ndim == 3) {
                 num_states = state.shape[0];

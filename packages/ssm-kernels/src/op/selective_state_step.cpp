@@ -78,14 +78,6 @@ class StepChecker : public Checker {
     }
 };
 
-void check_no_overlap(const Checker& check, std::string_view name, const TensorView& view) {
-    std::int64_t count = 1;
-    for (int i = 0; i < view.ndim; ++i) count *= view.shape[i];
-    for (int i = 0; count > 0 && i < view.ndim; ++i)
-        if (view.shape[i] > 1 && view.stride[i] == 0)
-            check.fail(name, "not overlap itself", "stride 0 along axis " + std::to_string(i));
-}
-
 void check_indices(const Checker& check, const TensorView& indices, std::int64_t batch,
                    std::int64_t rows) {
     check.shape("state_indices", indices, {{"B", batch}});
@@ -142,7 +134,7 @@ SelectiveStateStepArgs check_and_canonicalise(const SelectiveStateStepArgs& give
     check.one_of("state", args.state,
                  {{"R, D, N", 3, {-'R', -'D', -'N'}}, {"R, H, P, N", 4, {-'R', -'H', -'P', -'N'}}});
     check_device_served(kOp, args.state.device);
-    check_no_overlap(check, "state", args.state);
+    check.no_overlap("state", args.state);
     const bool has_heads = args.state.ndim == 4, several = args.x.ndim == args.state.ndim;
     const std::int64_t heads = args.state.shape[1];  // D for Mamba-1
     const std::int64_t headdim = args.state.shape[2];
@@ -203,7 +195,7 @@ SelectiveStateStepArgs check_and_canonicalise(const SelectiveStateStepArgs& give
         check.fail("state", "have B = " + std::to_string(batch) + " rows without state_indices",
                    std::to_string(args.state.shape[0]));
     check.one_of("y", args.y, {like_x});
-    check_no_overlap(check, "y", args.y);
+    check.no_overlap("y", args.y);
 
     // From here on every view has the shape that the head of this file lists.
     if (args.B.ndim == matrix.ndim) insert_axis(args.B, matrix.ndim - 1, 1);

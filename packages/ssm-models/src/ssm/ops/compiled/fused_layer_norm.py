@@ -11,6 +11,8 @@ import torch
 
 from ssm.ops.compiled.library import define, differentiate, is_eager, refuse_second_gradient
 
+_MOST_AXES = 6  # that the kernels take
+
 
 def _acc_dtype(x):
     return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -179,6 +181,19 @@ def fused_layer_norm(
     residual_in_fp32=True,
 ):
     """Run the fused norm on compiled kernels; contract: ``ssm.ops.python.reference``."""
+    if isinstance(x, torch.Tensor) and x.ndim > _MOST_AXES:
+        given = residual is not None and residual.shape == x.shape
+        found = fused_layer_norm(
+            x.flatten(0, -2),
+            weight,
+            bias,
+            residual.flatten(0, -2) if given else residual,
+            is_rms,
+            eps,
+            prenorm,
+            residual_in_fp32,
+        )
+        return tuple(t.view(x.shape) for t in found) if prenorm else found.view(x.shape)
     sum_dtype = None
     if prenorm:
         given = x if residual is None else residual
@@ -189,7 +204,7 @@ def fused_layer_norm(
     # which adds the two gradients before it rounds them.
     is_sum = prenorm and residual is None and sum_dtype == x.dtype and not save
     asked = None if is_sum else sum_dtype
-    if not save and is_eager(x):
+    if is_eager(*inputs):
         y, s = _direct(*inputs, is_rms, eps, asked)
     else:
         y, s, _, _ = _fwd(*inputs, is_rms, eps, asked, save)

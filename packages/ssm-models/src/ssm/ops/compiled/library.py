@@ -23,7 +23,7 @@ def is_eager(*tensors: torch.Tensor | None) -> bool:
 
     Returns:
         False if a gradient is wanted, while torch traces, transforms or intercepts operators, if
-        one is of a tensor subclass, or if the first is a lazily negated view: then the call must
+        one is of a tensor subclass or a lazily negated view: then the call must
         go through the registered operator.
 
     Source:
@@ -39,7 +39,7 @@ def is_eager(*tensors: torch.Tensor | None) -> bool:
     if not _PLAIN.issuperset(map(type, tensors)):
         # A subclass has rules of its own; what is no tensor at all, the kernels refuse by name.
         return not any(isinstance(t, torch.Tensor) and type(t) not in _PLAIN for t in tensors)
-    return not tensors[0].is_neg()
+    return not any(t is not None and t.is_neg() for t in tensors)
 
 
 def define(schema: str, kernel: Callable, fake: Callable) -> Callable:

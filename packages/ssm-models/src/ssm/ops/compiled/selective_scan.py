@@ -149,5 +149,5 @@ def selective_scan(
         per_sequence = seq_meta.state_per_sequence
     save = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in inputs)
     call = _forward if is_eager(*inputs) else _fwd
-    y, last_state, _ = call(*inputs, seq_idx, softplus, per_sequence, num_states, save)
+    y, last_state, _ = call(*inputs, seq_idx, bool(softplus), per_sequence, num_states, save)
     return (y, last_state) if return_last_state else y

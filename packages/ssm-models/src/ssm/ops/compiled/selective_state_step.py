@@ -56,4 +56,4 @@ def selective_state_step(
     if torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in inputs):
         return reference.selective_state_step(*inputs, softplus, state_indices=state_indices)
     call = _step if is_eager(*inputs) else _op
-    return call(*inputs, state_indices, softplus)
+    return call(*inputs, state_indices, bool(softplus))
