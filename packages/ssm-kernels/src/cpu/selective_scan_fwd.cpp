@@ -97,10 +97,6 @@ void scan_block(const SelectiveScanArgs& args, const Runs& runs, const ScanShape
         if (args.checkpoints.ndim >= 0)
             store_tile(checkpoint_plane(args.checkpoints, block, t0), tile.h, kScanChannels,
                        shape.dstate, block.width);
-        const std::int64_t next = t0 + kScanSteps, ahead = min(kScanSteps, shape.seqlen - next);
-        for (const TensorView* view : {&args.u, &args.delta, &args.y, &args.z})
-            if (view->ndim >= 0)
-                prefetch_tile(sequence_plane(*view, block, next), ahead, block.width);
         const Run* const first_run = run;
         for (; run < end_run && run->begin < t0 + steps; ++run) {
             const std::int64_t begin = max(run->begin - t0, 0), end = min(run->end - t0, steps);

@@ -244,19 +244,6 @@ static inline void load_tile(T* tile, std::int64_t pitch, const Plane& plane, st
     });
 }
 
-/// Asks for a rectangle that will be loaded or stored soon. Its rows lie far apart in memory, a
-/// pattern that hardware does not foresee.
-SSM_INLINE void prefetch_tile(const Plane& plane, std::int64_t rows, std::int64_t columns) {
-    const bool by_row = plane.column_stride == 1;
-    if (!by_row && plane.row_stride != 1) return;
-    const std::int64_t bytes = dtype_bytes(plane.dtype);
-    const std::int64_t lines = by_row ? rows : columns, length = (by_row ? columns : rows) * bytes;
-    const std::int64_t stride = (by_row ? plane.row_stride : plane.column_stride) * bytes;
-    for (std::int64_t i = 0; i < lines; ++i)
-        for (std::int64_t at = 0; at < length; at += 64)
-            __builtin_prefetch(static_cast<const char*>(plane.data) + i * stride + at, 0, 2);
-}
-
 /// plane(row, column) = tile[row * pitch + column], rounded to the plane's type.
 template <class T>
 static inline void store_tile(const Plane& plane, const T* tile, std::int64_t pitch,
