@@ -89,11 +89,11 @@ void check_checkpoints(const SelectiveScanArgs& args) {
     const Checker check(kOp, args.u.device);
     const std::int64_t chunks =
         (args.u.shape[2] + kSelectiveScanCheckpoint - 1) / kSelectiveScanCheckpoint;
-    check.output("checkpoints", args.checkpoints,
-                 {{"B", args.u.shape[0]},
-                  {"ceil(L / 32)", chunks},
-                  {"N", args.A.shape[1]},
-                  {"D", args.u.shape[1]}});
+    check.input("checkpoints", args.checkpoints,
+                {{"B", args.u.shape[0]},
+                 {"ceil(L / 32)", chunks},
+                 {"N", args.A.shape[1]},
+                 {"D", args.u.shape[1]}});
     check.dtype("checkpoints", args.checkpoints,
                 args.u.dtype == DType::f64 ? DType::f64 : DType::f32);
     check.contiguous("checkpoints", args.checkpoints);
