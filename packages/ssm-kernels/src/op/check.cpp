@@ -1,7 +1,9 @@
 #include "check.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
+#include <vector>
 
 namespace ssm {
 
@@ -139,6 +141,38 @@ void Checker::input(std::string_view name, const TensorView& view,
 void Checker::optional_input(std::string_view name, const TensorView& view,
                              std::initializer_list<Axis> axes) const {
     if (present(view)) input(name, view, axes);
+}
+
+void Checker::indices(std::string_view name, const TensorView& view,
+                      std::initializer_list<Axis> axes) const {
+    shape(name, view, axes);
+    dtype(name, view, DType::i32);
+    device(name, view);
+}
+
+void Checker::state_indices(const TensorView& view, std::int64_t batch, std::int64_t rows) const {
+    indices("state_indices", view, {{"B", batch}});
+    const auto row_of = [&view](std::int64_t b) {
+        return static_cast<const std::int32_t*>(view.data)[b * view.stride[0]];
+    };
+    bool rising = true;  // the usual order, in which nothing can repeat
+    std::int64_t last = -1;
+    for (std::int64_t b = 0; b < batch; ++b) {
+        const std::int32_t row = row_of(b);
+        if (row < -1 || row >= rows)
+            fail("state_indices", "lie in -1.." + std::to_string(rows - 1), std::to_string(row));
+        if (row < 0) continue;
+        rising = rising && row > last;
+        last = row;
+    }
+    if (rising) return;
+    std::vector<std::int32_t> used;
+    used.reserve(static_cast<std::size_t>(batch));
+    for (std::int64_t b = 0; b < batch; ++b)
+        if (row_of(b) >= 0) used.push_back(row_of(b));
+    std::sort(used.begin(), used.end());
+    const auto twice = std::adjacent_find(used.begin(), used.end());
+    if (twice != used.end()) fail("state_indices", "not name a row twice", std::to_string(*twice));
 }
 
 void Checker::no_overlap(std::string_view name, const TensorView& view) const {

@@ -47,6 +47,12 @@ class Checker {
     void dtype(std::string_view name, const TensorView& view, DType wanted) const;
     void floating(std::string_view name, const TensorView& view) const;
     void device(std::string_view name, const TensorView& view) const;
+    /// Shape, dtype int32 and device of an input that holds indices.
+    void indices(std::string_view name, const TensorView& view,
+                 std::initializer_list<Axis> axes) const;
+    /// state_indices (B): rows of a state of `rows` rows, or -1. Two batch rows with one state
+    /// would race; an index beyond the state would read wild memory.
+    void state_indices(const TensorView& view, std::int64_t batch, std::int64_t rows) const;
     /// Refuses a view of which two elements share memory, or might: every stride must pass the
     /// extent of the axes inside it.
     void no_overlap(std::string_view name, const TensorView& view) const;

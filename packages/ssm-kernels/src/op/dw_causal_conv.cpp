@@ -61,11 +61,7 @@ Checked check_inputs(const DwCausalConvArgs& given, std::initializer_list<Tensor
     }
     const Axis count{"S", num_states}, memory{"W - 1", width - 1};
     check.optional_input("initial_state", args.initial_state, {count, dim, memory});
-    if (present(args.seq_idx)) {
-        check.shape("seq_idx", args.seq_idx, {batch, seqlen});
-        check.dtype("seq_idx", args.seq_idx, DType::i32);
-        check.device("seq_idx", args.seq_idx);
-    }
+    if (present(args.seq_idx)) check.indices("seq_idx", args.seq_idx, {batch, seqlen});
     return {args, num_states, batch, dim, seqlen, count, memory};
 }
 

@@ -1,8 +1,5 @@
 #include <ssm/dw_causal_conv_step.h>
 
-#include <algorithm>
-#include <vector>
-
 #include "check.h"
 #include "isa.h"
 
@@ -14,41 +11,15 @@ namespace {
 
 constexpr const char* kOp = "dw_causal_conv_step";
 
-void check_indices(const Checker& check, std::string_view name, const TensorView& view,
-                   std::int64_t batch) {
-    check.shape(name, view, {{"B", batch}});
-    check.dtype(name, view, DType::i32);
-    check.device(name, view);
-}
-
 std::int32_t index_at(const TensorView& view, std::int64_t i) {
     return static_cast<const std::int32_t*>(view.data)[i * view.stride[0]];
 }
 
 void check_cache_seqlens(const Checker& check, const TensorView& view, std::int64_t batch) {
-    check_indices(check, "cache_seqlens", view, batch);
+    check.indices("cache_seqlens", view, {{"B", batch}});
     for (std::int64_t b = 0; b < batch; ++b)
         if (index_at(view, b) < 0)
             check.fail("cache_seqlens", "not be negative", std::to_string(index_at(view, b)));
-}
-
-// Two batch rows with one state would race; an index beyond the state would read wild memory.
-void check_state_indices(const Checker& check, const TensorView& view, std::int64_t batch,
-                         std::int64_t rows) {
-    check_indices(check, "state_indices", view, batch);
-    std::vector<std::int32_t> used;
-    used.reserve(static_cast<std::size_t>(batch));
-    for (std::int64_t b = 0; b < batch; ++b) {
-        const std::int32_t row = index_at(view, b);
-        if (row < -1 || row >= rows)
-            check.fail("state_indices", "lie in -1.." + std::to_string(rows - 1),
-                       std::to_string(row));
-        if (row >= 0) used.push_back(row);
-    }
-    std::sort(used.begin(), used.end());
-    const auto twice = std::adjacent_find(used.begin(), used.end());
-    if (twice != used.end())
-        check.fail("state_indices", "not name a row twice", std::to_string(*twice));
 }
 
 // (B, D) as (B, D, 1).
@@ -94,7 +65,7 @@ void dw_causal_conv_step_fwd(const DwCausalConvStepArgs& given, const Exec& exec
     check.optional_input("bias", args.bias, {dim});
     if (present(args.cache_seqlens)) check_cache_seqlens(check, args.cache_seqlens, batch.size);
     if (present(args.state_indices))
-        check_state_indices(check, args.state_indices, batch.size, rows.size);
+        check.state_indices(args.state_indices, batch.size, rows.size);
     else if (rows.size != batch.size)
         check.fail("conv_state",
                    "have B = " + std::to_string(batch.size) + " rows without state_indices",

@@ -77,11 +77,7 @@ Checked check_inputs(const SelectiveScanArgs& given, std::initializer_list<Tenso
             }
     }
     check.optional_input("initial_state", args.initial_state, {{"S", num_states}, dim, dstate});
-    if (present(args.seq_idx)) {
-        check.shape("seq_idx", args.seq_idx, {batch, seqlen});
-        check.dtype("seq_idx", args.seq_idx, DType::i32);
-        check.device("seq_idx", args.seq_idx);
-    }
+    if (present(args.seq_idx)) check.indices("seq_idx", args.seq_idx, {batch, seqlen});
     return {args, num_states};
 }
 

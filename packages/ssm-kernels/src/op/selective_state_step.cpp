@@ -3,12 +3,10 @@
 // dt_bias (H, P).
 #include <ssm/selective_state_step.h>
 
-#include <algorithm>
 #include <numeric>
 
 #include "check.h"
 #include "isa.h"
-#include "scratch.h"
 
 SSM_CPU_KERNEL(selective_state_step_fwd, const SelectiveStateStepArgs&, int)
 
@@ -77,33 +75,6 @@ class StepChecker : public Checker {
         if (present(view)) one_of(name, view, forms);
     }
 };
-
-void check_indices(const Checker& check, const TensorView& indices, std::int64_t batch,
-                   std::int64_t rows) {
-    check.shape("state_indices", indices, {{"B", batch}});
-    check.dtype("state_indices", indices, DType::i32);
-    check.device("state_indices", indices);
-    const auto* data = static_cast<const std::int32_t*>(indices.data);
-    bool rising = true;  // the usual order, in which nothing can repeat
-    std::int64_t last = -1;
-    for (std::int64_t b = 0; b < batch; ++b) {
-        const std::int32_t row = data[b * indices.stride[0]];
-        if (row < -1 || row >= rows)
-            check.fail("state_indices", "lie in -1.." + std::to_string(rows - 1),
-                       std::to_string(row));
-        if (row < 0) continue;
-        rising = rising && row > last;
-        last = row;
-    }
-    if (rising) return;
-    const Scratch scratch(sizeof(std::int32_t) * static_cast<std::size_t>(batch));
-    auto* sorted = static_cast<std::int32_t*>(scratch.data());
-    for (std::int64_t b = 0; b < batch; ++b) sorted[b] = data[b * indices.stride[0]];
-    std::sort(sorted, sorted + batch);
-    for (std::int64_t b = 1; b < batch; ++b)
-        if (sorted[b] >= 0 && sorted[b] == sorted[b - 1])
-            check.fail("state_indices", "not name a row twice", std::to_string(sorted[b]));
-}
 
 void insert_axis(TensorView& view, int axis, std::int64_t size) {
     if (!present(view)) return;
@@ -190,7 +161,7 @@ SelectiveStateStepArgs check_and_canonicalise(const SelectiveStateStepArgs& give
         check.optional_one_of("dt_bias", args.dt_bias, {weight});
     }
     if (present(args.state_indices))
-        check_indices(check, args.state_indices, batch, args.state.shape[0]);
+        check.state_indices(args.state_indices, batch, args.state.shape[0]);
     else if (args.state.shape[0] != batch)
         check.fail("state", "have B = " + std::to_string(batch) + " rows without state_indices",
                    std::to_string(args.state.shape[0]));
