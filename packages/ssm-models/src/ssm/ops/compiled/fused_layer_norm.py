@@ -10,17 +10,14 @@ import ssm_kernels
 import torch
 
 from ssm.ops.compiled.library import define, differentiate, is_eager, refuse_second_gradient
+from ssm.ops.python.arithmetic import acc_dtype
 
 _MOST_AXES = 6  # that the kernels take
 
 
-def _acc_dtype(x):
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _allocate(x, is_rms, sum_dtype, save):
     """Return empty y, s, mean and rstd; what is not asked for has no element."""
-    rows, acc = math.prod(x.shape[:-1]), _acc_dtype(x)
+    rows, acc = math.prod(x.shape[:-1]), acc_dtype(x)
     return (
         torch.empty_like(x),
         x.new_empty(0) if sum_dtype is None else torch.empty_like(x, dtype=sum_dtype),
@@ -128,7 +125,7 @@ def _setup_context(ctx, inputs, output):
     ctx.x_dtype = x.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.residual_dtype = None if residual is None else residual.dtype
-    if residual is not None and sum_dtype == _acc_dtype(x):
+    if residual is not None and sum_dtype == acc_dtype(x):
         ctx.save_for_backward(s, None, weight, mean, rstd)
     else:
         ctx.save_for_backward(x, residual, weight, mean, rstd)
@@ -197,7 +194,7 @@ def fused_layer_norm(
     sum_dtype = None
     if prenorm:
         given = x if residual is None else residual
-        sum_dtype = _acc_dtype(x) if residual_in_fp32 else given.dtype
+        sum_dtype = acc_dtype(x) if residual_in_fp32 else given.dtype
     inputs = (x, weight, bias, residual)
     save = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in inputs)
     # Without a residual x is the sum already. With gradients it still goes through the operator,

@@ -5,6 +5,7 @@ import torch
 
 from ssm.ops.compiled.library import define, differentiate, is_eager, refuse_second_gradient
 from ssm.ops.python import check
+from ssm.ops.python.arithmetic import acc_dtype
 
 _STEPS = 32  # steps between saved states: kSelectiveScanCheckpoint of the kernels
 _INPUTS = (
@@ -13,13 +14,9 @@ _INPUTS = (
 )
 
 
-def _acc_dtype(u):
-    return torch.float64 if u.dtype == torch.float64 else torch.float32
-
-
 def _allocate(u, delta, A, B, C, D, z, dt_bias, initial_state, seq_idx, num_states, save):
     """Return empty y, last_state and checkpoints; the latter has no element unless saved."""
-    acc, dstate = _acc_dtype(u), A.shape[-1]
+    acc, dstate = acc_dtype(u), A.shape[-1]
     chunks = (u.shape[-1] + _STEPS - 1) // _STEPS
     saved = (u.shape[0], chunks, dstate, u.shape[1] if u.ndim > 1 else 0) if save else (0,)
     return (
