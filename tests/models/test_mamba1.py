@@ -466,3 +466,19 @@ def test_rejects_bad_inputs():
         m(x, seq_meta=meta, attention_mask=torch.ones(2, LENGTH))
     with pytest.raises(ValueError, match=r"hidden_states must have shape \(B, 1, 8\) in step"):
         m.step(x, *m.allocate_inference_cache(2, 0))
+
+
+def test_rejects_the_state_of_another_layer_untouched():
+    m = mixer(layer_idx=0)
+    other = Mamba1(D_MODEL, d_state=4, layer_idx=0, dtype=torch.float64).allocate_state(2)
+    for tensor in other.key_value_memory_dict[0]:
+        tensor.fill_(1)
+    wanted, got = r"\(2, 16, 4\), \(2, 16, 3\)", r"\(2, 16, 4\), \(2, 16, 4\)"
+    message = f"Mamba1: state must have shapes {wanted}, got {got}"
+    with torch.no_grad():
+        for arguments in ({"state": other}, {"inference_params": other}):
+            with pytest.raises(ValueError, match=message):
+                m(inputs(length=1), **arguments)
+        with pytest.raises(ValueError, match=message):
+            m.step(inputs(length=1), *other.key_value_memory_dict[0])
+    assert all((tensor == 1).all() for tensor in other.key_value_memory_dict[0])

@@ -9,6 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from ssm import ops
+from ssm.modules.memory import (
+    can_step,
+    check_shapes,
+    key_of,
+    memory_of,
+    oldest_input,
+    replaced,
+    step_in_place,
+    stepped_rows,
+)
 from ssm.modules.precision import DeltaProjection, at_least_fp32, project
 from ssm.modules.sequence import sequence_meta
 from ssm.seq_meta import SeqMeta
@@ -168,11 +178,11 @@ class Mamba1(nn.Module):
         rows = batch
         if seq_meta is not None and seq_meta.state_per_sequence:
             rows = seq_meta.cu_seqlens.numel() - 1
-        memory = self._memory(inference_params, state, rows)
-        layer_state = None if memory is None else memory[self._key]
+        memory = memory_of(self, inference_params, state, rows)
+        layer_state = None if memory is None else memory[key_of(self)]
         y, new_state = self._mix(hidden_states, layer_state, seq_meta)
         if new_state is not None:
-            memory[self._key] = new_state
+            memory[key_of(self)] = new_state
         return y
 
     def step(
@@ -189,22 +199,16 @@ class Mamba1(nn.Module):
             (output (B, 1, d_model), conv_state, ssm_state), the states being the tensors given.
 
         Raises:
-            ValueError: hidden_states holds more or less than one token.
+            ValueError: hidden_states holds more or less than one token, or a state has another
+                shape.
         """
         if hidden_states.dim() != 3 or hidden_states.shape[1] != 1:
             raise ValueError(
                 f"Mamba1: hidden_states must have shape (B, 1, {self.d_model}) in step, "
                 f"got {tuple(hidden_states.shape)}"
             )
-        states = (conv_state, ssm_state)
-        if is_writable(states):
-            y, _ = self._mix(hidden_states, states, None)
-        else:
-            # Autograd remembers the states that go in, so those given may not be among them.
-            y, new_states = self._mix(hidden_states, tuple(s.clone() for s in states), None)
-            with torch.no_grad():
-                for state, new in zip(states, new_states, strict=True):
-                    state.copy_(new)
+        check_shapes(self, (conv_state, ssm_state), hidden_states.shape[0])
+        y = step_in_place(self._mix, hidden_states, (conv_state, ssm_state))
         return y, conv_state, ssm_state
 
     def allocate_inference_cache(
@@ -224,25 +228,19 @@ class Mamba1(nn.Module):
         """
         weight = self.conv1d.weight
         dtype = weight.dtype if dtype is None else dtype
-        conv_state = torch.zeros(
-            batch_size, self.d_inner, self.d_conv, device=weight.device, dtype=dtype
-        )
-        ssm_state = torch.zeros(
-            batch_size,
-            self.d_inner,
-            self.d_state,
-            device=weight.device,
-            dtype=at_least_fp32(torch.promote_types(dtype, weight.dtype)),
-        )
+        conv_shape, ssm_shape = self.state_shapes(batch_size)
+        ssm_dtype = at_least_fp32(torch.promote_types(dtype, weight.dtype))
+        conv_state = torch.zeros(conv_shape, device=weight.device, dtype=dtype)
+        ssm_state = torch.zeros(ssm_shape, device=weight.device, dtype=ssm_dtype)
         return conv_state, ssm_state
 
     def allocate_state(self, batch: int, dtype: torch.dtype | None = None) -> State:
         """Return a State that holds this layer alone, for a block used outside a language model."""
-        return State({self._key: self.allocate_inference_cache(batch, 0, dtype)}, batch)
+        return State({key_of(self): self.allocate_inference_cache(batch, 0, dtype)}, batch)
 
-    @property
-    def _key(self) -> int:
-        return 0 if self.layer_idx is None else self.layer_idx
+    def state_shapes(self, rows: int) -> tuple[tuple[int, ...], ...]:
+        """Return the shapes of conv_state and ssm_state for a number of rows."""
+        return (rows, self.d_inner, self.d_conv), (rows, self.d_inner, self.d_state)
 
     def _init_delta(self, dt_min, dt_max, dt_init, dt_scale, dt_init_floor) -> None:
         spread = self.dt_rank**-0.5 * dt_scale
@@ -259,29 +257,7 @@ class Mamba1(nn.Module):
         self.dt_proj.bias._no_reinit = True
         self.dt_proj.bias._no_weight_decay = True
 
-    def _memory(self, inference_params, state, rows):
-        """Return the dict that holds this layer's state, filled; None without a state."""
-        if inference_params is not None and state is not None:
-            raise ValueError("Mamba1: state must not be given beside inference_params")
-        source = inference_params if state is None else state
-        if source is None:
-            return None
-        if self.layer_idx is None and state is None:
-            raise ValueError("Mamba1: layer_idx must be set for inference_params, got None")
-        memory = source.key_value_memory_dict
-        if self._key not in memory:
-            memory[self._key] = self.allocate_inference_cache(rows, 0)
-        elif state is None and inference_params.seqlen_offset == 0:
-            states = memory[self._key]
-            fresh = torch.Tensor.zero_ if is_writable(states) else torch.zeros_like
-            memory[self._key] = tuple(fresh(state) for state in states)
-        held = memory[self._key][0].shape[0]
-        if held != rows:
-            name = "state" if inference_params is None else "inference_params"
-            raise ValueError(f"Mamba1: {name} must hold {rows} rows, got {held}")
-        return memory
-
-    def _mix(self, hidden_states, layer_state, seq_meta):
+    def _mix(self, hidden_states, layer_state, seq_meta=None):
         """The one path of forward and step: returns (y (B, L, d_model), state after it or None)."""
         batch, seqlen, _ = hidden_states.shape
         keep = None
@@ -291,24 +267,16 @@ class Mamba1(nn.Module):
             hidden_states = hidden_states.masked_fill(~keep[..., None], 0)
         x, z = project(self.in_proj, hidden_states).chunk(2, dim=-1)  # each (B, L, D)
         with nullcontext() if self.use_fast_path else dispatch.use_backend("python"):
-            if layer_state is not None and self._can_step(seqlen, layer_state, seq_meta):
+            if can_step(seqlen, layer_state, seq_meta):
                 y = self._step(x[:, 0], z[:, 0], layer_state, keep)[:, None]
             else:
                 y, layer_state = self._scan(x, z, layer_state, seq_meta)
         return project(self.out_proj, y).to(hidden_states.dtype), layer_state
 
-    def _can_step(self, seqlen, layer_state, seq_meta) -> bool:
-        if seqlen != 1 or not is_writable(layer_state):
-            return False
-        return seq_meta is None or not seq_meta.state_per_sequence
-
     def _step(self, x, z, layer_state, keep):
         """One token: x and z (B, D), states changed in place; returns y (B, D)."""
         conv_state, ssm_state = layer_state
-        rows = None
-        if keep is not None:
-            row = torch.arange(x.shape[0], device=x.device, dtype=torch.int32)
-            rows = torch.where(keep[:, 0], row, -1)
+        rows = stepped_rows(keep)
         x = ops.dw_causal_conv_step(
             x, conv_state, self.conv1d.weight, self.conv1d.bias, "silu", state_indices=rows
         )
@@ -354,12 +322,7 @@ class Mamba1(nn.Module):
         y, ssm_last = scanned
         oldest = oldest_input(conv_state, conv_inputs, seq_meta)
         conv_last = torch.cat([oldest.to(conv_last.dtype), conv_last], dim=-1)
-        if not is_writable(layer_state):
-            layer_state = (conv_last.to(conv_state.dtype), ssm_last.to(ssm_state.dtype))
-        else:
-            conv_state.copy_(conv_last)
-            ssm_state.copy_(ssm_last)
-        return y.transpose(1, 2), layer_state
+        return y.transpose(1, 2), replaced(layer_state, (conv_last, ssm_last))
 
     def _select(self, x):
         """From x (..., D) the input-dependent delta (..., D), B and C (..., N)."""
@@ -371,36 +334,3 @@ class Mamba1(nn.Module):
         return -torch.exp(
             self.A_log.to(at_least_fp32(torch.promote_types(dtype, self.A_log.dtype)))
         )
-
-
-def is_writable(states: tuple[Tensor, ...]) -> bool:
-    """Say whether states may be changed in place: not while autograd follows or remembers them.
-
-    Args:
-        states: tensors of any shape.
-
-    Returns:
-        True without gradients, if no state is part of a graph.
-    """
-    return not torch.is_grad_enabled() and not any(state.requires_grad for state in states)
-
-
-def oldest_input(conv_state: Tensor, conv_inputs: Tensor, seq_meta: SeqMeta | None) -> Tensor:
-    """Return the input W steps back: the one state column that no later output reads.
-
-    It is kept equal to that of single steps where that costs nothing.
-
-    Args:
-        conv_state: (S, D, W), state before this call.
-        conv_inputs: (B, D, L), inputs of this call.
-        seq_meta: packing and padding, behind which the column is 0.
-
-    Returns:
-        (S, D, 1).
-    """
-    width, seqlen = conv_state.shape[-1], conv_inputs.shape[-1]
-    if seq_meta is not None:
-        return torch.zeros_like(conv_state[..., :1])
-    if seqlen >= width:
-        return conv_inputs[..., seqlen - width : seqlen - width + 1]
-    return conv_state[..., seqlen : seqlen + 1]
