@@ -124,6 +124,33 @@ class NormCase:
         return self.name
 
 
+@dataclass(frozen=True)
+class GatedNormCase:
+    """A call of gated_norm."""
+
+    name: str
+    shape: tuple[int, ...]
+    is_rms: bool = True
+    given: str = "bias z"
+    group_size: int | None = None
+    norm_before_gate: bool = True
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class SwigluCase:
+    """A call of swiglu. shape is that of gate."""
+
+    name: str
+    shape: tuple[int, ...]
+    given: str = "up"
+
+    def __str__(self) -> str:
+        return self.name
+
+
 CASES = {
     "selective_scan": (
         ScanCase("tiny", 1, 2, 3, 2),
@@ -242,6 +269,35 @@ CASES = {
         NormCase("wide", (3, 5001), is_rms=False, given="residual"),
         NormCase("empty_batch", (0, 7), is_rms=False),
         NormCase("empty_dim", (3, 0)),
+    ),
+    "gated_norm": (
+        GatedNormCase("tiny", (2, 3)),
+        GatedNormCase("bare", (2, 5), given=""),
+        GatedNormCase("odd", (3, 5, 13), is_rms=False),
+        GatedNormCase("gate_first", (4, 21), norm_before_gate=False),
+        GatedNormCase("gate_first_layer_norm", (2, 3, 19), False, norm_before_gate=False),
+        GatedNormCase("layer_norm_bare", (4, 17), is_rms=False, given=""),
+        GatedNormCase("groups", (2, 3, 36), group_size=12),
+        GatedNormCase("groups_gate_first", (5, 34), False, "bias z", 17, False),
+        GatedNormCase("groups_bare", (3, 10), given="", group_size=5),
+        GatedNormCase("group_one", (3, 5), group_size=1),
+        GatedNormCase("no_batch", (33,), is_rms=False),
+        GatedNormCase("one", (1, 1)),
+        GatedNormCase("mamba2_130m", (1, 16, 1536), given="z", norm_before_gate=False),
+        GatedNormCase("wide", (3, 5001), is_rms=False, given="z"),
+        GatedNormCase("empty_batch", (0, 7), is_rms=False),
+        GatedNormCase("empty_dim", (3, 0)),
+    ),
+    "swiglu": (
+        SwigluCase("tiny", (2, 3)),
+        SwigluCase("packed", (2, 10), given=""),
+        SwigluCase("odd", (3, 5, 13)),
+        SwigluCase("packed_odd", (3, 5, 38), given=""),
+        SwigluCase("no_batch", (33,)),
+        SwigluCase("one", (1, 1)),
+        SwigluCase("mamba2_130m", (1, 16, 1536)),
+        SwigluCase("empty_batch", (0, 7)),
+        SwigluCase("empty_dim", (3, 0), given=""),
     ),
 }
 
@@ -410,6 +466,22 @@ def _make_norm(case: NormCase, rng) -> dict:
     }
 
 
+def _make_gated_norm(case: GatedNormCase, rng) -> dict:
+    dim = case.shape[-1]
+    return {
+        "x": rng.standard_normal(case.shape),
+        "weight": rng.standard_normal(dim),
+        **_given(case, rng, bias=(dim,), z=case.shape),
+        "is_rms": case.is_rms,
+        "group_size": case.group_size,
+        "norm_before_gate": case.norm_before_gate,
+    }
+
+
+def _make_swiglu(case: SwigluCase, rng) -> dict:
+    return {"gate": rng.standard_normal(case.shape), **_given(case, rng, up=case.shape)}
+
+
 _MAKERS = {
     ScanCase: _make_scan,
     StepCase: _make_step,
@@ -417,4 +489,6 @@ _MAKERS = {
     ConvCase: _make_conv,
     ConvStepCase: _make_conv_step,
     NormCase: _make_norm,
+    GatedNormCase: _make_gated_norm,
+    SwigluCase: _make_swiglu,
 }

@@ -254,3 +254,33 @@ def fused_layer_norm(x, weight, bias, residual=None, is_rms=False, eps=1e-5):
         if bias is not None:
             y[index] += bias
     return y, total
+
+
+def gated_norm(
+    x, weight, bias=None, z=None, *, is_rms=True, eps=1e-5, group_size=None, norm_before_gate=True
+):
+    """Return y (..., D), one group after the other."""
+    x, weight, bias, z = map(_f64, (x, weight, bias, z))
+    y, dim = np.zeros(x.shape), x.shape[-1]
+    size = dim if group_size is None else group_size
+    for index in np.ndindex(x.shape[:-1]):
+        for start in range(0, dim, max(size, 1)):
+            here = slice(start, start + size)
+            row = x[index][here]
+            gate = 1.0 if z is None else _silu(z[index][here])
+            row = row if norm_before_gate else row * gate
+            row = row if is_rms else row - row.mean()
+            out = row / np.sqrt((row * row).mean() + eps) * weight[here]
+            if bias is not None:
+                out = out + bias[here]
+            y[index][here] = out * gate if norm_before_gate else out
+    return y
+
+
+def swiglu(gate, up=None):
+    """Return silu(gate) * up (..., D)."""
+    gate, up = map(_f64, (gate, up))
+    if up is None:
+        half = gate.shape[-1] // 2
+        gate, up = gate[..., :half], gate[..., half:]
+    return _silu(gate) * up

@@ -32,6 +32,10 @@ _FLOAT32 = {
     "dw_causal_conv_step": (2e-6, "measured 2.1e-7: W products and a silu"),
     "fused_layer_norm": (2e-6, "measured 2e-7: two sums over D terms of one sign"),
     "fused_layer_norm_bwd": (1e-5, "measured 1.4e-6: sums over rows that cancel"),
+    "gated_norm": (2e-6, "measured 2.7e-7: two sums over a group, and a silu"),
+    "gated_norm_bwd": (1e-5, "measured 1.2e-6: sums over rows that cancel"),
+    "swiglu": (2e-6, "measured 1.2e-7: a silu and a product"),
+    "swiglu_bwd": (2e-6, "measured 1.7e-7: a silu and four products"),
 }
 # Half a unit in the last place of a number with 8 and with 11 significant bits.
 _ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11}

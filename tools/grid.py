@@ -42,6 +42,8 @@ OPERATORS = {
     "dw_causal_conv_step": COMPLETE,
     "fused_layer_norm": COMPLETE,
     "ssd_chunk_scan": {"reference", "doc"},
+    "gated_norm": {"reference", "golden", "doc"},
+    "swiglu": {"reference", "golden", "doc"},
 }
 
 # Folder of the grid -> the names in it that are not operators.

@@ -38,6 +38,8 @@ OUTPUTS = {
     "ssd_chunk_scan": ("return_final_states", ("y", "final_states")),
     "dw_causal_conv": ("return_final_state", ("y", "final_state")),
     "fused_layer_norm": (None, ("y", "sum")),
+    "gated_norm": (None, ("y",)),
+    "swiglu": (None, ("y",)),
     # These update a state in place: the updated state is the second output.
     "selective_state_step": (None, ("y", "state")),
     "dw_causal_conv_step": (None, ("y", "conv_state")),
@@ -63,7 +65,9 @@ def call(op: str, function, arguments: dict) -> dict:
     flag, names = OUTPUTS[op]
     arguments = dict(arguments, **({flag: True} if flag else {}))
     if op not in IN_PLACE:
-        return dict(zip(names, function(**arguments), strict=True))
+        outputs = function(**arguments)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return dict(zip(names, outputs, strict=True))
     state = arguments[IN_PLACE[op]].clone()
     y = function(**{**arguments, IN_PLACE[op]: state})
     return dict(zip(names, (y, state), strict=True))

@@ -30,6 +30,8 @@ OPERATORS = (
     "dw_causal_conv_step",
     "fused_layer_norm",
     "ssd_chunk_scan",
+    "gated_norm",
+    "swiglu",
 )
 
 

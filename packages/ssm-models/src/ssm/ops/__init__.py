@@ -12,9 +12,11 @@ __all__ = [
     "dw_causal_conv",
     "dw_causal_conv_step",
     "fused_layer_norm",
+    "gated_norm",
     "selective_scan",
     "selective_state_step",
     "ssd_chunk_scan",
+    "swiglu",
 ]
 
 
@@ -278,3 +280,66 @@ def fused_layer_norm(
     return implementation("fused_layer_norm", x)(
         x, weight, bias, residual, is_rms, eps, prenorm, residual_in_fp32
     )
+
+
+def gated_norm(
+    x,
+    weight,
+    bias=None,
+    z=None,
+    *,
+    is_rms=True,
+    eps=1e-5,
+    group_size=None,
+    norm_before_gate=True,
+):
+    """Normalise groups of the last axis and multiply by a gate.
+
+    Args:
+        x: (..., D). Input.
+        weight: (D,).
+        bias: (D,) or None.
+        z: as x in shape, or None: no gate.
+        is_rms: root-mean-square norm instead of layer norm.
+        eps: added to the variance; positive.
+        group_size: channels that share their statistics; divides D. None takes all.
+        norm_before_gate: gate what was normalised instead of normalising what was gated.
+
+    Returns:
+        y (..., D) in the dtype of x.
+
+    Raises:
+        ValueError: an argument breaks the contract; the message names it.
+
+    Source:
+        Dao & Gu 2024 (arXiv:2405.21060), section 7.1.
+    """
+    return implementation("gated_norm", x)(
+        x,
+        weight,
+        bias,
+        z,
+        is_rms=is_rms,
+        eps=eps,
+        group_size=group_size,
+        norm_before_gate=norm_before_gate,
+    )
+
+
+def swiglu(gate, up=None):
+    """Multiply one half of a feed-forward layer by the SiLU of the other.
+
+    Args:
+        gate: (..., D); or (..., 2 D) without ``up``: the gate in the first half, up in the second.
+        up: as gate in shape, or None.
+
+    Returns:
+        y (..., D) in the dtype of gate.
+
+    Raises:
+        ValueError: an argument breaks the contract; the message names it.
+
+    Source:
+        Shazeer 2020 (arXiv:2002.05202), eq. 5.
+    """
+    return implementation("swiglu", gate)(gate, up)

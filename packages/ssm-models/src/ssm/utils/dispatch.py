@@ -23,7 +23,7 @@ COMPILED = (
     "dw_causal_conv_step",
     "fused_layer_norm",
 )
-OPERATORS = (*COMPILED, "ssd_chunk_scan")
+OPERATORS = (*COMPILED, "ssd_chunk_scan", "gated_norm", "swiglu")
 # The extension module that holds the kernels of a device type.
 _KERNELS = {"cpu": "ssm_kernels", "cuda": "ssm_kernels._cuda"}
 

@@ -252,14 +252,44 @@ def dw_causal_conv_step(
     check_rows(op, state_indices, conv_state.shape[0], batch, x.device, "conv_state")
 
 
+def _rows(op: str, name: str, tensor) -> None:
+    """Check a main input of any rank but 0."""
+    if isinstance(tensor, torch.Tensor) and tensor.ndim == 0:
+        raise ValueError(f"{op}: {name} must have shape (..., D), got ()")
+    shape = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else ()
+    check_tensor(op, name, tensor, {"..., D": shape})
+
+
 def fused_layer_norm(x, weight, bias, residual, eps) -> None:
     """Check the arguments of ``reference.fused_layer_norm``."""
     op = "fused_layer_norm"
-    if isinstance(x, torch.Tensor) and x.ndim == 0:
-        raise ValueError(f"{op}: x must have shape (..., D), got ()")
-    check_tensor(op, "x", x, {"..., D": tuple(x.shape) if isinstance(x, torch.Tensor) else ()})
+    _rows(op, "x", x)
     dim = x.shape[-1]
     check_tensor(op, "weight", weight, {"D,": (dim,)}, x.device)
     check_tensor(op, "bias", bias, {"D,": (dim,)}, x.device, optional=True)
     check_tensor(op, "residual", residual, {"..., D": tuple(x.shape)}, x.device, optional=True)
     check_value(op, "eps", eps > 0, "be positive", eps)
+
+
+def gated_norm(x, weight, bias, z, eps, group_size) -> None:
+    """Check the arguments of ``reference.gated_norm``."""
+    op = "gated_norm"
+    _rows(op, "x", x)
+    dim = x.shape[-1]
+    check_tensor(op, "weight", weight, {"D,": (dim,)}, x.device)
+    check_tensor(op, "bias", bias, {"D,": (dim,)}, x.device, optional=True)
+    check_tensor(op, "z", z, {"..., D": tuple(x.shape)}, x.device, optional=True)
+    check_value(op, "eps", eps > 0, "be positive", eps)
+    if group_size is not None:
+        check_int(op, "group_size", group_size, 1)
+        check_value(op, "group_size", dim % group_size == 0, f"divide D = {dim}", group_size)
+
+
+def swiglu(gate, up) -> None:
+    """Check the arguments of ``reference.swiglu``."""
+    op = "swiglu"
+    _rows(op, "gate", gate)
+    if up is None:
+        width = gate.shape[-1]
+        check_value(op, "gate", width % 2 == 0, "have an even last axis without up", width)
+    check_tensor(op, "up", up, {"..., D": tuple(gate.shape)}, gate.device, optional=True)

@@ -12,15 +12,19 @@ reaches neither values nor gradients.
 from ssm.ops.python.dw_causal_conv import dw_causal_conv
 from ssm.ops.python.dw_causal_conv_step import dw_causal_conv_step
 from ssm.ops.python.fused_layer_norm import fused_layer_norm
+from ssm.ops.python.gated_norm import gated_norm
 from ssm.ops.python.selective_scan import selective_scan
 from ssm.ops.python.selective_state_step import selective_state_step
 from ssm.ops.python.ssd_chunk_scan import ssd_chunk_scan
+from ssm.ops.python.swiglu import swiglu
 
 __all__ = [
     "dw_causal_conv",
     "dw_causal_conv_step",
     "fused_layer_norm",
+    "gated_norm",
     "selective_scan",
     "selective_state_step",
     "ssd_chunk_scan",
+    "swiglu",
 ]
