@@ -23,8 +23,9 @@ class State:
     backpropagation through time). Without gradients the tensors keep their storage.
 
     Args:
-        key_value_memory_dict: layer index -> tensors of that layer. Mamba1 holds
-            (conv_state (B, D, W), model dtype; ssm_state (B, D, N), float32 or float64).
+        key_value_memory_dict: layer index -> tensors of that layer, whose first axis is the rows.
+            Mamba1 holds (conv_state (B, D, W), model dtype; ssm_state (B, D, N), float32 or
+            float64), Mamba2 (conv_state (B, d_ssm + 2 G N, W), ssm_state (B, H, P, N)).
         max_batch_size: rows of every tensor.
         max_seqlen: tokens that the state can take; None where no layer has a limit.
         seqlen_offset: tokens seen so far.

@@ -18,7 +18,8 @@ class MambaConfig:
         d_intermediate: inner width of the GatedMLP in each block; 0 for none.
         n_layer: number of blocks.
         vocab_size: number of tokens, before padding.
-        ssm_cfg: arguments of the mixer; key "layer" names its class, "Mamba1" if absent.
+        ssm_cfg: arguments of the mixer; key "layer" names its class, "Mamba1" (if absent) or
+            "Mamba2".
         attn_layer_idx: blocks whose mixer is attention.
         attn_cfg: arguments of the attention.
         rms_norm: RMSNorm, else LayerNorm.

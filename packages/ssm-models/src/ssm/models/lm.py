@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from ssm.models.config import MambaConfig
 from ssm.modules.block import Block
 from ssm.modules.mamba1 import Mamba1
+from ssm.modules.mamba2 import Mamba2
 from ssm.modules.mlp import GatedMLP
 from ssm.modules.norm import RMSNorm, add_norm
 from ssm.modules.sequence import sequence_meta
@@ -33,7 +34,7 @@ class CausalLMOutput(NamedTuple):
     logits: Tensor
 
 
-MIXERS = {"Mamba1": Mamba1}
+MIXERS = {"Mamba1": Mamba1, "Mamba2": Mamba2}
 
 
 class MixerModel(nn.Module):
@@ -106,7 +107,7 @@ class MambaLMHeadModel(nn.Module):
         config: shape of the model.
         initializer_cfg: arguments of ``init_weights``, for instance {"initializer_range": 0.02}.
         device: where the parameters live.
-        dtype: of the parameters; A_log, D and the bias of dt_proj are float32 or better.
+        dtype: of the parameters; A_log, D and the bias of the step sizes are float32 or better.
 
     Shape:
         input_ids (B, L) -> logits (B, L, V), V = ``config.padded_vocab_size``.

@@ -37,6 +37,58 @@ class RMSNorm(nn.Module):
         return f"{self.weight.numel()}, eps={self.eps}"
 
 
+class RMSNormGated(nn.Module):
+    """RMSNorm per group of channels, multiplied by a gate (Dao & Gu 2024, section 7).
+
+    Args:
+        hidden_size: D, width of the last axis.
+        eps: added to the mean square.
+        group_size: channels that share a mean square, a divisor of D; None takes all.
+        norm_before_gate: ``norm(x) * silu(z)``, else ``norm(x * silu(z))``.
+        device: where the weight lives.
+        dtype: of the weight; statistics are float32 or better in any case.
+
+    Shape:
+        x, z (..., D) -> (..., D), dtype of x.
+
+    Raises:
+        ValueError: group_size does not divide D (from the operator, at the first call).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-5,
+        group_size: int | None = None,
+        norm_before_gate: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.group_size = group_size
+        self.norm_before_gate = norm_before_gate
+        self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        """Normalise x (..., D) and gate it by z (..., D), if given."""
+        return ops.gated_norm(
+            x,
+            self.weight,
+            None,
+            z,
+            is_rms=True,
+            eps=self.eps,
+            group_size=self.group_size,
+            norm_before_gate=self.norm_before_gate,
+        )
+
+    def extra_repr(self) -> str:
+        """Show the sizes and the order in ``print(model)``."""
+        order = f"norm_before_gate={self.norm_before_gate}"
+        return f"{self.weight.numel()}, eps={self.eps}, group_size={self.group_size}, {order}"
+
+
 def is_fusable(norm: nn.Module) -> bool:
     """Say whether ``fused_layer_norm`` computes this norm.
 

@@ -20,7 +20,7 @@ SAFETENSORS_FILE = "model.safetensors"
 BIN_FILE = "pytorch_model.bin"
 TIED = ("lm_head.weight", "backbone.embedding.weight")
 # Rounding these to 8 bits changes the recurrence; they stay float32 in every model dtype.
-FP32_NAMES = ("A_log", "D", "dt_proj.bias")
+FP32_NAMES = ("A_log", "D", "dt_bias", "dt_proj.bias")
 MOST_NAMES = 10
 
 
@@ -44,7 +44,7 @@ def from_pretrained(
             ``huggingface_hub``).
         device: where the parameters shall live; None is the CPU.
         dtype: of the parameters; None is the default dtype, "auto" that of each stored tensor.
-            A_log, D and the bias of dt_proj are float32 or better in any case.
+            A_log, D and the bias of the step sizes are float32 or better in any case.
         torch_dtype: another name of dtype.
         revision: branch, tag or commit on the hub.
         cache_dir: where downloads are kept.
@@ -101,7 +101,8 @@ def save_pretrained(
         save_directory: made if absent. The weights file of the other format, which the new one
             replaces, is removed.
         format: "safetensors", or "bin" for the pytorch_model.bin that mamba_ssm reads.
-        dtype: of the file, A_log, D and the bias of dt_proj excepted; None keeps each tensor's own.
+        dtype: of the file, A_log, D and the bias of the step sizes excepted; None keeps each
+            tensor's own.
 
     Raises:
         ValueError: the format is not known.
