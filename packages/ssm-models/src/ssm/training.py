@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssm.utils.weights import load_torch_file, save_pretrained, write_file
+from ssm.utils.files import write_file
+from ssm.utils.weights import load_torch_file, save_pretrained
 
 STATE_FILE = "training.pt"
 # What may differ between the two halves of a resumed run without changing its trajectory.

@@ -7,7 +7,7 @@ import inspect
 import math
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,15 @@ from ssm.models.config import MambaConfig
 from ssm.modules.block import Block
 from ssm.modules.mamba1 import Mamba1
 from ssm.modules.mamba2 import Mamba2
+from ssm.modules.memory import check_model_memory
 from ssm.modules.mlp import GatedMLP
 from ssm.modules.norm import RMSNorm, add_norm
 from ssm.modules.sequence import sequence_meta
 from ssm.seq_meta import SeqMeta
 from ssm.state import State
+
+if TYPE_CHECKING:
+    from ssm.utils.verification import Verification
 
 
 class CausalLMOutput(NamedTuple):
@@ -171,8 +175,9 @@ class MambaLMHeadModel(nn.Module):
             A named tuple with ``logits`` (B, L or num_last_tokens, V), model dtype.
 
         Raises:
-            ValueError: a shape or a combination of arguments does not fit.
-            TypeError: an argument that no mixer knows.
+            ValueError: a shape or a combination of arguments does not fit, or the state is that of
+                another model or batch; nothing is changed then.
+            TypeError: an argument that no mixer knows, or state is no State.
         """
         if input_ids.dim() != 2:
             raise ValueError(
@@ -192,6 +197,11 @@ class MambaLMHeadModel(nn.Module):
         seq_meta = sequence_meta(
             "MambaLMHeadModel", batch, seqlen, seq_meta, seq_idx, cu_seqlens, attention_mask
         )
+        if state is not None or inference_params is not None:
+            per_sequence = seq_meta is not None and seq_meta.state_per_sequence
+            rows = seq_meta.num_sequences if per_sequence else batch
+            mixers = (layer.mixer for layer in self.backbone.layers)
+            check_model_memory("MambaLMHeadModel", mixers, inference_params, state, rows)
         hidden_states = self.backbone(
             input_ids, inference_params=inference_params, seq_meta=seq_meta, **mixer_kwargs
         )
@@ -218,6 +228,20 @@ class MambaLMHeadModel(nn.Module):
             index: layer.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)
             for index, layer in enumerate(self.backbone.layers)
         }
+
+    def verify(self, draft: Tensor, state: State) -> Verification:
+        """Read a draft without moving the state; see ``ssm.utils.verification.verify``.
+
+        Args:
+            draft: (B, T) int, tokens that may follow what the state has seen.
+            state: left as it is until ``keep`` of the result moves it.
+
+        Returns:
+            A Verification: ``logits`` (B, T, V), and ``keep(k)``.
+        """
+        from ssm.utils.verification import verify
+
+        return verify(self, draft, state)
 
     def gradient_checkpointing_enable(self) -> None:
         """In training, recompute each block in the backward pass instead of keeping activations."""

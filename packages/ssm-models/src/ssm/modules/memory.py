@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -43,29 +43,81 @@ def memory_of(
     Raises:
         ValueError: both are given, the layer has no index, or the entry is that of another batch or
             layer. Nothing is changed then.
+        TypeError: state is no State.
+    """
+    check_memory(layer, inference_params, state, rows)
+    source = inference_params if state is None else state
+    if source is None:
+        return None
+    memory, key = source.key_value_memory_dict, key_of(layer)
+    if key not in memory:
+        memory[key] = layer.allocate_inference_cache(rows, 0)
+    elif state is None and inference_params.seqlen_offset == 0:
+        states = memory[key]
+        fresh = torch.Tensor.zero_ if is_writable(states) else torch.zeros_like
+        memory[key] = tuple(fresh(tensor) for tensor in states)
+    return memory
+
+
+def check_memory(layer: nn.Module, inference_params, state: State | None, rows: int) -> None:
+    """Refuse what a call cannot continue from; nothing is changed.
+
+    A model asks this of all its layers before the first of them writes.
+
+    Args:
+        layer: module with ``layer_idx`` and ``state_shapes``.
+        inference_params: state in the protocol of mamba_ssm, or None.
+        state: state that is continued, or None.
+        rows: rows that this call needs.
+
+    Raises:
+        ValueError: both are given, the layer has no index, or its entry is that of another batch or
+            layer.
+        TypeError: state is no State.
     """
     owner, key = type(layer).__name__, key_of(layer)
     if inference_params is not None and state is not None:
         raise ValueError(f"{owner}: state must not be given beside inference_params")
+    if state is not None and not isinstance(state, State):
+        raise TypeError(f"{owner}: state must be a State, got {type(state).__name__}")
     source = inference_params if state is None else state
     if source is None:
-        return None
+        return
     if layer.layer_idx is None and state is None:
         raise ValueError(f"{owner}: layer_idx must be set for inference_params, got None")
-    memory = source.key_value_memory_dict
-    if key not in memory:
-        memory[key] = layer.allocate_inference_cache(rows, 0)
-        return memory
-    states = memory[key]
+    states = source.key_value_memory_dict.get(key)
+    if states is None:
+        return
     held = states[0].shape[0]
     if held != rows:
         name = "state" if inference_params is None else "inference_params"
         raise ValueError(f"{owner}: {name} must hold {rows} rows, got {held}")
     check_shapes(layer, states, rows)
-    if state is None and inference_params.seqlen_offset == 0:
-        fresh = torch.Tensor.zero_ if is_writable(states) else torch.zeros_like
-        memory[key] = tuple(fresh(tensor) for tensor in states)
-    return memory
+
+
+def check_model_memory(
+    owner: str, mixers: Iterable[nn.Module], inference_params, state: State | None, rows: int
+) -> None:
+    """Refuse the state of another model or batch before the first layer writes into it.
+
+    Args:
+        owner: class name for messages.
+        mixers: layers of the model, in order.
+        inference_params: state in the protocol of mamba_ssm, or None.
+        state: state that is continued, or None. It holds no layer yet, or exactly those given.
+        rows: rows that this call needs.
+
+    Raises:
+        ValueError: a layer is missing or left over, or its entry does not fit.
+        TypeError: state is no State.
+    """
+    mixers = list(mixers)
+    for mixer in mixers:
+        check_memory(mixer, inference_params, state, rows)
+    if state is not None and state.key_value_memory_dict:
+        held, wanted = sorted(state.key_value_memory_dict), sorted(map(key_of, mixers))
+        if held != wanted:
+            raise ValueError(f"{owner}: state must hold the layers {wanted}, got {held}")
 
 
 def check_shapes(layer: nn.Module, states: LayerState, rows: int) -> None:
@@ -74,11 +126,12 @@ def check_shapes(layer: nn.Module, states: LayerState, rows: int) -> None:
     Args:
         layer: module whose ``state_shapes(rows)`` gives the shape of every state, None in it
             standing for any size.
-        states: tensors.
+        states: tensors. One with a single axis counts tokens and holds integers, the others are
+            floating point.
         rows: rows that a call needs.
 
     Raises:
-        ValueError: a shape differs.
+        ValueError: a shape, a kind of dtype or a device differs.
     """
     shapes = [tuple(state.shape) for state in states]
     wanted = layer.state_shapes(rows)
@@ -86,12 +139,20 @@ def check_shapes(layer: nn.Module, states: LayerState, rows: int) -> None:
         len(shape) == len(want) and all(w in (None, n) for n, w in zip(shape, want, strict=True))
         for shape, want in zip(shapes, wanted, strict=True)
     )
+    owner = type(layer).__name__
     if not fits:
         text = ", ".join(str(want).replace("None", "*") for want in wanted)
         raise ValueError(
-            f"{type(layer).__name__}: state must have shapes {text}, "
-            f"got {', '.join(map(str, shapes))}"
+            f"{owner}: state must have shapes {text}, got {', '.join(map(str, shapes))}"
         )
+    device = next(layer.parameters()).device
+    for state in states:
+        if state.is_floating_point() != (state.dim() > 1) or state.is_complex():
+            kind = "a floating point" if state.dim() > 1 else "an integer"
+            name = str(state.dtype).removeprefix("torch.")
+            raise ValueError(f"{owner}: state must have {kind} dtype, got {name}")
+        if state.device != device:
+            raise ValueError(f"{owner}: state must be on {device}, got {state.device}")
 
 
 def is_writable(states: tuple[Tensor, ...]) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import pickle
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ssm.models.config import MambaConfig
+from ssm.utils.files import write_file
 
 CONFIG_FILE = "config.json"
 SAFETENSORS_FILE = "model.safetensors"
@@ -129,26 +129,6 @@ def save_pretrained(
     text = model.config.to_json()
     write_file(directory / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
     (directory / other).unlink(missing_ok=True)
-
-
-def write_file(path: Path, write) -> None:
-    """Make ``path`` by ``write(temporary path)`` and a rename, so that it is never half written.
-
-    Raises:
-        OSError: as ``write`` raises it; the temporary file is removed.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        # Some writers make a file that only its owner can read; keep the mode that the umask gives.
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        write(temporary)
-        temporary.chmod(mode)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_config(directory: Path) -> MambaConfig:

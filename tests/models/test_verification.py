@@ -1,0 +1,231 @@
+"""Verification: a draft read ahead, and any part of it kept.
+
+Judge: the same model fed exactly the kept tokens, row by row and one by one.
+"""
+
+import pytest
+import torch
+
+from ssm.models.config import MambaConfig
+from ssm.models.lm import MambaLMHeadModel
+from ssm.utils.generation import generate
+
+VOCAB, BATCH, SEEN, DRAFT = 13, 3, 4, 5
+
+
+@pytest.fixture
+def model():
+    config = MambaConfig(
+        d_model=8, n_layer=2, vocab_size=VOCAB, ssm_cfg={"d_state": 3}, tie_embeddings=False
+    )
+    m = MambaLMHeadModel(config, {"initializer_range": 1.0}, dtype=torch.float64)
+    with torch.no_grad():
+        m.lm_head.weight *= 8
+    return m
+
+
+def tokens(batch=BATCH, length=DRAFT):
+    return torch.randint(0, VOCAB, (batch, length))
+
+
+def close(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+def tensors(state):
+    return [t for layer in state.key_value_memory_dict.values() for t in layer]
+
+
+def assert_same_state(got, want):
+    """Compare all that a later token reads: the oldest convolution input is not among it."""
+    for (conv, ssm), (conv_want, ssm_want) in zip(
+        got.key_value_memory_dict.values(), want.key_value_memory_dict.values(), strict=True
+    ):
+        close(conv[..., 1:], conv_want[..., 1:])
+        close(ssm, ssm_want)
+
+
+def prefilled(m):
+    state = m.allocate_state(BATCH)
+    with torch.no_grad():
+        m(tokens(length=SEEN), state=state)
+    return state
+
+
+def test_logits_are_those_of_the_draft_and_the_state_stays(model):
+    state, draft = prefilled(model), tokens()
+    before = [t.clone() for t in tensors(state)]
+    with torch.no_grad():
+        want = model(draft, state=state.clone()).logits
+        one = state.clone()
+        alone = [model(draft[:, t : t + 1], state=one).logits for t in range(DRAFT)]
+        verification = model.verify(draft, state)
+    assert torch.equal(verification.logits, want)
+    close(verification.logits, torch.cat(alone, 1))
+    assert all(torch.equal(a, b) for a, b in zip(tensors(state), before, strict=True))
+    assert state.seqlen_offset == SEEN
+
+
+@pytest.mark.parametrize("k", range(DRAFT + 1))
+@pytest.mark.parametrize("with_grad", [False, True])
+def test_keep_is_as_if_only_that_had_been_fed(model, k, with_grad):
+    state, draft = prefilled(model), tokens()
+    want, later = state.clone(), tokens(length=2)
+    with torch.set_grad_enabled(with_grad):
+        model(draft[:, :k], state=want)
+        verification = model.verify(draft, state)
+        assert verification.keep(k) is state
+        for got, expected in zip(tensors(state), tensors(want), strict=True):
+            assert torch.equal(got, expected)
+        assert state.seqlen_offset == want.seqlen_offset == SEEN + k
+        close(model(later, state=state).logits, model(later, state=want).logits)
+
+
+@pytest.mark.parametrize("counts", [[0, 2, 5], [5, 5, 5], [0, 0, 0], [1, 0, 1], [4, 3, 1]])
+def test_rows_keep_different_numbers(model, counts):
+    state, draft = prefilled(model), tokens()
+    alone = [state.gather([row]) for row in range(BATCH)]
+    later = tokens(length=2)
+    with torch.no_grad():
+        model.verify(draft, state).keep(torch.tensor(counts))
+        assert state.seqlen_offset == SEEN + max(counts)
+        for row, count in enumerate(counts):
+            for t in range(count):
+                model(draft[row : row + 1, t : t + 1], state=alone[row])
+            assert_same_state(state.gather([row]), alone[row])
+        logits = model(later, state=state).logits
+        for row in range(BATCH):
+            close(logits[row], model(later[row : row + 1], state=alone[row]).logits[0])
+
+
+def test_states_keep_their_storage_without_gradients(model):
+    state = prefilled(model)
+    before = [t.data_ptr() for t in tensors(state)]
+    with torch.no_grad():
+        for k in (DRAFT, 2, torch.tensor([0, 1, 2])):
+            model.verify(tokens(), state).keep(k)
+    assert [t.data_ptr() for t in tensors(state)] == before
+
+
+@pytest.mark.parametrize("k", [3, DRAFT])
+def test_gradients_flow_through_what_is_kept(model, k):
+    ids, draft = tokens(length=SEEN), tokens()
+
+    def loss(verified):
+        state = model.allocate_state(BATCH)
+        model(ids, state=state)
+        if verified:
+            model.verify(draft, state).keep(k)
+        else:
+            model(draft[:, :k], state=state)
+        return state.key_value_memory_dict[1][1].square().sum()
+
+    # The head and the last norm are not on the way to a state.
+    got, want = (
+        torch.autograd.grad(loss(verified), model.parameters(), allow_unused=True)
+        for verified in (True, False)
+    )
+    assert sum(g is not None for g in want) > 10
+    for a, b in zip(got, want, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            close(a, b)
+
+
+def test_agreed_counts_what_greedy_would_have_said(model):
+    ids = tokens(length=SEEN)
+    greedy = generate(model, ids, max_new_tokens=DRAFT + 1)[:, SEEN:]
+    for wrong_at in range(1, DRAFT + 1):
+        draft = greedy[:, :DRAFT].clone()
+        draft[:, wrong_at:] = (draft[:, wrong_at:] + 1) % VOCAB
+        state = model.allocate_state(BATCH)
+        with torch.no_grad():
+            model(ids, state=state)
+            verification = model.verify(draft, state)
+        agreed = verification.agreed()
+        assert agreed.tolist() == [wrong_at] * BATCH
+        last = verification.logits[torch.arange(BATCH), agreed - 1, :VOCAB]
+        assert torch.equal(last.argmax(-1), greedy[:, wrong_at])
+        verification.keep(agreed)
+    assert model.verify(draft[:, :0], state).agreed().tolist() == [0] * BATCH
+
+
+def test_speculative_decoding_equals_greedy(model):
+    """A draft model that is often wrong changes the cost, never the text."""
+    ids, new = tokens(length=SEEN), 12
+    want = generate(model, ids, max_new_tokens=new)
+    state, texts = model.allocate_state(BATCH), [row.tolist() for row in ids]
+    with torch.no_grad():
+        model(ids[:, :-1], state=state)
+        while min(map(len, texts)) < SEEN + new:
+            draft = tokens(length=4)
+            draft[:, 0] = torch.tensor([text[-1] for text in texts])
+            # A draft whose second token is right, and the rest is chance.
+            draft[:, 1] = model.verify(draft[:, :1], state).logits[:, 0, :VOCAB].argmax(-1)
+            verification = model.verify(draft, state)
+            agreed = verification.agreed()
+            assert agreed.min() >= 2
+            verification.keep(agreed)
+            for row, count in enumerate(agreed.tolist()):
+                texts[row] += draft[row, 1:count].tolist()
+                texts[row].append(int(verification.logits[row, count - 1, :VOCAB].argmax()))
+    assert [text[: SEEN + new] for text in texts] == want.tolist()
+
+
+def test_empty_drafts_and_batches(model):
+    state = prefilled(model)
+    before = [t.clone() for t in tensors(state)]
+    verification = model.verify(tokens(length=0), state)
+    assert verification.logits.shape == (BATCH, 0, 16)
+    verification.keep(0)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(state), before, strict=True))
+    empty = model.allocate_state(0)
+    model.verify(tokens(0), empty).keep(torch.zeros(0, dtype=torch.int32))
+    assert empty.seqlen_offset == 0
+
+
+def test_keep_can_be_called_once(model):
+    state = prefilled(model)
+    with torch.no_grad():
+        verification = model.verify(tokens(), state)
+        verification.keep(2)
+        with pytest.raises(ValueError, match="Verification: keep must be called once, got a secon"):
+            verification.keep(2)
+        moved = model.verify(tokens(), state)
+        model(tokens(length=1), state=state)
+        with pytest.raises(
+            ValueError, match="state must stay at seqlen_offset 6 until keep, got 7"
+        ):
+            moved.keep(1)
+
+
+@pytest.mark.parametrize(
+    ("k", "error", "message"),
+    [
+        (-1, ValueError, r"k must lie in \[0, 5\], got -1"),
+        (6, ValueError, r"k must lie in \[0, 5\], got 6"),
+        (torch.tensor([0, 6, 1]), ValueError, r"k must lie in \[0, 5\], got 6"),
+        (torch.tensor([0, 1]), ValueError, r"k must have shape \(B,\) = \(3,\), got \(2,\)"),
+        (torch.tensor([0.0, 1, 1]), TypeError, r"k must hold integers, got torch\.float32"),
+        (1.5, TypeError, r"k must be an int or a tensor \(B,\), got 1\.5"),
+        (True, TypeError, r"k must be an int or a tensor \(B,\), got True"),
+    ],
+)
+def test_rejects_a_bad_number(model, k, error, message):
+    state = prefilled(model)
+    before = [t.clone() for t in tensors(state)]
+    with torch.no_grad():
+        verification = model.verify(tokens(), state)
+        with pytest.raises(error, match=f"^Verification: {message}$"):
+            verification.keep(k)
+        assert all(torch.equal(a, b) for a, b in zip(tensors(state), before, strict=True))
+        verification.keep(1)
+
+
+def test_rejects_a_bad_state_or_draft(model):
+    with pytest.raises(TypeError, match="verify: state must be a State, got dict"):
+        model.verify(tokens(), {})
+    with pytest.raises(ValueError, match="state must hold 3 rows, got 2"):
+        model.verify(tokens(), model.allocate_state(2))
+    with pytest.raises(ValueError, match=r"input_ids must have shape \(B, L\), got \(5,\)"):
+        model.verify(tokens()[0], model.allocate_state(BATCH))
