@@ -76,6 +76,29 @@ class SsdCase:
 
 
 @dataclass(frozen=True)
+class StageCase:
+    """A call of one stage of the state-space dual scan; it looks at what it has use for."""
+
+    stage: str
+    name: str
+    batch: int
+    seqlen: int
+    nheads: int
+    headdim: int
+    dstate: int
+    chunk_size: int
+    b_groups: int = 1
+    c_groups: int = 1
+    given: str = "D z dt_bias initial_states"
+    skip: str = "head"
+    softplus: bool = True
+    layout: str = ""  # "seq_idx" or nothing
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
 class ConvCase:
     """A call of dw_causal_conv."""
 
@@ -151,7 +174,34 @@ class SwigluCase:
         return self.name
 
 
+_STAGES = {
+    "ssd_chunk_cumsum": ("dt", "A", "chunk_size", "dt_bias", "softplus", "seq_idx"),
+    "ssd_chunk_state": ("x", "B", "dt", "dA_cumsum", "seq_idx"),
+    "ssd_state_passing": ("states", "dA_cumsum", "initial_states", "seq_idx"),
+    "ssd_bmm_chunk": ("C", "B", "chunk_size"),
+    "ssd_chunk_output": ("CB", "x", "dt", "dA_cumsum", "C", "states_in", "D", "z", "seq_idx"),
+}
+
+
+def _stage_cases(stage: str) -> tuple[StageCase, ...]:
+    return (
+        StageCase(stage, "tiny", 1, 3, 2, 2, 2, 2),
+        StageCase(stage, "bare", 2, 9, 2, 3, 4, 4, given="", softplus=False),
+        StageCase(stage, "odd", 2, 29, 3, 5, 7, 8),
+        StageCase(stage, "groups", 1, 21, 6, 3, 4, 8, 3, 2, skip="channel"),
+        StageCase(stage, "chunk_one", 2, 5, 2, 3, 4, 1),
+        StageCase(stage, "chunk_beyond", 2, 11, 2, 3, 4, 64),
+        StageCase(stage, "one", 1, 1, 1, 1, 1, 1),
+        StageCase(stage, "mamba2_130m", 1, 80, 24, 64, 128, 64),
+        StageCase(stage, "seq_idx", 2, 33, 2, 3, 5, 8, layout="seq_idx"),
+        StageCase(stage, "empty_batch", 0, 5, 2, 3, 4, 4),
+        StageCase(stage, "empty_seq", 2, 0, 2, 3, 4, 4),
+        StageCase(stage, "empty_state", 2, 5, 2, 3, 0, 4),
+    )
+
+
 CASES = {
+    **{stage: _stage_cases(stage) for stage in _STAGES},
     "selective_scan": (
         ScanCase("tiny", 1, 2, 3, 2),
         ScanCase("bare", 2, 3, 7, 4, given="", softplus=False),
@@ -429,6 +479,42 @@ def _make_ssd(case: SsdCase, rng) -> dict:
     }
 
 
+def _make_stage(case: StageCase, rng) -> dict:
+    batch, seqlen, heads, chunk = case.batch, case.seqlen, case.nheads, case.chunk_size
+    nchunks = -(-seqlen // chunk)
+    state = (heads, case.headdim, case.dstate)
+    seq_meta, _ = _seq_meta(case, rng)
+    seq_idx = None if seq_meta is None else seq_meta["seq_idx"]
+    rate = -np.exp(rng.uniform(-1.0, 2.0, heads))
+    found = {"A": rate, "chunk_size": chunk, "softplus": case.softplus, "seq_idx": seq_idx}
+    if case.stage == "ssd_chunk_cumsum":
+        found["dt"] = _step_size(rng, (batch, seqlen, heads), case.softplus)
+    else:
+        step = rng.uniform(0.01, 0.5, (batch, heads, nchunks * chunk))
+        step[..., seqlen:] = 0.0
+        if seq_idx is not None:
+            step[..., :seqlen] *= seq_idx[:, None] >= 0
+        found["dt"] = step.reshape(batch, heads, nchunks, chunk)
+        found["dA_cumsum"] = (found["dt"] * rate[:, None, None]).cumsum(3)
+    found |= {
+        "x": rng.standard_normal((batch, seqlen, heads, case.headdim)),
+        "B": rng.standard_normal((batch, seqlen, case.b_groups, case.dstate)),
+        "C": rng.standard_normal((batch, seqlen, case.c_groups, case.dstate)),
+        "CB": rng.standard_normal((batch, nchunks, case.b_groups, chunk, chunk)),
+        "states": rng.standard_normal((batch, nchunks, *state)),
+        "states_in": rng.standard_normal((batch, nchunks, *state)),
+        **_given(
+            case,
+            rng,
+            D=(heads,) if case.skip == "head" else (heads, case.headdim),
+            z=(batch, seqlen, heads, case.headdim),
+            dt_bias=(heads,),
+            initial_states=(batch, *state),
+        ),
+    }
+    return {name: found[name] for name in _STAGES[case.stage]}
+
+
 def _make_conv(case: ConvCase, rng) -> dict:
     seq_meta, nstates = _seq_meta(case, rng)
     return {
@@ -486,6 +572,7 @@ _MAKERS = {
     ScanCase: _make_scan,
     StepCase: _make_step,
     SsdCase: _make_ssd,
+    StageCase: _make_stage,
     ConvCase: _make_conv,
     ConvStepCase: _make_conv_step,
     NormCase: _make_norm,

@@ -42,8 +42,19 @@ OPERATORS = {
     "dw_causal_conv_step": COMPLETE,
     "fused_layer_norm": COMPLETE,
     "ssd_chunk_scan": {"reference", "doc"},
+    "ssd_stages": {"reference", "doc"},
     "gated_norm": {"reference", "golden", "doc"},
     "swiglu": {"reference", "golden", "doc"},
+}
+# Row that holds several operators -> their names; every other row holds the operator of its name.
+SEVERAL = {
+    "ssd_stages": (
+        "ssd_chunk_cumsum",
+        "ssd_chunk_state",
+        "ssd_state_passing",
+        "ssd_bmm_chunk",
+        "ssd_chunk_output",
+    ),
 }
 
 # Folder of the grid -> the names in it that are not operators.
@@ -99,6 +110,11 @@ ONLY_IN = {
 SOURCES = {".py", ".cpp", ".h", ".cu", ".cuh"}
 LINE_LIMIT = 600
 NOT_OURS = {".git", ".venv", "build", "dist", "third_party", "__pycache__"}
+
+
+def operators_of(row: str) -> tuple[str, ...]:
+    """Return the names of the operators that a row holds."""
+    return SEVERAL.get(row, (row,))
 
 
 def text_of(path: Path) -> str:

@@ -32,6 +32,7 @@ OPERATORS = (
     "ssd_chunk_scan",
     "gated_norm",
     "swiglu",
+    *dispatch.FILES,
 )
 
 

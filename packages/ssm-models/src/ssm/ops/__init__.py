@@ -15,7 +15,12 @@ __all__ = [
     "gated_norm",
     "selective_scan",
     "selective_state_step",
+    "ssd_bmm_chunk",
+    "ssd_chunk_cumsum",
+    "ssd_chunk_output",
     "ssd_chunk_scan",
+    "ssd_chunk_state",
+    "ssd_state_passing",
     "swiglu",
 ]
 
@@ -168,6 +173,141 @@ def ssd_chunk_scan(
         softplus=softplus,
         dt_limit=dt_limit,
         return_final_states=return_final_states,
+    )
+
+
+def ssd_chunk_cumsum(
+    dt,
+    A,
+    chunk_size,
+    *,
+    dt_bias=None,
+    softplus=False,
+    dt_limit=(0.0, float("inf")),
+    seq_idx=None,
+):
+    """Compute step sizes and logarithmic decays by chunk: stage 1 of :func:`ssd_chunk_scan`.
+
+    Args:
+        dt: (B, L, H). Step size.
+        A: (H,). Continuous decay.
+        chunk_size: steps Q per chunk, at least 1.
+        dt_bias: (H,). Bias of the step size.
+        softplus: apply softplus to the step size.
+        dt_limit: (low, high), to which the step size is clamped.
+        seq_idx: (B, L), int32. -1 skips a step.
+
+    Returns:
+        dt_out and dA_cumsum, (B, H, C, Q) each, float64 if dt is, else float32; C = ceil(L / Q).
+
+    Raises:
+        ValueError: an argument breaks the contract; the message names it.
+
+    Source:
+        docs/ops/ssd_stages.md.
+    """
+    return implementation("ssd_chunk_cumsum", dt)(
+        dt,
+        A,
+        chunk_size,
+        dt_bias=dt_bias,
+        softplus=softplus,
+        dt_limit=dt_limit,
+        seq_idx=seq_idx,
+    )
+
+
+def ssd_chunk_state(x, B, dt, dA_cumsum, *, seq_idx=None):
+    """Compute the state that each chunk adds: stage 2 of :func:`ssd_chunk_scan`.
+
+    Args:
+        x: (B, L, H, P). Input.
+        B: (B, L, G, N). Input matrix.
+        dt: (B, H, C, Q). Step size, from :func:`ssd_chunk_cumsum`.
+        dA_cumsum: (B, H, C, Q), from :func:`ssd_chunk_cumsum`.
+        seq_idx: (B, L), int32. Sequence of each step, -1 to skip it.
+
+    Returns:
+        states (B, C, H, P, N), float64 if x is, else float32.
+
+    Raises:
+        ValueError: an argument breaks the contract; the message names it.
+
+    Source:
+        docs/ops/ssd_stages.md.
+    """
+    return implementation("ssd_chunk_state", x)(x, B, dt, dA_cumsum, seq_idx=seq_idx)
+
+
+def ssd_state_passing(states, dA_cumsum, *, initial_states=None, seq_idx=None):
+    """Pass the state from chunk to chunk: stage 3 of :func:`ssd_chunk_scan`.
+
+    Args:
+        states: (B, C, H, P, N). What each chunk adds, from :func:`ssd_chunk_state`.
+        dA_cumsum: (B, H, C, Q), from :func:`ssd_chunk_cumsum`.
+        initial_states: (B, H, P, N). State before the first step.
+        seq_idx: (B, L), int32. Sequence of each step, -1 to skip it.
+
+    Returns:
+        states_in (B, C, H, P, N), the state that enters each chunk, and final_states
+        (B, H, P, N); float64 if states is, else float32.
+
+    Raises:
+        ValueError: an argument breaks the contract; the message names it.
+
+    Source:
+        docs/ops/ssd_stages.md.
+    """
+    return implementation("ssd_state_passing", states)(
+        states, dA_cumsum, initial_states=initial_states, seq_idx=seq_idx
+    )
+
+
+def ssd_bmm_chunk(C, B, chunk_size):
+    """Multiply C and B of all pairs of steps of a chunk: stage 4 of :func:`ssd_chunk_scan`.
+
+    Args:
+        C: (B, L, G, N). Output matrix.
+        B: (B, L, G, N). Input matrix.
+        chunk_size: steps Q per chunk, at least 1.
+
+    Returns:
+        CB (B, C, G, Q, Q) with CB[i, j] = C[i] . B[j], float64 if C is, else float32.
+
+    Raises:
+        ValueError: an argument breaks the contract; the message names it.
+
+    Source:
+        docs/ops/ssd_stages.md.
+    """
+    return implementation("ssd_bmm_chunk", C)(C, B, chunk_size)
+
+
+def ssd_chunk_output(CB, x, dt, dA_cumsum, C, states_in, *, D=None, z=None, seq_idx=None):
+    """Compute the outputs from the other stages: stage 5 of :func:`ssd_chunk_scan`.
+
+    Args:
+        CB: (B, C, G, Q, Q), from :func:`ssd_bmm_chunk`.
+        x: (B, L, H, P). Input.
+        dt: (B, H, C, Q). Step size, from :func:`ssd_chunk_cumsum`.
+        dA_cumsum: (B, H, C, Q), from :func:`ssd_chunk_cumsum`.
+        C: (B, L, G, N). Output matrix.
+        states_in: (B, C, H, P, N), from :func:`ssd_state_passing`.
+        D: (H,) or (H, P). Skip weight.
+        z: (B, L, H, P). Gate.
+        seq_idx: (B, L), int32. Sequence of each step, -1 to skip it.
+
+    Returns:
+        y (B, L, H, P) in the dtype of x.
+
+    Raises:
+        ValueError: an argument breaks the contract; the message names it.
+
+    Source:
+        docs/ops/ssd_stages.md.
+    """
+    return implementation("ssd_chunk_output", x)(
+        CB, x, dt, dA_cumsum, C, states_in, D=D, z=z, seq_idx=seq_idx
     )
 
 

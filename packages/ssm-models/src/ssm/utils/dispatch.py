@@ -23,7 +23,18 @@ COMPILED = (
     "dw_causal_conv_step",
     "fused_layer_norm",
 )
-OPERATORS = (*COMPILED, "ssd_chunk_scan", "gated_norm", "swiglu")
+# Operators that share a file in every layer -> the name of that file.
+FILES = dict.fromkeys(
+    (
+        "ssd_chunk_cumsum",
+        "ssd_chunk_state",
+        "ssd_state_passing",
+        "ssd_bmm_chunk",
+        "ssd_chunk_output",
+    ),
+    "ssd_stages",
+)
+OPERATORS = (*COMPILED, "ssd_chunk_scan", "gated_norm", "swiglu", *FILES)
 # The extension module that holds the kernels of a device type.
 _KERNELS = {"cpu": "ssm_kernels", "cuda": "ssm_kernels._cuda"}
 
@@ -60,7 +71,7 @@ def _load(op: str, device_type: str) -> Callable | str:
     if key not in _attempts:
         try:
             importlib.import_module(_KERNELS[device_type])
-            function = getattr(importlib.import_module(f"ssm.ops.compiled.{op}"), op)
+            function = getattr(importlib.import_module(f"ssm.ops.compiled.{FILES.get(op, op)}"), op)
             _attempts[key] = function
         except Exception as error:  # any fault of a backend must leave the reference usable
             _attempts[key] = f"{type(error).__name__}: {error}"

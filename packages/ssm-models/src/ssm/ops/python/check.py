@@ -105,6 +105,26 @@ def check_seq_meta(op: str, seq_meta: object, batch: int) -> int:
     return seq_meta.num_sequences if seq_meta.state_per_sequence else batch
 
 
+def check_ids(op: str, seq_idx, batch: int, seqlen: int | str, device) -> None:
+    """Check ``seq_idx`` where it is given: (B, L), int32, -1 or a sequence number.
+
+    Values are not looked at inside ``torch.compile``.
+    """
+    check_tensor(
+        op, "seq_idx", seq_idx, {"B, L": (batch, seqlen)}, device, (torch.int32,), optional=True
+    )
+    if seq_idx is None or torch.compiler.is_compiling() or seq_idx.is_meta or not seq_idx.numel():
+        return
+    low = seq_idx.min().item()
+    check_value(op, "seq_idx", low >= -1, "be -1 or a sequence number", low)
+
+
+def check_limit(op: str, dt_limit: object) -> None:
+    """Check that ``dt_limit`` is a pair of which the first is not above the second."""
+    is_pair = isinstance(dt_limit, (tuple, list)) and len(dt_limit) == 2
+    check_value(op, "dt_limit", is_pair and dt_limit[0] <= dt_limit[1], "be (low, high)", dt_limit)
+
+
 def check_rows(op: str, state_indices, nrows: int, batch: int, device, state: str) -> None:
     """Check ``state_indices``: (B,), int32, -1 or a row of ``state``, no row twice.
 
@@ -206,8 +226,90 @@ def ssd_chunk_scan(
     form = {"S, H, P, N": (check_seq_meta(op, seq_meta, batch), nheads, headdim, dstate)}
     check_tensor(op, "initial_states", initial_states, form, X.device, optional=True)
     check_tensor(op, "dt_bias", dt_bias, {"H,": (nheads,)}, X.device, optional=True)
-    is_pair = isinstance(dt_limit, (tuple, list)) and len(dt_limit) == 2
-    check_value(op, "dt_limit", is_pair and dt_limit[0] <= dt_limit[1], "be (low, high)", dt_limit)
+    check_limit(op, dt_limit)
+
+
+def ssd_chunk_cumsum(dt, A, chunk_size, dt_bias, dt_limit, seq_idx) -> None:
+    """Check the arguments of ``reference.ssd_chunk_cumsum``."""
+    op = "ssd_chunk_cumsum"
+    check_tensor(op, "dt", dt, {"B, L, H": ("B", "L", "H")})
+    check_tensor(op, "A", A, {"H,": (dt.shape[2],)}, dt.device)
+    check_int(op, "chunk_size", chunk_size, 1)
+    check_tensor(op, "dt_bias", dt_bias, {"H,": (dt.shape[2],)}, dt.device, optional=True)
+    check_limit(op, dt_limit)
+    check_ids(op, seq_idx, *dt.shape[:2], dt.device)
+
+
+def ssd_chunk_state(x, B, dt, dA_cumsum, seq_idx) -> None:
+    """Check the arguments of ``reference.ssd_chunk_state``."""
+    op = "ssd_chunk_state"
+    check_tensor(op, "x", x, {"B, L, H, P": ("B", "L", "H", "P")})
+    batch, seqlen, nheads, _ = x.shape
+    check_tensor(op, "B", B, {"B, L, G, N": (batch, seqlen, "G", "N")}, x.device)
+    check_groups(op, "B", B.shape[2], "H", nheads)
+    _in_chunks(op, x, dt, dA_cumsum)
+    check_ids(op, seq_idx, batch, seqlen, x.device)
+
+
+def ssd_state_passing(states, dA_cumsum, initial_states, seq_idx) -> None:
+    """Check the arguments of ``reference.ssd_state_passing``."""
+    op = "ssd_state_passing"
+    check_tensor(op, "states", states, {"B, C, H, P, N": ("B", "C", "H", "P", "N")})
+    batch, nchunks, nheads, headdim, dstate = states.shape
+    form = {"B, H, C, Q": (batch, nheads, nchunks, "Q")}
+    check_tensor(op, "dA_cumsum", dA_cumsum, form, states.device)
+    chunk = dA_cumsum.shape[3]
+    check_value(op, "dA_cumsum", chunk >= 1, "have at least 1 step per chunk", chunk)
+    form = {"B, H, P, N": (batch, nheads, headdim, dstate)}
+    check_tensor(op, "initial_states", initial_states, form, states.device, optional=True)
+    check_ids(op, seq_idx, batch, "L", states.device)
+    if seq_idx is not None:
+        seqlen = seq_idx.shape[1]
+        rule = f"have the steps of {nchunks} chunks of {chunk}"
+        check_value(op, "seq_idx", -(-seqlen // chunk) == nchunks, rule, seqlen)
+
+
+def ssd_bmm_chunk(C, B, chunk_size) -> None:
+    """Check the arguments of ``reference.ssd_bmm_chunk``."""
+    op = "ssd_bmm_chunk"
+    check_tensor(op, "C", C, {"B, L, G, N": ("B", "L", "G", "N")})
+    check_value(op, "C", C.shape[2] >= 1, "have at least 1 group", C.shape[2])
+    batch, seqlen, _, dstate = C.shape
+    check_tensor(op, "B", B, {"B, L, G, N": (batch, seqlen, "G", dstate)}, C.device)
+    check_value(op, "B", B.shape[2] >= 1, "have at least 1 group", B.shape[2])
+    check_int(op, "chunk_size", chunk_size, 1)
+
+
+def ssd_chunk_output(CB, x, dt, dA_cumsum, C, states_in, D, z, seq_idx) -> None:
+    """Check the arguments of ``reference.ssd_chunk_output``."""
+    op = "ssd_chunk_output"
+    check_tensor(op, "x", x, {"B, L, H, P": ("B", "L", "H", "P")})
+    batch, seqlen, nheads, headdim = x.shape
+    _in_chunks(op, x, dt, dA_cumsum)
+    nchunks, chunk = dt.shape[2:]
+    form = {"B, C, G, Q, Q": (batch, nchunks, "G", chunk, chunk)}
+    check_tensor(op, "CB", CB, form, x.device)
+    check_groups(op, "CB", CB.shape[2], "H", nheads)
+    check_tensor(op, "C", C, {"B, L, G, N": (batch, seqlen, "G", "N")}, x.device)
+    check_groups(op, "C", C.shape[2], "H", nheads)
+    form = {"B, C, H, P, N": (batch, nchunks, nheads, headdim, C.shape[3])}
+    check_tensor(op, "states_in", states_in, form, x.device)
+    forms = {"H,": (nheads,), "H, P": (nheads, headdim)}
+    check_tensor(op, "D", D, forms, x.device, optional=True)
+    check_tensor(op, "z", z, {"B, L, H, P": tuple(x.shape)}, x.device, optional=True)
+    check_ids(op, seq_idx, batch, seqlen, x.device)
+
+
+def _in_chunks(op: str, x, dt, dA_cumsum) -> None:
+    """Check dt and dA_cumsum, (B, H, C, Q), against x (B, L, H, P)."""
+    batch, seqlen, nheads, _ = x.shape
+    check_tensor(op, "dt", dt, {"B, H, C, Q": (batch, nheads, "C", "Q")}, x.device)
+    nchunks, chunk = dt.shape[2:]
+    check_value(op, "dt", chunk >= 1, "have at least 1 step per chunk", chunk)
+    rule = f"have ceil(L / Q) chunks for L = {seqlen} and Q = {chunk}"
+    check_value(op, "dt", nchunks == -(-seqlen // chunk), rule, nchunks)
+    form = {"B, H, C, Q": (batch, nheads, nchunks, chunk)}
+    check_tensor(op, "dA_cumsum", dA_cumsum, form, x.device)
 
 
 def _filter(op: str, x, weight, bias, activation) -> int:

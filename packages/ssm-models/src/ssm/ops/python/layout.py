@@ -20,12 +20,26 @@ class Layout(NamedTuple):
 
 def layout_of(seq_meta: SeqMeta | None, batch: int, seqlen: int, device) -> Layout:
     """Work out the layout of a batch; without ``seq_meta`` each row is one sequence."""
-    step = torch.arange(seqlen, device=device).expand(batch, seqlen)
-    row = torch.arange(batch, device=device)[:, None].expand(batch, seqlen)
     if seq_meta is None:
+        step = torch.arange(seqlen, device=device).expand(batch, seqlen)
+        row = torch.arange(batch, device=device)[:, None].expand(batch, seqlen)
         keep = torch.ones(batch, seqlen, dtype=torch.bool, device=device)
         return Layout(keep, row, step - 1, ~keep, batch, False)
-    ids = seq_meta.positions(batch, seqlen, device).long()
+    ids = seq_meta.positions(batch, seqlen, device)
+    layout = layout_of_ids(ids)
+    if not seq_meta.state_per_sequence:
+        return layout
+    nstates = seq_meta.num_sequences
+    resets = layout.resets | (layout.keep & (layout.previous < 0))
+    state = torch.where(layout.keep, ids.long(), nstates)
+    return layout._replace(state=state, resets=resets, nstates=nstates, per_sequence=True)
+
+
+def layout_of_ids(ids: torch.Tensor) -> Layout:
+    """Work out the layout of a batch from its sequence ids (B, L); one state per row."""
+    (batch, seqlen), device, ids = ids.shape, ids.device, ids.long()
+    step = torch.arange(seqlen, device=device).expand(batch, seqlen)
+    row = torch.arange(batch, device=device)[:, None].expand(batch, seqlen)
     keep = ids >= 0
     latest = torch.where(keep, step, -1)
     if seqlen:
@@ -33,11 +47,7 @@ def layout_of(seq_meta: SeqMeta | None, batch: int, seqlen: int, device) -> Layo
     previous = torch.nn.functional.pad(latest, (1, 0), value=-1)[:, :seqlen]
     follows = ids.gather(1, previous.clamp(min=0)) == ids
     resets = keep & (previous >= 0) & ~follows
-    if not seq_meta.state_per_sequence:
-        return Layout(keep, row, previous, resets, batch, False)
-    nstates = seq_meta.num_sequences
-    resets = resets | (keep & (previous < 0))
-    return Layout(keep, torch.where(keep, ids, nstates), previous, resets, nstates, True)
+    return Layout(keep, row, previous, resets, batch, False)
 
 
 def last_kept(layout: Layout) -> torch.Tensor:

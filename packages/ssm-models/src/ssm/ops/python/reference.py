@@ -16,6 +16,13 @@ from ssm.ops.python.gated_norm import gated_norm
 from ssm.ops.python.selective_scan import selective_scan
 from ssm.ops.python.selective_state_step import selective_state_step
 from ssm.ops.python.ssd_chunk_scan import ssd_chunk_scan
+from ssm.ops.python.ssd_stages import (
+    ssd_bmm_chunk,
+    ssd_chunk_cumsum,
+    ssd_chunk_output,
+    ssd_chunk_state,
+    ssd_state_passing,
+)
 from ssm.ops.python.swiglu import swiglu
 
 __all__ = [
@@ -25,6 +32,11 @@ __all__ = [
     "gated_norm",
     "selective_scan",
     "selective_state_step",
+    "ssd_bmm_chunk",
+    "ssd_chunk_cumsum",
+    "ssd_chunk_output",
     "ssd_chunk_scan",
+    "ssd_chunk_state",
+    "ssd_state_passing",
     "swiglu",
 ]
