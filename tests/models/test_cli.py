@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from ssm import cli
+from ssm.commands.train import Reporter
 from ssm.models.config import MambaConfig
 from ssm.models.lm import MambaLMHeadModel
 from ssm.text import ByteVocabulary
+from ssm.utils import dispatch
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +60,8 @@ def test_info_names_versions_and_reasons(capsys):
 
 def test_info_survives_a_broken_backend(monkeypatch, capsys):
     # The dispatch remembers what it could load; it must have tried before the kernels are hidden.
-    for op in cli.OPERATORS:
-        cli.dispatch.why(op, "cpu")
+    for op in dispatch.OPERATORS:
+        dispatch.why(op, "cpu")
     monkeypatch.setitem(sys.modules, "ssm_kernels", None)
     assert run("info") == 0
     assert "instruction set none" in capsys.readouterr().out
@@ -148,7 +150,7 @@ def test_interruption_can_be_resumed(text, tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli.Reporter, "__call__", stop)
+        patch.setattr(Reporter, "__call__", stop)
         assert run("train", text, *options) == 130
     assert run("train", text, *options, "--resume") == 0
     assert "step 3/4" in capsys.readouterr().out

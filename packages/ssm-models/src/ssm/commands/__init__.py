@@ -1,0 +1,1 @@
+"""The commands of ``ssm-models``, a file each: ``add`` declares the options, ``run`` does it."""

@@ -1,0 +1,174 @@
+"""``ssm-models train``: a byte-level model from a text file."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+
+from ssm.commands.options import DTYPES
+from ssm.models.config import MambaConfig
+from ssm.models.lm import MambaLMHeadModel
+from ssm.text import BYTE_VOCAB_SIZE, ByteVocabulary, read_bytes
+from ssm.training import STATE_FILE, Progress, TrainOptions, evaluate, train
+from ssm.utils import dispatch
+
+LAYERS = {"mamba1": "Mamba1"}
+
+
+def add(commands) -> None:
+    """Declare the command."""
+    parser = commands.add_parser("train", help="train a byte-level model on a text file")
+    parser.add_argument("text", metavar="TEXT", help="text file, any language")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where checkpoints go")
+    parser.add_argument("--layer", choices=tuple(LAYERS), default="mamba1")
+    parser.add_argument("--d-model", type=int, default=128)
+    parser.add_argument("--n-layer", type=int, default=4)
+    parser.add_argument("--d-state", type=int, default=16)
+    parser.add_argument("--expand", type=int, default=2, help="channels per unit of width")
+    parser.add_argument("--d-intermediate", type=int, default=0, help="width of an MLP per block")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--warmup", type=int, default=100, help="steps")
+    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--grad-clip", type=float, default=1.0, help="0 is no limit")
+    parser.add_argument("--val-fraction", type=float, default=0.1, help="tail of TEXT held out")
+    parser.add_argument("--eval-every", type=int, default=250, help="steps; 0 is at the end only")
+    parser.add_argument("--checkpoint-every", type=int, default=250, help="as --eval-every")
+    parser.add_argument("--resume", action="store_true", help=f"go on from DIR/{STATE_FILE}")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of the weights written to DIR; training itself is in float32",
+    )
+    parser.add_argument("--sample-bytes", type=int, default=300, help="length of the final sample")
+    parser.add_argument("--json", action="store_true", help="print JSON lines")
+    parser.set_defaults(run=run)
+
+
+def run(arguments) -> None:
+    """Train on a text file, write checkpoints, end with a sample."""
+    tokens, val_tokens = _split(arguments)
+    options = TrainOptions(
+        **{name: getattr(arguments, name) for name in TrainOptions.__dataclass_fields__}
+    )
+    torch.manual_seed(arguments.seed)
+    mixer = {
+        "layer": LAYERS[arguments.layer],
+        "d_state": arguments.d_state,
+        "expand": arguments.expand,
+    }
+    config = MambaConfig(
+        d_model=arguments.d_model,
+        n_layer=arguments.n_layer,
+        d_intermediate=arguments.d_intermediate,
+        vocab_size=BYTE_VOCAB_SIZE,
+        ssm_cfg=mixer,
+    )
+    model = MambaLMHeadModel(config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    reporter = Reporter(options, arguments.json)
+    reporter.header(parameters, tokens.numel(), 0 if val_tokens is None else val_tokens.numel())
+    last = train(
+        model,
+        tokens,
+        options,
+        val_tokens=val_tokens,
+        out=arguments.out,
+        resume=arguments.resume,
+        save_dtype=getattr(torch, arguments.dtype),
+        report=reporter,
+    )
+    reporter.finish()
+    val_loss = None if last is None else last.val_loss
+    if val_loss is None and val_tokens is not None:
+        val_loss = evaluate(model, val_tokens)
+    model.eval()
+    vocabulary = ByteVocabulary()
+    generated = model.generate(
+        vocabulary.encode("\n")[None],
+        max_new_tokens=arguments.sample_bytes,
+        top_k=0,
+        temperature=0.8,
+        seed=arguments.seed,
+    )
+    sample = vocabulary.decode(generated[0, 1:])
+    if arguments.json:
+        print(
+            json.dumps({"done": True, "val_loss": val_loss, "sample": sample, "out": arguments.out})
+        )
+        return
+    if val_loss is not None:
+        print(f"held-out loss {val_loss:.4f} nats per byte")
+    print(f"checkpoint in {arguments.out}; a sample:\n{sample}")
+
+
+class Reporter:
+    """Shows training: a line that is overwritten on a terminal, else one line now and then.
+
+    Args:
+        options: of the run.
+        as_json: one JSON object per step, on stdout.
+    """
+
+    def __init__(self, options: TrainOptions, as_json: bool) -> None:
+        self._steps = options.steps
+        self._json = as_json
+        self._live = sys.stderr.isatty() and not as_json
+        self._every = max(1, options.steps // 20)
+        self._seconds = self._tokens = 0.0
+        self._per_step = options.batch * options.seqlen
+
+    def header(self, parameters: int, tokens: int, val_tokens: int) -> None:
+        """Say what will be trained on what, and which backend serves."""
+        backend = dispatch.get_available_backend()
+        if self._json:
+            values = {"parameters": parameters, "train_bytes": tokens, "val_bytes": val_tokens}
+            print(json.dumps({**values, "backend": backend}), flush=True)
+            return
+        print(
+            f"{parameters} parameters, {tokens} bytes to train on, {val_tokens} held out, "
+            f"backend {backend}",
+            flush=True,
+        )
+
+    def __call__(self, progress: Progress) -> None:
+        """Show one step."""
+        if self._json:
+            print(json.dumps(vars(progress)), flush=True)
+            return
+        self._seconds += self._per_step / progress.tokens_per_second
+        self._tokens += self._per_step
+        speed = self._tokens / self._seconds
+        left = (self._steps - progress.step) * self._seconds * self._per_step / self._tokens
+        line = f"step {progress.step}/{self._steps}  loss {progress.loss:.4f}"
+        if progress.val_loss is not None:
+            line += f"  held-out {progress.val_loss:.4f}"
+        line += f"  {speed:.0f} tokens/s"
+        if self._live:
+            print(f"\r{line}  {left:.0f} s left\x1b[K", end="", file=sys.stderr, flush=True)
+        is_due = progress.step % self._every == 0 or progress.step == self._steps
+        if progress.val_loss is not None or (is_due and not self._live):
+            self.finish()
+            print(line, flush=True)
+
+    def finish(self) -> None:
+        """Clear the live line."""
+        if self._live:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _split(arguments):
+    """Return (tokens to train on, held-out tail or None)."""
+    if not 0 <= arguments.val_fraction < 1:
+        raise ValueError(f"train: val-fraction must lie in [0, 1), got {arguments.val_fraction}")
+    tokens = ByteVocabulary().encode(read_bytes(arguments.text))
+    held_out = int(tokens.numel() * arguments.val_fraction)
+    if held_out < 2:
+        return tokens, None
+    return tokens[:-held_out], tokens[-held_out:]
