@@ -215,7 +215,7 @@ def test_deepcopy_and_pickle():
     [
         ({"ssm_cfg": {"layer": "Mamba9"}}, r"ssm_cfg\['layer'\] must be one of Mamba1.*'Mamba9'"),
         ({"ssm_cfg": {"d_stat": 3}}, "got 'd_stat' .did you mean 'd_state'"),
-        ({"attn_layer_idx": [1]}, r"attn_layer_idx must be empty, .*got \[1\]"),
+        ({"attn_layer_idx": [1]}, r"attn_cfg must hold 'num_heads', got \['causal'\]"),
     ],
 )
 def test_rejects_a_config_it_cannot_build(config, message):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
-import math
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,13 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ssm.models.build import create_block, init_weights, norm_class
 from ssm.models.config import MambaConfig
-from ssm.modules.block import Block
-from ssm.modules.mamba1 import Mamba1
-from ssm.modules.mamba2 import Mamba2
 from ssm.modules.memory import check_model_memory
-from ssm.modules.mlp import GatedMLP
-from ssm.modules.norm import RMSNorm, add_norm
+from ssm.modules.norm import add_norm
 from ssm.modules.sequence import sequence_meta
 from ssm.seq_meta import SeqMeta
 from ssm.state import State
@@ -36,9 +30,6 @@ class CausalLMOutput(NamedTuple):
     """
 
     logits: Tensor
-
-
-MIXERS = {"Mamba1": Mamba1, "Mamba2": Mamba2}
 
 
 class MixerModel(nn.Module):
@@ -161,7 +152,8 @@ class MambaLMHeadModel(nn.Module):
 
         Args:
             input_ids: (B, L) int, tokens.
-            position_ids: accepted and unused, as in mamba_ssm.
+            position_ids: (B, L) int, positions for rotary embeddings; None counts the tokens of
+                each sequence, padding not included.
             inference_params: state in the protocol of mamba_ssm; the caller advances seqlen_offset.
             num_last_tokens: compute logits for that many last positions only; 0 means all.
             state: continued by this call and left behind its last token. Excludes inference_params.
@@ -194,6 +186,13 @@ class MambaLMHeadModel(nn.Module):
                 )
             mixer_kwargs["state"] = state
         batch, seqlen = input_ids.shape
+        if position_ids is not None:
+            if position_ids.shape != input_ids.shape:
+                raise ValueError(
+                    f"MambaLMHeadModel: position_ids must have shape (B, L) = {(batch, seqlen)}, "
+                    f"got {tuple(position_ids.shape)}"
+                )
+            mixer_kwargs["position_ids"] = position_ids
         seq_meta = sequence_meta(
             "MambaLMHeadModel", batch, seqlen, seq_meta, seq_idx, cu_seqlens, attention_mask
         )
@@ -211,17 +210,21 @@ class MambaLMHeadModel(nn.Module):
             hidden_states = hidden_states[:, -num_last_tokens:]
         return CausalLMOutput(logits=self.lm_head(hidden_states))
 
-    def allocate_state(self, batch: int, dtype: torch.dtype | None = None) -> State:
+    def allocate_state(
+        self, batch: int, dtype: torch.dtype | None = None, max_seqlen: int | None = None
+    ) -> State:
         """Return the state before the first token.
 
         Args:
             batch: B, rows; with cu_seqlens the number of sequences.
-            dtype: of the convolution states; None takes the model dtype.
+            dtype: of convolution states and attention caches; None takes the model dtype.
+            max_seqlen: tokens per row that attention can take, allocated at once; None for caches
+                that grow as needed. A model without attention has no limit.
         """
-        return State(self.allocate_inference_cache(batch, 0, dtype), batch)
+        return State(self.allocate_inference_cache(batch, max_seqlen, dtype), batch, max_seqlen)
 
     def allocate_inference_cache(
-        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs
+        self, batch_size: int, max_seqlen: int | None, dtype: torch.dtype | None = None, **kwargs
     ) -> dict[int, tuple[Tensor, ...]]:
         """Return layer index -> zero state of that layer, as mamba_ssm does."""
         return {
@@ -316,98 +319,3 @@ class MambaLMHeadModel(nn.Module):
         from ssm.utils.weights import save_pretrained
 
         save_pretrained(self, save_directory, **kwargs)
-
-
-def create_block(config: MambaConfig, layer_idx: int, device=None, dtype=None) -> Block:
-    """Build one block of a model.
-
-    Args:
-        config: shape of the model.
-        layer_idx: which block; the mixer keeps its state under this key.
-        device: where the parameters live.
-        dtype: of the parameters.
-
-    Returns:
-        The block.
-
-    Raises:
-        ValueError: the config names a mixer or an argument that does not exist here.
-    """
-    factory = {"device": device, "dtype": dtype}
-    if config.attn_layer_idx:
-        raise ValueError(
-            "MambaLMHeadModel: attn_layer_idx must be empty, this version has no attention, "
-            f"got {config.attn_layer_idx}"
-        )
-    arguments = dict(config.ssm_cfg)
-    layer = arguments.pop("layer", "Mamba1")
-    if layer not in MIXERS:
-        raise ValueError(
-            f"MambaLMHeadModel: ssm_cfg['layer'] must be one of {', '.join(MIXERS)}, got {layer!r}"
-        )
-    known = set(inspect.signature(MIXERS[layer]).parameters)
-    known -= {"d_model", "layer_idx", "device", "dtype"}
-    for name in arguments:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ValueError(
-                f"MambaLMHeadModel: ssm_cfg must hold arguments of {layer}, got {name!r}{hint}"
-            )
-    mlp_cls = nn.Identity
-    if config.d_intermediate:
-        mlp_cls = partial(GatedMLP, hidden_features=config.d_intermediate, **factory)
-    return Block(
-        config.d_model,
-        partial(MIXERS[layer], layer_idx=layer_idx, **arguments, **factory),
-        mlp_cls=mlp_cls,
-        norm_cls=norm_class(config, **factory),
-        fused_add_norm=config.fused_add_norm,
-        residual_in_fp32=config.residual_in_fp32,
-    )
-
-
-def norm_class(config: MambaConfig, device=None, dtype=None):
-    """Choose the norm that a config asks for.
-
-    Args:
-        config: rms_norm and norm_epsilon are read.
-        device: where the weight lives.
-        dtype: of the weight.
-
-    Returns:
-        A callable, width -> norm.
-    """
-    norm = RMSNorm if config.rms_norm else nn.LayerNorm
-    return partial(norm, eps=config.norm_epsilon, device=device, dtype=dtype)
-
-
-def init_weights(
-    module: nn.Module,
-    n_layer: int,
-    initializer_range: float = 0.02,
-    rescale_prenorm_residual: bool = True,
-    n_residuals_per_layer: int = 1,
-) -> None:
-    """Initialise one module as the released Mamba code does; for ``model.apply``.
-
-    Args:
-        module: any module of the model.
-        n_layer: number of blocks.
-        initializer_range: standard deviation of the embedding.
-        rescale_prenorm_residual: divide the last projection of every residual branch by
-            sqrt(n_residuals_per_layer n_layer), so that the stream does not grow with depth
-            (GPT-2).
-        n_residuals_per_layer: 2 with an MLP in each block.
-    """
-    if isinstance(module, nn.Linear):
-        if module.bias is not None and not getattr(module.bias, "_no_reinit", False):
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Embedding):
-        nn.init.normal_(module.weight, std=initializer_range)
-    if rescale_prenorm_residual:
-        for name, child in module.named_children():
-            if name in ("out_proj", "fc2"):
-                nn.init.kaiming_uniform_(child.weight, a=math.sqrt(5))
-                with torch.no_grad():
-                    child.weight /= math.sqrt(n_residuals_per_layer * n_layer)

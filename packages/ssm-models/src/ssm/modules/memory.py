@@ -51,7 +51,7 @@ def memory_of(
         return None
     memory, key = source.key_value_memory_dict, key_of(layer)
     if key not in memory:
-        memory[key] = layer.allocate_inference_cache(rows, 0)
+        memory[key] = layer.allocate_inference_cache(rows, getattr(source, "max_seqlen", None))
     elif state is None and inference_params.seqlen_offset == 0:
         states = memory[key]
         fresh = torch.Tensor.zero_ if is_writable(states) else torch.zeros_like

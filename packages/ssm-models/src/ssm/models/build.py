@@ -1,0 +1,130 @@
+"""From a config to the parts of a model: blocks, norms, initial values."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from functools import partial
+
+import torch
+from torch import nn
+
+from ssm.models.config import MambaConfig
+from ssm.modules.attention import MHA
+from ssm.modules.block import Block
+from ssm.modules.mamba1 import Mamba1
+from ssm.modules.mamba2 import Mamba2
+from ssm.modules.mlp import GatedMLP
+from ssm.modules.norm import RMSNorm
+
+MIXERS = {"Mamba1": Mamba1, "Mamba2": Mamba2}
+
+
+def create_block(config: MambaConfig, layer_idx: int, device=None, dtype=None) -> Block:
+    """Build one block of a model.
+
+    Args:
+        config: shape of the model.
+        layer_idx: which block; the mixer keeps its state under this key.
+        device: where the parameters live.
+        dtype: of the parameters.
+
+    Returns:
+        The block.
+
+    Raises:
+        ValueError: the config names a mixer or an argument that does not exist here.
+    """
+    factory = {"device": device, "dtype": dtype}
+    if layer_idx in config.attn_layer_idx:
+        mixer, arguments = MHA, {"causal": True, **config.attn_cfg}
+        _check_arguments("attn_cfg", mixer, arguments)
+        if not arguments["causal"]:
+            raise ValueError("MambaLMHeadModel: attn_cfg['causal'] must be True, got False")
+    else:
+        arguments = dict(config.ssm_cfg)
+        layer = arguments.pop("layer", "Mamba1")
+        if layer not in MIXERS:
+            names = ", ".join(MIXERS)
+            raise ValueError(
+                f"MambaLMHeadModel: ssm_cfg['layer'] must be one of {names}, got {layer!r}"
+            )
+        mixer = MIXERS[layer]
+        _check_arguments("ssm_cfg", mixer, arguments)
+    mlp_cls = nn.Identity
+    if config.d_intermediate:
+        mlp_cls = partial(GatedMLP, hidden_features=config.d_intermediate, **factory)
+    return Block(
+        config.d_model,
+        partial(mixer, layer_idx=layer_idx, **arguments, **factory),
+        mlp_cls=mlp_cls,
+        norm_cls=norm_class(config, **factory),
+        fused_add_norm=config.fused_add_norm,
+        residual_in_fp32=config.residual_in_fp32,
+    )
+
+
+def norm_class(config: MambaConfig, device=None, dtype=None):
+    """Choose the norm that a config asks for.
+
+    Args:
+        config: rms_norm and norm_epsilon are read.
+        device: where the weight lives.
+        dtype: of the weight.
+
+    Returns:
+        A callable, width -> norm.
+    """
+    norm = RMSNorm if config.rms_norm else nn.LayerNorm
+    return partial(norm, eps=config.norm_epsilon, device=device, dtype=dtype)
+
+
+def init_weights(
+    module: nn.Module,
+    n_layer: int,
+    initializer_range: float = 0.02,
+    rescale_prenorm_residual: bool = True,
+    n_residuals_per_layer: int = 1,
+) -> None:
+    """Initialise one module as the released Mamba code does; for ``model.apply``.
+
+    Args:
+        module: any module of the model.
+        n_layer: number of blocks.
+        initializer_range: standard deviation of the embedding.
+        rescale_prenorm_residual: divide the last projection of every residual branch by
+            sqrt(n_residuals_per_layer n_layer), so that the stream does not grow with depth
+            (GPT-2).
+        n_residuals_per_layer: 2 with an MLP in each block.
+    """
+    if isinstance(module, nn.Linear):
+        if module.bias is not None and not getattr(module.bias, "_no_reinit", False):
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=initializer_range)
+    if rescale_prenorm_residual:
+        for name, child in module.named_children():
+            if name in ("out_proj", "fc2"):
+                nn.init.kaiming_uniform_(child.weight, a=math.sqrt(5))
+                with torch.no_grad():
+                    child.weight /= math.sqrt(n_residuals_per_layer * n_layer)
+
+
+def _check_arguments(field: str, mixer: type[nn.Module], arguments: dict) -> None:
+    """Refuse what the mixer does not take from a config, and tell of what it needs."""
+    parameters = list(inspect.signature(mixer).parameters.values())[1:]  # the first is the width
+    known = {p.name for p in parameters} - {"layer_idx", "device", "dtype"}
+    for name in arguments:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ValueError(
+                f"MambaLMHeadModel: {field} must hold arguments of {mixer.__name__}, "
+                f"got {name!r}{hint}"
+            )
+    for parameter in parameters:
+        if parameter.default is parameter.empty and parameter.name not in arguments:
+            raise ValueError(
+                f"MambaLMHeadModel: {field} must hold {parameter.name!r}, got {sorted(arguments)}"
+            )

@@ -1,0 +1,444 @@
+"""Multi-head attention for hybrid models: grouped keys, partial rotary, convolution, gated MLP."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssm import ops
+from ssm.modules.kv_cache import Layout, Plan, attend, gather_rows, layout_of, plan_write, write
+from ssm.modules.memory import (
+    can_step,
+    check_shapes,
+    is_writable,
+    key_of,
+    memory_of,
+    oldest_input,
+    replaced,
+    step_in_place,
+    stepped_rows,
+)
+from ssm.modules.precision import project
+from ssm.modules.rotary import Rotary
+from ssm.modules.sequence import sequence_meta
+from ssm.seq_meta import SeqMeta
+from ssm.state import LayerState, State
+
+# The released code rounds mlp_dim up, and checkpoints have that size.
+MLP_MULTIPLE = 256
+
+
+class MHA(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017, arXiv:1706.03762, section 3.2.2).
+
+    Key heads may be shared by groups of query heads (Ainslie et al. 2023, arXiv:2305.13245). With
+    ``mlp_dim`` a gated MLP runs beside the attention and shares its two projections. Parameters and
+    their layout are those of the state-spaces checkpoints: the rows of in_proj are queries, keys,
+    values, up, gate; the columns of out_proj are heads, MLP.
+
+    Args:
+        embed_dim: width of input and output.
+        num_heads: H, query heads.
+        num_heads_kv: K, key and value heads, a divisor of H; None takes H.
+        head_dim: P; None takes embed_dim // num_heads.
+        mlp_dim: rows of in_proj for the MLP, twice its width, rounded up to a multiple of 256; 0
+            for none.
+        qkv_proj_bias: whether in_proj has a bias.
+        out_proj_bias: whether out_proj has a bias.
+        softmax_scale: of the scores; None takes head_dim^-0.5.
+        causal: a step sees itself and the past only. False has no state.
+        layer_idx: key of this layer in a state; needed for more than one layer.
+        d_conv: W, taps of a causal convolution over queries, keys and values, without activation; 0
+            for none.
+        rotary_emb_dim: features per head that turn with the position, even; 0 for none.
+        rotary_emb_base: base of their wave lengths.
+        rotary_emb_interleaved: features turn in pairs (0, 1), (2, 3), ..., else with the one half
+            of rotary_emb_dim further.
+        device: where the parameters live.
+        dtype: of the parameters.
+
+    Shape:
+        (B, L, embed_dim) -> (B, L, embed_dim), dtype of the input. Any B and L, 0 included.
+
+    State:
+        kv_cache (B, T, 2, K, P): keys, already turned, and values of the tokens seen, from slot 0
+        on in every row; padding never enters. Model dtype.
+        conv_state (B, (H + 2 K) P, W), only with d_conv: the last W inputs of the convolution,
+        oldest first. Column 0 is never read; behind a call with packing or padding it is 0.
+        lengths (B,) int64: tokens in each row of the cache, and the position of the next one.
+
+    Raises:
+        ValueError: an argument is out of its range.
+        TypeError: a size is no int.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_heads_kv: int | None = None,
+        head_dim: int | None = None,
+        mlp_dim: int = 0,
+        qkv_proj_bias: bool = True,
+        out_proj_bias: bool = True,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        layer_idx: int | None = None,
+        d_conv: int = 0,
+        rotary_emb_dim: int = 0,
+        rotary_emb_base: float = 10000.0,
+        rotary_emb_interleaved: bool = False,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        num_heads_kv = num_heads if num_heads_kv is None else num_heads_kv
+        sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "num_heads_kv": num_heads_kv}
+        optional = {"mlp_dim": mlp_dim, "d_conv": d_conv, "rotary_emb_dim": rotary_emb_dim}
+        if head_dim is not None:
+            sizes["head_dim"] = head_dim
+        for name, value in {**sizes, **optional}.items():
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"MHA: {name} must be an int, got {value!r}")
+            if value < (name in sizes):
+                rule = "be positive" if name in sizes else "not be negative"
+                raise ValueError(f"MHA: {name} must {rule}, got {value}")
+        if num_heads % num_heads_kv:
+            raise ValueError(
+                f"MHA: num_heads_kv must divide num_heads = {num_heads}, got {num_heads_kv}"
+            )
+        if head_dim is None:
+            if embed_dim % num_heads:
+                raise ValueError(
+                    f"MHA: num_heads must divide embed_dim = {embed_dim} without head_dim, "
+                    f"got {num_heads}"
+                )
+            head_dim = embed_dim // num_heads
+        if rotary_emb_dim > head_dim or rotary_emb_dim % 2:
+            raise ValueError(
+                f"MHA: rotary_emb_dim must be even and at most head_dim = {head_dim}, "
+                f"got {rotary_emb_dim}"
+            )
+        if softmax_scale is not None and not softmax_scale > 0:
+            raise ValueError(f"MHA: softmax_scale must be positive, got {softmax_scale}")
+        if not rotary_emb_base > 0:
+            raise ValueError(f"MHA: rotary_emb_base must be positive, got {rotary_emb_base}")
+
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.num_heads_kv = num_heads_kv
+        self.head_dim = head_dim
+        self.mlp_dim = -(-mlp_dim // MLP_MULTIPLE) * MLP_MULTIPLE
+        self.softmax_scale = softmax_scale
+        self.causal = causal
+        self.layer_idx = layer_idx
+        self.d_conv = d_conv
+        self.rotary_emb_dim = rotary_emb_dim
+
+        factory = {"device": device, "dtype": dtype}
+        qkv_dim = head_dim * (num_heads + 2 * num_heads_kv)
+        self.in_proj = nn.Linear(embed_dim, qkv_dim + self.mlp_dim, bias=qkv_proj_bias, **factory)
+        if d_conv:
+            self.conv1d = nn.Conv1d(
+                qkv_dim, qkv_dim, d_conv, groups=qkv_dim, padding=d_conv - 1, **factory
+            )
+        if rotary_emb_dim:
+            self.rotary_emb = Rotary(rotary_emb_dim, rotary_emb_base, rotary_emb_interleaved)
+        self.out_proj = nn.Linear(
+            head_dim * num_heads + self.mlp_dim // 2, embed_dim, bias=out_proj_bias, **factory
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        inference_params=None,
+        *,
+        state: State | None = None,
+        seq_meta: SeqMeta | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """Attend over the steps given and those in a state, which then holds all of them.
+
+        Args:
+            x: (B, L, embed_dim).
+            inference_params: state in the protocol of mamba_ssm. ``seqlen_offset`` 0 starts from
+                nothing; a smaller one than the tokens held forgets the last of them;
+                ``lengths_per_sample`` (B,), if set, says how many tokens each row holds.
+                ``max_seqlen``, if set, limits the cache.
+            state: state that is continued, always. Excludes inference_params. Its cache grows as
+                needed, up to ``max_seqlen`` if that is set.
+            seq_meta: packing and padding in one object; excludes the next three.
+            seq_idx: (B, L) int, sequence id per step, -1 = padding.
+            cu_seqlens: (S + 1,) int, boundaries over the flattened B L steps. States have S rows
+                then.
+            attention_mask: (B, L or more), nonzero = real token.
+            position_ids: (B, L) int, positions for the rotary embedding; None counts the tokens of
+                each sequence.
+            **kwargs: refused; named in the API for subclasses.
+
+        Returns:
+            (B, L, embed_dim), dtype of x; skipped steps give 0 (or the bias of out_proj).
+
+        Raises:
+            ValueError: a shape does not fit, two arguments exclude each other, or the state has no
+                room; nothing is changed then.
+            TypeError: an argument that nobody knows.
+        """
+        if kwargs:
+            raise TypeError(f"MHA: got an unexpected keyword argument {next(iter(kwargs))!r}")
+        if x.dim() != 3 or x.shape[-1] != self.embed_dim:
+            raise ValueError(
+                f"MHA: x must have shape (B, L, {self.embed_dim}), got {tuple(x.shape)}"
+            )
+        batch, seqlen, _ = x.shape
+        if position_ids is not None and tuple(position_ids.shape) != (batch, seqlen):
+            raise ValueError(
+                f"MHA: position_ids must have shape (B, L) = {(batch, seqlen)}, "
+                f"got {tuple(position_ids.shape)}"
+            )
+        seq_meta = sequence_meta(
+            "MHA", batch, seqlen, seq_meta, seq_idx, cu_seqlens, attention_mask
+        )
+        rows = batch
+        if seq_meta is not None and seq_meta.state_per_sequence:
+            rows = seq_meta.num_sequences
+        source = inference_params if state is None else state
+        if source is not None and not self.causal:
+            raise ValueError("MHA: causal must be True for a state, got False")
+        memory = memory_of(self, inference_params, state, rows)
+        if memory is None:
+            return self._mix(x, None, seq_meta, position_ids)[0]
+        lengths = None
+        if inference_params is not None:
+            lengths = self._lengths(inference_params, memory[key_of(self)][-1])
+        # Whoever wrote the object for mamba_ssm always set it; other objects may know no limit.
+        limit = getattr(source, "max_seqlen", None)
+        y, memory[key_of(self)] = self._mix(
+            x, memory[key_of(self)], seq_meta, position_ids, limit, lengths
+        )
+        return y
+
+    def step(self, x: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+        """Decode one token and change the states in place; the cache given is the limit.
+
+        Args:
+            x: (B, 1, embed_dim).
+            *states: what ``allocate_inference_cache`` returns.
+
+        Returns:
+            (output (B, 1, embed_dim), *states), the states being the tensors given.
+
+        Raises:
+            ValueError: x holds more or less than one token, a state has another shape, the cache is
+                full, or the attention is not causal.
+        """
+        if x.dim() != 3 or x.shape[1:] != (1, self.embed_dim):
+            raise ValueError(
+                f"MHA: x must have shape (B, 1, {self.embed_dim}) in step, got {tuple(x.shape)}"
+            )
+        if not self.causal:
+            raise ValueError("MHA: causal must be True for a state, got False")
+        check_shapes(self, states, x.shape[0])
+        limit = states[0].shape[1]
+
+        def mix(x, states):
+            return self._mix(x, states, None, None, limit)
+
+        return step_in_place(mix, x, states), *states
+
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int | None, dtype: torch.dtype | None = None, **kwargs
+    ) -> tuple[Tensor, ...]:
+        """Return the state before the first token, all zero.
+
+        Args:
+            batch_size: B.
+            max_seqlen: T; 0 or None starts without slots, for a cache that grows.
+            dtype: of kv_cache and conv_state; None takes the model dtype.
+            **kwargs: accepted and unused, as in mamba_ssm.
+
+        Returns:
+            kv_cache: (B, T, 2, K, P).
+            conv_state: (B, (H + 2 K) P, W), only with d_conv.
+            lengths: (B,) int64.
+        """
+        weight = self.out_proj.weight
+        dtype = weight.dtype if dtype is None else dtype
+        cache, *conv, lengths = self.state_shapes(batch_size)
+        cache = (batch_size, max_seqlen or 0, *cache[2:])
+        return (
+            *(torch.zeros(shape, device=weight.device, dtype=dtype) for shape in (cache, *conv)),
+            torch.zeros(lengths, device=weight.device, dtype=torch.int64),
+        )
+
+    def state_shapes(self, rows: int) -> tuple[tuple[int | None, ...], ...]:
+        """Return the shape of each state for a number of rows; None stands for any size."""
+        cache = (rows, None, 2, self.num_heads_kv, self.head_dim)
+        if not self.d_conv:
+            return cache, (rows,)
+        return cache, (rows, self.conv1d.in_channels, self.d_conv), (rows,)
+
+    def allocate_state(
+        self, batch: int, dtype: torch.dtype | None = None, max_seqlen: int | None = None
+    ) -> State:
+        """Return a State that holds this layer alone, for a block used outside a language model.
+
+        Args:
+            batch: B.
+            dtype: of kv_cache and conv_state; None takes the model dtype.
+            max_seqlen: tokens that each row can take, allocated at once; None for a cache that
+                grows.
+        """
+        cache = self.allocate_inference_cache(batch, max_seqlen, dtype)
+        return State({key_of(self): cache}, batch, max_seqlen)
+
+    def _lengths(self, inference_params, held: Tensor) -> Tensor:
+        """Return the lengths that a caller of mamba_ssm's protocol means, a tensor of its own."""
+        if inference_params.seqlen_offset == 0:
+            return held
+        given = getattr(inference_params, "lengths_per_sample", None)
+        if given is None:
+            return held.clamp(max=inference_params.seqlen_offset)
+        if given.shape != held.shape:
+            raise ValueError(
+                f"MHA: lengths_per_sample must have shape {tuple(held.shape)}, "
+                f"got {tuple(given.shape)}"
+            )
+        return given.to(held.device, held.dtype, copy=True)
+
+    def _mix(self, x, layer_state, seq_meta, position_ids, limit=None, lengths=None):
+        """The one path of forward and step: returns (y (B, L, embed_dim), state after it)."""
+        batch, seqlen, _ = x.shape
+        layout = plan = keep = None
+        if seq_meta is not None:
+            layout = layout_of(seq_meta, batch, seqlen, x.device)
+            keep = layout.run > 0
+            # A NaN in padding would reach the weight gradient of in_proj as 0 * NaN.
+            x = x.masked_fill(~keep[..., None], 0)
+        if layer_state is not None:
+            cache, *conv_states, held = layer_state
+            lengths = held if lengths is None else lengths
+            # Refuses before anything is written.
+            plan = plan_write("MHA", cache, lengths, layout, seq_meta, batch, seqlen, limit)
+        mlp_dim = self.mlp_dim
+        projected = project(self.in_proj, x)
+        qkv, up_gate = projected.split([projected.shape[-1] - mlp_dim, mlp_dim], dim=-1)
+        if self.d_conv:
+            conv_state = None if layer_state is None else conv_states[0]
+            qkv, conv_state = self._convolve(qkv, conv_state, seq_meta, keep)
+        qkv = qkv.unflatten(-1, (-1, self.head_dim))  # (B, L, H + 2 K, P)
+        if self.rotary_emb_dim:
+            turning = self.num_heads + self.num_heads_kv
+            if position_ids is None:
+                position_ids = _positions(x, layout, plan, seq_meta)
+            turned = self.rotary_emb(qkv[:, :, :turning], position_ids)
+            qkv = torch.cat([turned, qkv[:, :, turning:]], dim=2)
+        q, kv = qkv.split([self.num_heads, 2 * self.num_heads_kv], dim=2)
+        kv = kv.unflatten(2, (2, -1))  # (B, L, 2, K, P)
+        if plan is None:
+            y = self._attend_alone(q, kv, layout)
+        else:
+            y, cache = self._attend_cached(q, kv, cache, layout, plan, seq_meta)
+            held = replaced((held,), (plan.start + plan.count,))[0]
+            layer_state = (cache, conv_state, held) if self.d_conv else (cache, held)
+        y = y.flatten(2)
+        if mlp_dim:
+            up, gate = up_gate.chunk(2, dim=-1)
+            y = torch.cat([y, ops.swiglu(gate, up)], dim=-1)
+        if keep is not None:
+            y = y.masked_fill(~keep[..., None], 0)
+        return project(self.out_proj, y).to(x.dtype), layer_state
+
+    def _convolve(self, qkv, conv_state, seq_meta, keep):
+        """Convolve qkv (B, L, C) over time; returns (same shape, conv_state after it or None)."""
+        weight, bias = self.conv1d.weight, self.conv1d.bias
+        if can_step(qkv.shape[1], None if conv_state is None else (conv_state,), seq_meta):
+            rows = stepped_rows(keep)
+            y = ops.dw_causal_conv_step(
+                qkv[:, 0], conv_state, weight, bias, None, state_indices=rows
+            )
+            return y[:, None], conv_state
+        inputs = qkv.transpose(1, 2)  # (B, C, L), a view: the operator takes any strides
+        if conv_state is None:
+            y = ops.dw_causal_conv(inputs, weight, bias, None, seq_meta=seq_meta)
+            return y.transpose(1, 2), None
+        y, last = ops.dw_causal_conv(
+            inputs,
+            weight,
+            bias,
+            None,
+            initial_state=conv_state[..., 1:],
+            return_final_state=True,
+            seq_meta=seq_meta,
+        )
+        # What decoding needs are the inputs, not the outputs that mamba_ssm keeps.
+        oldest = oldest_input(conv_state, inputs, seq_meta).to(last.dtype)
+        (conv_state,) = replaced((conv_state,), (torch.cat([oldest, last], dim=-1),))
+        return y.transpose(1, 2), conv_state
+
+    def _attend_alone(self, q, kv, layout):
+        """Attend within the call: q (B, L, H, P), kv (B, L, 2, K, P); returns (B, L, H, P)."""
+        k, v = kv.unbind(2)
+        if layout is None:
+            return attend(q, k, v, None, self.causal, self.softmax_scale)
+        return attend(q, k, v, _same_run(layout, self.causal), False, self.softmax_scale)
+
+    def _attend_cached(self, q, kv, cache, layout, plan, seq_meta):
+        """Attend within the call and the cache; returns (y (B, L, H, P), cache after it)."""
+        seqlen, scale, in_place = q.shape[1], self.softmax_scale, is_writable((cache,))
+        if layout is not None and not seq_meta.state_per_sequence and seq_meta.seq_idx is not None:
+            # What a later sequence of the row overwrites is read first.
+            y = self._attend_packed(q, kv, cache, layout, plan)
+            return y, write(cache, kv, plan, in_place)
+        cache = write(cache, kv, plan, in_place)
+        k, v = cache[:, : plan.used].to(q.dtype).unbind(2)
+        if layout is not None and seq_meta.state_per_sequence:
+            if plan.count.numel() == 0:
+                return torch.zeros_like(q), cache
+            slot = plan.start[:, None] + torch.arange(plan.width, device=q.device)
+            y = attend(gather_rows(q, plan), k, v, _up_to(slot, plan.used), False, scale)
+            return y[layout.ids.clamp(min=0), layout.rank], cache
+        if plan.uniform == 0:
+            return attend(q, *kv.unbind(2), None, True, scale), cache
+        if plan.uniform is not None and seqlen == 1:
+            return attend(q, k, v, None, False, scale), cache
+        slot = _positions(q, layout, plan, seq_meta)
+        return attend(q, k, v, _up_to(slot, plan.used), False, scale), cache
+
+    def _attend_packed(self, q, kv, cache, layout, plan):
+        """Attend where the first sequence of a row continues that of the cache."""
+        k, v = torch.cat([cache[:, : plan.held].to(q.dtype), kv], dim=1).unbind(2)
+        slot = torch.arange(plan.held, device=q.device)
+        past = (layout.run == 1)[..., None] & (slot < plan.lengths[:, None, None])
+        mask = torch.cat([past, _same_run(layout, True)], dim=-1)
+        return attend(q, k, v, mask, False, self.softmax_scale)
+
+
+def _positions(x: Tensor, layout: Layout | None, plan: Plan | None, seq_meta) -> Tensor:
+    """Return how many tokens of its sequence come before each step of x: (B, L) or (1, L)."""
+    if layout is None:
+        step = torch.arange(x.shape[1], device=x.device)[None]
+        if plan is None:
+            return step
+        return step + (plan.lengths[:, None] if plan.uniform is None else plan.uniform)
+    if plan is None or plan.lengths.numel() == 0:
+        return layout.rank
+    if seq_meta.state_per_sequence:
+        return layout.rank + plan.lengths[layout.ids.clamp(min=0)]
+    return layout.rank + torch.where(layout.run == 1, plan.lengths[:, None], 0)
+
+
+def _same_run(layout: Layout, causal: bool) -> Tensor:
+    """Return (B, L, L) bool: may step i read step j? Skipped steps read each other, unheard."""
+    mask = layout.run[:, :, None] == layout.run[:, None, :]
+    return mask.tril() if causal else mask
+
+
+def _up_to(slot: Tensor, used: int) -> Tensor:
+    """Return (B, L, used) bool: slots up to and with that of the query, given slot (B, L)."""
+    return torch.arange(used, device=slot.device) <= slot[..., None]
