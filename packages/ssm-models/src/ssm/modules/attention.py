@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssm import ops
@@ -23,7 +22,7 @@ from ssm.modules.precision import project
 from ssm.modules.rotary import Rotary
 from ssm.modules.sequence import sequence_meta
 from ssm.seq_meta import SeqMeta
-from ssm.state import LayerState, State
+from ssm.state import State
 
 # The released code rounds mlp_dim up, and checkpoints have that size.
 MLP_MULTIPLE = 256

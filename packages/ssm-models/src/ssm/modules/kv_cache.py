@@ -213,7 +213,7 @@ def attend(
     causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """Scaled dot-product attention, heads behind time (Vaswani et al. 2017, arXiv:1706.03762, eq. 1).
+    """Attend by scaled dot products (Vaswani et al. 2017, arXiv:1706.03762, eq. 1).
 
     Args:
         q: (B, L, H, P).
