@@ -7,6 +7,7 @@ same outputs, the same states behind them and, from the same weighting of both, 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -115,20 +116,20 @@ class Problem:
     Args:
         subject: what is fed.
         module: built by it.
-        seen: (R, SEEN, ...), what the state has seen of each row; None starts from nothing.
+        seen: (R, SEEN, ...), what the state has seen of each row.
         rows: one (L_r, ...) per row.
     """
 
     subject: Subject
     module: nn.Module
-    seen: Tensor | None
+    seen: Tensor
     rows: list[Tensor]
 
     @classmethod
-    def make(cls, subject, lengths, dtype=torch.float64, module=None, fresh=False) -> Problem:
+    def make(cls, subject, lengths, dtype=torch.float64) -> Problem:
         """Build rows of the lengths given."""
-        module = subject.make(dtype) if module is None else module
-        seen = None if fresh else subject.inputs(len(lengths), SEEN, 1, dtype)
+        module = subject.make(dtype)
+        seen = subject.inputs(len(lengths), SEEN, 1, dtype)
         rows = [subject.inputs(1, n, 2 + i, dtype)[0] for i, n in enumerate(lengths)]
         rows = [r if subject.tokens else r.detach().requires_grad_() for r in rows]
         return cls(subject, module, seen, rows)
@@ -141,17 +142,25 @@ class Problem:
     def state(self) -> State:
         """Return the state before the rows; gradients flow through it."""
         state = self.module.allocate_state(len(self.rows))
-        if self.seen is not None:
-            self.subject.call(self.module, self.seen, state=state)
+        self.call(self.seen, state=state)
         return state
 
     def call(self, x, **kwargs) -> Tensor:
         """Run the module."""
         return self.subject.call(self.module, x, **kwargs)
 
+    def double(self) -> Problem:
+        """Return the same problem in float64, from the same rounded numbers."""
+
+        def widen(x):
+            return x if self.subject.tokens else x.detach().double().requires_grad_()
+
+        module = copy.deepcopy(self.module).double()
+        return Problem(self.subject, module, widen(self.seen), [widen(row) for row in self.rows])
+
     def leaves(self) -> list[Tensor]:
         """Return what gradients are compared for."""
-        inputs = [t for t in (self.seen, *self.rows) if t is not None and t.requires_grad]
+        inputs = [t for t in (self.seen, *self.rows) if t.requires_grad]
         return [*self.module.parameters(), *inputs]
 
 
@@ -281,3 +290,48 @@ def padded(where: str) -> Callable[[Problem], Result]:
         return Result([y[i, keep[i]] for i in range(len(rows))], read_state(state))
 
     return path
+
+
+def numbered(cut: int, groups: tuple[int, ...]) -> Callable[[Problem], Result]:
+    """Return the path that feeds rows behind each other by ``seq_idx`` alone, cut in two.
+
+    The state of the first row of a group enters, that of the last one leaves.
+
+    Args:
+        cut: tokens of the first call; it lies within a sequence, which the second call continues.
+        groups: rows of the problem per row of the batch; all equally long.
+    """
+
+    def path(problem: Problem) -> Result:
+        firsts = torch.tensor([0, *groups[:-1]]).cumsum(0)
+        state, x, ids = problem.state().gather(firsts), [], []
+        for first, count in zip(firsts.tolist(), groups, strict=True):
+            rows = problem.rows[first : first + count]
+            x.append(torch.cat(rows))
+            ids.append(torch.cat([torch.full((len(r),), 5 * i) for i, r in enumerate(rows)]))
+        x, ids = torch.stack(x), torch.stack(ids)
+        y = [
+            problem.call(x[:, part], state=state, seq_idx=ids[:, part])
+            for part in (slice(cut), slice(cut, None))
+        ]
+        outputs = torch.cat(y, 1).flatten(0, 1).split(problem.lengths)
+        return Result(list(outputs), read_state(state))
+
+    return path
+
+
+def alone_in_groups(groups: tuple[int, ...]) -> Callable[[Problem], Result]:
+    """Return the judge of ``numbered``: rows alone, all but the first of a group from nothing."""
+
+    def judge(problem: Problem) -> Result:
+        state, outputs, states, i = problem.state(), [], [], 0
+        for count in groups:
+            for number in range(count):
+                fresh = problem.module.allocate_state(1)
+                own = fresh if number else state.gather([i])
+                outputs.append(problem.call(problem.rows[i][None], state=own)[0])
+                i += 1
+            states += read_state(own)
+        return Result(outputs, states)
+
+    return judge
