@@ -124,6 +124,30 @@ def test_train_writes_a_checkpoint_and_a_sample(text, tmp_path, capsys):
     assert run("generate", "--model", out, "--max-new-tokens", 2) == 0
 
 
+def test_train_mamba2(text, tmp_path, capsys):
+    options = ["--layer", "mamba2", "--headdim", 4, "--d-state", 8, "--steps", 2]
+    assert run("train", text, "--out", tmp_path / "out", *SMALL, *options) == 0
+    assert "held-out loss" in capsys.readouterr().out
+    model = MambaLMHeadModel.from_pretrained(tmp_path / "out")
+    mixer = model.backbone.layers[0].mixer
+    assert (type(mixer).__name__, mixer.nheads, mixer.d_state) == ("Mamba2", 4, 8)
+    assert run("generate", "--model", tmp_path / "out", "--max-new-tokens", 2) == 0
+
+
+def test_train_hybrid(text, tmp_path, capsys):
+    options = ["--n-layer", 4, "--attn-layers", "3,1", "--attn-heads", 2, "--steps", 2]
+    mixer = ["--layer", "mamba2", "--headdim", 8, "--d-state", 4]
+    assert run("train", text, "--out", tmp_path / "out", *SMALL, *options, *mixer) == 0
+    assert "held-out loss" in capsys.readouterr().out
+    model = MambaLMHeadModel.from_pretrained(tmp_path / "out")
+    names = [type(layer.mixer).__name__ for layer in model.backbone.layers]
+    assert names == ["Mamba2", "MHA", "Mamba2", "MHA"]
+    attention = model.backbone.layers[1].mixer
+    assert (attention.num_heads, attention.head_dim, attention.rotary_emb_dim) == (2, 4, 2)
+    assert attention.causal
+    assert run("generate", "--model", tmp_path / "out", "--max-new-tokens", 2) == 0
+
+
 def test_train_json_and_resume(text, tmp_path, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = [*SMALL, "--steps", 4, "--checkpoint-every", 2, "--json"]
@@ -176,6 +200,22 @@ def test_interruption_can_be_resumed(text, tmp_path, monkeypatch, capsys):
             ["train", "{}/short.txt", "--out", "{}/o", "--resume", "--seqlen", "4"],
             "training.pt must exist to resume",
         ),
+        (
+            ["train", "{}/short.txt", "--out", "{}/o", "--layer", "mamba2", "--d-model", "16"],
+            "d_ssm must be a multiple of headdim = 64, got 32 (nearest valid: d_model 32, headdim",
+        ),
+        (
+            ["train", "{}/short.txt", "--out", "{}/o", "--headdim", "4"],
+            "train: headdim must go with --layer mamba2, got --layer mamba1",
+        ),
+        (
+            ["train", "{}/short.txt", "--out", "{}/o", "--attn-layers", "0", "--attn-heads", "3"],
+            "train: attn-heads must divide d-model = 128, got 3",
+        ),
+        (
+            ["train", "{}/short.txt", "--out", "{}/o", "--attn-layers", "1,4"],
+            "attn_layer_idx must be below 4, got 4",
+        ),
         (["generate", "--model", "{}/none"], "none must be a directory"),
         (["generate", "--model", "{}"], "must hold config.json, got none"),
         (["chat", "--model", "{}/bad"], "did you mean 'd_model'?"),
@@ -218,7 +258,14 @@ def test_text_that_is_not_utf8_is_one_sentence(checkpoint, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["fly"], ["generate"], ["train", "x", "--steps", "many", "--out", "y"]]
+    "arguments",
+    [
+        [],
+        ["fly"],
+        ["generate"],
+        ["train", "x", "--steps", "many", "--out", "y"],
+        ["train", "x", "--out", "y", "--attn-layers", "1;3"],
+    ],
 )
 def test_bad_usage_is_one_sentence(arguments, capsys):
     with pytest.raises(SystemExit) as error:

@@ -32,8 +32,10 @@ def close(got, want, tolerance=1e-10):
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
+MAMBA2 = {"ssm_cfg": {"layer": "Mamba2", "d_state": 3, "headdim": 4, "ngroups": 2, "chunk_size": 4}}
 SHAPES = [
     {},
+    MAMBA2,
     {"d_intermediate": 4, "rms_norm": False, "tie_embeddings": False},
     {"fused_add_norm": False, "residual_in_fp32": False},
 ]
@@ -52,8 +54,9 @@ def test_chunked_equals_whole(shape, cut):
     assert state.seqlen_offset == LENGTH
 
 
-def test_step_equals_scan():
-    m, ids = model(), tokens()
+@pytest.mark.parametrize("shape", SHAPES)
+def test_step_equals_scan(shape):
+    m, ids = model(**shape), tokens()
     state = m.allocate_state(2)
     with torch.no_grad():
         parts = [m(ids[:, t : t + 1], state=state).logits for t in range(LENGTH)]
@@ -83,16 +86,18 @@ def test_truncated_backpropagation_equals_the_whole_when_not_truncated():
         close(a, b)
 
 
-def test_packed_equals_separate():
-    m, ids = model(), tokens(1, 6)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_packed_equals_separate(shape):
+    m, ids = model(**shape), tokens(1, 6)
     alone = torch.cat([m(part).logits for part in ids.split([1, 3, 2], dim=1)], 1)
     close(m(ids, cu_seqlens=torch.tensor([0, 1, 4, 6])).logits, alone)
     close(m(ids, seq_idx=torch.tensor([[0, 1, 1, 1, 2, 2]])).logits, alone)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("mask", ["001111", "111100", "101101"])
-def test_padding_content_does_not_matter(mask):
-    m, ids = model(tie_embeddings=False), tokens()
+def test_padding_content_does_not_matter(mask, shape):
+    m, ids = model(**{**shape, "tie_embeddings": False}), tokens()
     keep = torch.tensor([[c == "1" for c in mask], [True] * LENGTH])
     with torch.no_grad():
         m.backbone.embedding.weight[VOCAB] = torch.nan
@@ -125,6 +130,11 @@ def test_keys_are_those_of_state_spaces():
             )
         ]
     )
+    m = model(n_layer=1, **MAMBA2)
+    assert sorted(name.split("mixer.")[1] for name in m.state_dict() if "mixer" in name) == sorted(
+        ["A_log", "D", "dt_bias", "in_proj.weight", "conv1d.weight", "conv1d.bias"]
+        + ["norm.weight", "out_proj.weight"]
+    )
     layer = model(rms_norm=False).backbone
     assert isinstance(layer.norm_f, nn.LayerNorm)
 
@@ -144,6 +154,11 @@ def test_initial_values():
     assert layer.mixer.out_proj.weight.abs().max() <= 64**-0.5 / 4
     assert layer.mlp.fc2.weight.abs().max() <= 256**-0.5 / 4
     assert layer.mixer.dt_proj.bias.abs().min() > 1
+    m = model(d_model=32, n_layer=8, dtype=torch.float32, **MAMBA2)
+    mixer = m.backbone.layers[0].mixer
+    assert mixer.out_proj.weight.abs().max() <= 64**-0.5 / 8**0.5
+    assert mixer.dt_bias.abs().min() > 1
+    assert mixer.A_log.exp().min() >= 1
     wide = MambaLMHeadModel(
         MambaConfig(d_model=32, n_layer=8, vocab_size=VOCAB),
         initializer_cfg={"initializer_range": 0.5, "rescale_prenorm_residual": False},
@@ -167,8 +182,9 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
     assert len(calls) == 3
 
 
-def test_every_parameter_learns():
-    m, ids = model(d_intermediate=4), tokens(2, 8)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_parameter_learns(shape):
+    m, ids = model(**{**shape, "d_intermediate": 4}), tokens(2, 8)
     loss = F.cross_entropy(m(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten())
     assert abs(loss.item() - math.log(16)) < 0.5
     loss.backward()
@@ -176,12 +192,13 @@ def test_every_parameter_learns():
         assert parameter.grad.abs().sum() > 0, name
 
 
-def test_bfloat16_model_runs_and_keeps_its_recurrence():
-    m = model(torch.bfloat16)
+@pytest.mark.parametrize(("shape", "dt_bias"), [({}, "dt_proj.bias"), (MAMBA2, "dt_bias")])
+def test_bfloat16_model_runs_and_keeps_its_recurrence(shape, dt_bias):
+    m = model(torch.bfloat16, **shape)
     names = {n for n, p in m.named_parameters() if p.dtype == torch.float32}
     stems = {name.split("mixer.")[1] for name in names}
-    assert stems == {"A_log", "D", "dt_proj.bias"}
-    exact = model()
+    assert stems == {"A_log", "D", dt_bias}
+    exact = model(**shape)
     exact.load_state_dict(m.state_dict())
     ids = tokens()
     logits = m(ids).logits
@@ -190,8 +207,10 @@ def test_bfloat16_model_runs_and_keeps_its_recurrence():
     assert (logits - want).abs().max() < 10 * 2**-8 * want.abs().max()
 
 
-def test_compiles_without_a_graph_break():
-    m, ids = model(n_layer=1), tokens()
+@pytest.mark.parametrize("shape", [{}, MAMBA2])
+def test_compiles_without_a_graph_break(shape):
+    m, ids = model(n_layer=1, **shape), tokens()
+    torch._dynamo.reset()
     compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
     close(compiled(ids).logits, m(ids).logits)
     want = torch.autograd.grad(m(ids).logits.square().sum(), m.parameters())
@@ -213,9 +232,15 @@ def test_deepcopy_and_pickle():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"ssm_cfg": {"layer": "Mamba9"}}, r"ssm_cfg\['layer'\] must be one of Mamba1.*'Mamba9'"),
+        (
+            {"ssm_cfg": {"layer": "Mamba9"}},
+            r"ssm_cfg\['layer'\] must be one of Mamba1, Mamba2, got 'Mamba9'",
+        ),
         ({"ssm_cfg": {"d_stat": 3}}, "got 'd_stat' .did you mean 'd_state'"),
         ({"attn_layer_idx": [1]}, r"attn_cfg must hold 'num_heads', got \['causal'\]"),
+        ({"ssm_cfg": {"headdim": 4}}, "ssm_cfg must hold arguments of Mamba1, got 'headdim'"),
+        ({"ssm_cfg": {"layer": "Mamba2", "dt_rank": 4}}, "arguments of Mamba2, got 'dt_rank'"),
+        ({"ssm_cfg": {"layer": "Mamba2"}}, "d_ssm must be a multiple of headdim = 64, got 16"),
     ],
 )
 def test_rejects_a_config_it_cannot_build(config, message):

@@ -20,6 +20,9 @@ from ssm.utils import weights
 IDS = torch.tensor([[1, 2, 3]])
 
 
+MAMBA2 = {"layer": "Mamba2", "headdim": 4, "dt_limit": [0.0, float("inf")]}
+
+
 def model(dtype=None, **kwargs) -> MambaLMHeadModel:
     return MambaLMHeadModel(MambaConfig(d_model=8, n_layer=2, vocab_size=11, **kwargs), dtype=dtype)
 
@@ -52,8 +55,9 @@ def equal(a, b):
 @pytest.mark.parametrize("format", ["safetensors", "bin"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("tied", [True, False])
-def test_round_trip_is_bitwise(tmp_path, format, dtype, tied):
-    m = model(dtype, tie_embeddings=tied, d_intermediate=4, ssm_cfg={"d_state": 3})
+@pytest.mark.parametrize("mixer", [{}, MAMBA2])
+def test_round_trip_is_bitwise(tmp_path, format, dtype, tied, mixer):
+    m = model(dtype, tie_embeddings=tied, d_intermediate=4, ssm_cfg={"d_state": 3, **mixer})
     m.save_pretrained(tmp_path / "new" / "folder", format=format)
     again = load(tmp_path / "new" / "folder", dtype="auto")
     assert equal(again, m)
@@ -95,6 +99,16 @@ def test_stored_bfloat16_recurrence_is_raised_to_float32(saved):
     assert m.backbone.embedding.weight.dtype == torch.bfloat16
     assert m.backbone.layers[0].mixer.A_log.dtype == torch.float32
     assert load(path).backbone.embedding.weight.dtype == torch.float32
+
+
+def test_recurrence_of_mamba2_stays_float32(tmp_path):
+    m = model(ssm_cfg=MAMBA2)
+    weights.save_pretrained(m, tmp_path, dtype=torch.bfloat16)
+    low = load(tmp_path, dtype="auto").backbone.layers[1].mixer
+    assert low.in_proj.weight.dtype == low.norm.weight.dtype == torch.bfloat16
+    for name in ("A_log", "D", "dt_bias"):
+        assert torch.equal(getattr(low, name), getattr(m.backbone.layers[1].mixer, name))
+        assert getattr(low, name)._no_weight_decay
 
 
 def test_save_in_another_dtype_leaves_the_model_alone(tmp_path):

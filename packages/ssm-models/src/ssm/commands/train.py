@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 
@@ -14,7 +15,7 @@ from ssm.text import BYTE_VOCAB_SIZE, ByteVocabulary, read_bytes
 from ssm.training import STATE_FILE, Progress, TrainOptions, evaluate, train
 from ssm.utils import dispatch
 
-LAYERS = {"mamba1": "Mamba1"}
+LAYERS = {"mamba1": "Mamba1", "mamba2": "Mamba2"}
 
 
 def add(commands) -> None:
@@ -25,9 +26,18 @@ def add(commands) -> None:
     parser.add_argument("--layer", choices=tuple(LAYERS), default="mamba1")
     parser.add_argument("--d-model", type=int, default=128)
     parser.add_argument("--n-layer", type=int, default=4)
-    parser.add_argument("--d-state", type=int, default=16)
+    parser.add_argument("--d-state", type=int, help="default 16 for mamba1, 128 for mamba2")
+    parser.add_argument("--headdim", type=int, help="channels per head of mamba2 (default 64)")
     parser.add_argument("--expand", type=int, default=2, help="channels per unit of width")
     parser.add_argument("--d-intermediate", type=int, default=0, help="width of an MLP per block")
+    parser.add_argument(
+        "--attn-layers",
+        type=_indices,
+        default=[],
+        metavar="I,J,...",
+        help="blocks, counted from 0, that get attention in place of --layer",
+    )
+    parser.add_argument("--attn-heads", type=int, help="default: d_model / 64, at least 1")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=256)
@@ -58,19 +68,7 @@ def run(arguments) -> None:
         **{name: getattr(arguments, name) for name in TrainOptions.__dataclass_fields__}
     )
     torch.manual_seed(arguments.seed)
-    mixer = {
-        "layer": LAYERS[arguments.layer],
-        "d_state": arguments.d_state,
-        "expand": arguments.expand,
-    }
-    config = MambaConfig(
-        d_model=arguments.d_model,
-        n_layer=arguments.n_layer,
-        d_intermediate=arguments.d_intermediate,
-        vocab_size=BYTE_VOCAB_SIZE,
-        ssm_cfg=mixer,
-    )
-    model = MambaLMHeadModel(config)
+    model = MambaLMHeadModel(make_config(arguments))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     reporter = Reporter(options, arguments.json)
     reporter.header(parameters, tokens.numel(), 0 if val_tokens is None else val_tokens.numel())
@@ -106,6 +104,59 @@ def run(arguments) -> None:
     if val_loss is not None:
         print(f"held-out loss {val_loss:.4f} nats per byte")
     print(f"checkpoint in {arguments.out}; a sample:\n{sample}")
+
+
+def make_config(arguments) -> MambaConfig:
+    """Return the shape of the model that the options ask for.
+
+    Raises:
+        ValueError: options that do not go together.
+    """
+    mixer = {"layer": LAYERS[arguments.layer], "expand": arguments.expand}
+    if arguments.d_state is not None:
+        mixer["d_state"] = arguments.d_state
+    if arguments.headdim is not None:
+        if arguments.layer != "mamba2":
+            raise ValueError(
+                f"train: headdim must go with --layer mamba2, got --layer {arguments.layer}"
+            )
+        mixer["headdim"] = arguments.headdim
+    return MambaConfig(
+        d_model=arguments.d_model,
+        n_layer=arguments.n_layer,
+        d_intermediate=arguments.d_intermediate,
+        vocab_size=BYTE_VOCAB_SIZE,
+        ssm_cfg=mixer,
+        attn_layer_idx=arguments.attn_layers,
+        attn_cfg=_attention(arguments) if arguments.attn_layers else {},
+    )
+
+
+def _attention(arguments) -> dict:
+    """Return the arguments of the attention: those of the released hybrids, at this width."""
+    d_model, num_heads = arguments.d_model, arguments.attn_heads
+    if num_heads is None:
+        num_heads = max(1, d_model // 64)
+    if num_heads < 1 or d_model % num_heads:
+        raise ValueError(f"train: attn-heads must divide d-model = {d_model}, got {num_heads}")
+    head_dim = d_model // num_heads
+    return {
+        "num_heads": num_heads,
+        "head_dim": head_dim,
+        "causal": True,
+        "d_conv": 4,
+        "qkv_proj_bias": False,
+        "out_proj_bias": False,
+        # Half of each head is rotated, in pairs.
+        "rotary_emb_dim": head_dim // 4 * 2,
+    }
+
+
+def _indices(text: str) -> list[int]:
+    try:
+        return sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers like 1,3, got {text!r}") from None
 
 
 class Reporter:
