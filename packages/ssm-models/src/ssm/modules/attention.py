@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from ssm import ops
-from ssm.modules.kv_cache import Layout, Plan, attend, gather_rows, layout_of, plan_write, write
+from ssm.modules.attend import attend_onto, attend_within, positions_of
+from ssm.modules.kv_cache import layout_of, plan_write
 from ssm.modules.memory import (
     can_step,
     check_shapes,
-    is_writable,
     key_of,
     memory_of,
     oldest_input,
@@ -39,7 +39,7 @@ class MHA(nn.Module):
     Args:
         embed_dim: width of input and output.
         num_heads: H, query heads.
-        num_heads_kv: K, key and value heads, a divisor of H; None takes H.
+        num_heads_kv: Hkv, key and value heads, a divisor of H; None takes H.
         head_dim: P; None takes embed_dim // num_heads.
         mlp_dim: rows of in_proj for the MLP, twice its width, rounded up to a multiple of 256; 0
             for none.
@@ -61,9 +61,9 @@ class MHA(nn.Module):
         (B, L, embed_dim) -> (B, L, embed_dim), dtype of the input. Any B and L, 0 included.
 
     State:
-        kv_cache (B, T, 2, K, P): keys, already turned, and values of the tokens seen, from slot 0
+        kv_cache (B, T, 2, Hkv, P): keys, already turned, and values of the tokens seen, from slot 0
         on in every row; padding never enters. Model dtype.
-        conv_state (B, (H + 2 K) P, W), only with d_conv: the last W inputs of the convolution,
+        conv_state (B, (H + 2 Hkv) P, W), only with d_conv: the last W inputs of the convolution,
         oldest first. Column 0 is never read; behind a call with packing or padding it is 0.
         lengths (B,) int64: tokens in each row of the cache, and the position of the next one.
 
@@ -262,8 +262,8 @@ class MHA(nn.Module):
             **kwargs: accepted and unused, as in mamba_ssm.
 
         Returns:
-            kv_cache: (B, T, 2, K, P).
-            conv_state: (B, (H + 2 K) P, W), only with d_conv.
+            kv_cache: (B, T, 2, Hkv, P).
+            conv_state: (B, (H + 2 Hkv) P, W), only with d_conv.
             lengths: (B,) int64.
         """
         weight = self.out_proj.weight
@@ -316,7 +316,7 @@ class MHA(nn.Module):
         layout = plan = keep = None
         if seq_meta is not None:
             layout = layout_of(seq_meta, batch, seqlen, x.device)
-            keep = layout.run > 0
+            keep = layout.sequence > 0
             # A NaN in padding would reach the weight gradient of in_proj as 0 * NaN.
             x = x.masked_fill(~keep[..., None], 0)
         if layer_state is not None:
@@ -330,19 +330,19 @@ class MHA(nn.Module):
         if self.d_conv:
             conv_state = None if layer_state is None else conv_states[0]
             qkv, conv_state = self._convolve(qkv, conv_state, seq_meta, keep)
-        qkv = qkv.unflatten(-1, (-1, self.head_dim))  # (B, L, H + 2 K, P)
+        qkv = qkv.unflatten(-1, (-1, self.head_dim))  # (B, L, H + 2 Hkv, P)
         if self.rotary_emb_dim:
             turning = self.num_heads + self.num_heads_kv
             if position_ids is None:
-                position_ids = _positions(x, layout, plan, seq_meta)
+                position_ids = positions_of(x, layout, plan, seq_meta)
             turned = self.rotary_emb(qkv[:, :, :turning], position_ids)
             qkv = torch.cat([turned, qkv[:, :, turning:]], dim=2)
         q, kv = qkv.split([self.num_heads, 2 * self.num_heads_kv], dim=2)
-        kv = kv.unflatten(2, (2, -1))  # (B, L, 2, K, P)
+        kv = kv.unflatten(2, (2, -1))  # (B, L, 2, Hkv, P)
         if plan is None:
-            y = self._attend_alone(q, kv, layout)
+            y = attend_within(q, kv, layout, self.causal, self.softmax_scale)
         else:
-            y, cache = self._attend_cached(q, kv, cache, layout, plan, seq_meta)
+            y, cache = attend_onto(q, kv, cache, plan, layout, seq_meta, self.softmax_scale)
             held = replaced((held,), (plan.start + plan.count,))[0]
             layer_state = (cache, conv_state, held) if self.d_conv else (cache, held)
         y = y.flatten(2)
@@ -379,65 +379,3 @@ class MHA(nn.Module):
         oldest = oldest_input(conv_state, inputs, seq_meta).to(last.dtype)
         (conv_state,) = replaced((conv_state,), (torch.cat([oldest, last], dim=-1),))
         return y.transpose(1, 2), conv_state
-
-    def _attend_alone(self, q, kv, layout):
-        """Attend within the call: q (B, L, H, P), kv (B, L, 2, K, P); returns (B, L, H, P)."""
-        k, v = kv.unbind(2)
-        if layout is None:
-            return attend(q, k, v, None, self.causal, self.softmax_scale)
-        return attend(q, k, v, _same_run(layout, self.causal), False, self.softmax_scale)
-
-    def _attend_cached(self, q, kv, cache, layout, plan, seq_meta):
-        """Attend within the call and the cache; returns (y (B, L, H, P), cache after it)."""
-        seqlen, scale, in_place = q.shape[1], self.softmax_scale, is_writable((cache,))
-        if layout is not None and not seq_meta.state_per_sequence and seq_meta.seq_idx is not None:
-            # What a later sequence of the row overwrites is read first.
-            y = self._attend_packed(q, kv, cache, layout, plan)
-            return y, write(cache, kv, plan, in_place)
-        cache = write(cache, kv, plan, in_place)
-        k, v = cache[:, : plan.used].to(q.dtype).unbind(2)
-        if layout is not None and seq_meta.state_per_sequence:
-            if plan.count.numel() == 0:
-                return torch.zeros_like(q), cache
-            slot = plan.start[:, None] + torch.arange(plan.width, device=q.device)
-            y = attend(gather_rows(q, plan), k, v, _up_to(slot, plan.used), False, scale)
-            return y[layout.ids.clamp(min=0), layout.rank], cache
-        if plan.uniform == 0:
-            return attend(q, *kv.unbind(2), None, True, scale), cache
-        if plan.uniform is not None and seqlen == 1:
-            return attend(q, k, v, None, False, scale), cache
-        slot = _positions(q, layout, plan, seq_meta)
-        return attend(q, k, v, _up_to(slot, plan.used), False, scale), cache
-
-    def _attend_packed(self, q, kv, cache, layout, plan):
-        """Attend where the first sequence of a row continues that of the cache."""
-        k, v = torch.cat([cache[:, : plan.held].to(q.dtype), kv], dim=1).unbind(2)
-        slot = torch.arange(plan.held, device=q.device)
-        past = (layout.run == 1)[..., None] & (slot < plan.lengths[:, None, None])
-        mask = torch.cat([past, _same_run(layout, True)], dim=-1)
-        return attend(q, k, v, mask, False, self.softmax_scale)
-
-
-def _positions(x: Tensor, layout: Layout | None, plan: Plan | None, seq_meta) -> Tensor:
-    """Return how many tokens of its sequence come before each step of x: (B, L) or (1, L)."""
-    if layout is None:
-        step = torch.arange(x.shape[1], device=x.device)[None]
-        if plan is None:
-            return step
-        return step + (plan.lengths[:, None] if plan.uniform is None else plan.uniform)
-    if plan is None or plan.lengths.numel() == 0:
-        return layout.rank
-    if seq_meta.state_per_sequence:
-        return layout.rank + plan.lengths[layout.ids.clamp(min=0)]
-    return layout.rank + torch.where(layout.run == 1, plan.lengths[:, None], 0)
-
-
-def _same_run(layout: Layout, causal: bool) -> Tensor:
-    """Return (B, L, L) bool: may step i read step j? Skipped steps read each other, unheard."""
-    mask = layout.run[:, :, None] == layout.run[:, None, :]
-    return mask.tril() if causal else mask
-
-
-def _up_to(slot: Tensor, used: int) -> Tensor:
-    """Return (B, L, used) bool: slots up to and with that of the query, given slot (B, L)."""
-    return torch.arange(used, device=slot.device) <= slot[..., None]

@@ -1,6 +1,6 @@
 """Keys and values of the tokens seen, row by row without gaps: where a call reads and writes them.
 
-A cache is (R, T, 2, H, P): R rows, T slots, keys and values. Row r holds its first ``lengths[r]``
+A cache is (R, T, 2, Hkv, P): R rows, T slots, keys and values. Row r holds its first ``lengths[r]``
 tokens; what lies behind them is never read. The functions here know nothing of projections.
 """
 
@@ -19,12 +19,12 @@ class Layout(NamedTuple):
     """Where each step of a call lies in its sequence.
 
     Args:
-        run: (B, L) int64, number of the step's sequence within its row, from 1; 0 = skipped.
+        sequence: (B, L) int64, number of the sequence within its row, from 1; 0 = skipped.
         rank: (B, L) int64, steps of the same sequence and call before this one.
         ids: (B, L) int64, sequence id as given, -1 = skipped.
     """
 
-    run: Tensor
+    sequence: Tensor
     rank: Tensor
     ids: Tensor
 
@@ -75,10 +75,10 @@ def layout_of(seq_meta: SeqMeta, batch: int, seqlen: int, device) -> Layout:
     before = F.pad(last_kept, (1, 0), value=-1)[:, :seqlen]
     id_before = torch.where(before >= 0, ids.gather(1, before.clamp(min=0)), -1)
     begins = keep & (ids != id_before)
-    run = torch.where(keep, begins.long().cumsum(1), 0)
+    sequence = torch.where(keep, begins.long().cumsum(1), 0)
     first = torch.where(begins, seen - 1, 0)
     first = first.cummax(1).values if seqlen else first
-    return Layout(run, (seen - 1 - first).clamp(min=0), ids)
+    return Layout(sequence, (seen - 1 - first).clamp(min=0), ids)
 
 
 def plan_write(
@@ -95,7 +95,7 @@ def plan_write(
 
     Args:
         owner: class name for messages.
-        cache: (R, T, 2, H, P).
+        cache: (R, T, 2, Hkv, P).
         lengths: (R,) int64.
         layout: that of seq_meta; None for neither packing nor padding.
         seq_meta: says whether rows of the cache are sequences or rows of the batch.
@@ -115,14 +115,14 @@ def plan_write(
         count = torch.full_like(lengths, seqlen)
     else:
         # A row of the batch keeps its last sequence, which continues the state if it is the first.
-        keep = layout.run > 0
+        keep = layout.sequence > 0
         per_sequence = seq_meta.state_per_sequence
         if per_sequence:
             row = layout.ids
         else:
             row = torch.arange(batch, device=lengths.device)[:, None].expand(-1, seqlen)
-            last = layout.run.amax(1) if seqlen else torch.zeros_like(lengths)
-            keep = keep & (layout.run == last[:, None])
+            last = layout.sequence.amax(1) if seqlen else torch.zeros_like(lengths)
+            keep = keep & (layout.sequence == last[:, None])
             start = torch.where(last <= 1, lengths, 0)
         row = torch.where(keep, row, rows).flatten()
         count = torch.zeros(rows + 1, device=row.device, dtype=torch.int64)
@@ -155,13 +155,13 @@ def write(cache: Tensor, kv: Tensor, plan: Plan, in_place: bool) -> Tensor:
     """Put the keys and values of a call into a cache.
 
     Args:
-        cache: (R, T, 2, H, P).
-        kv: (B, L, 2, H, P).
+        cache: (R, T, 2, Hkv, P).
+        kv: (B, L, 2, Hkv, P).
         plan: from ``plan_write`` for this cache.
         in_place: overwrite the slots, else leave the cache alone and return another.
 
     Returns:
-        (R, max(T, plan.slots), 2, H, P): the cache given, if in_place and it was large enough.
+        (R, max(T, plan.slots), 2, Hkv, P): the cache given, if in_place and it was large enough.
     """
     rows, slots = cache.shape[:2]
     if slots < plan.slots:
@@ -203,50 +203,6 @@ def gather_rows(x: Tensor, plan: Plan) -> Tensor:
     """
     index = torch.arange(plan.width, device=x.device).expand(plan.count.shape[0], -1)
     return x.flatten(0, 1)[_steps(plan, index, x.shape[1])]
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    causal: bool = False,
-    scale: float | None = None,
-) -> Tensor:
-    """Attend by scaled dot products (Vaswani et al. 2017, arXiv:1706.03762, eq. 1).
-
-    Args:
-        q: (B, L, H, P).
-        k: (B, S, K, P), K divides H: head h reads key head h // (H / K).
-        v: (B, S, K, P).
-        mask: (B or 1, L, S) bool, True = may be read; every query must have one. Excludes causal.
-        causal: step i reads keys 0 to i; L must be S.
-        scale: of the scores; None is P^-0.5.
-
-    Returns:
-        (B, L, H, P); 0 where there are no keys.
-    """
-    batch, seqlen, nheads, headdim = q.shape
-    if q.numel() == 0 or k.shape[1] == 0:
-        return torch.zeros_like(q)
-    k, v = k.transpose(1, 2), v.transpose(1, 2)
-    groups = k.shape[1]
-    mask = None if mask is None else mask[:, None]
-    if seqlen == 1:
-        # The queries that share a key head lie side by side: keys are read once, never repeated.
-        q = q.reshape(batch, groups, nheads // groups, headdim)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        return y.reshape(batch, 1, nheads, headdim)
-    y = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k,
-        v,
-        attn_mask=mask,
-        is_causal=causal,
-        scale=scale,
-        enable_gqa=groups != nheads,
-    )
-    return y.transpose(1, 2)
 
 
 def _steps(plan: Plan, index: Tensor, seqlen: int) -> Tensor:
