@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ssm.models.build import create_block, init_weights, norm_class
 from ssm.models.config import MambaConfig
+from ssm.modules.attention import MHA
 from ssm.modules.memory import check_model_memory
 from ssm.modules.norm import add_norm
 from ssm.modules.sequence import sequence_meta
@@ -199,8 +200,11 @@ class MambaLMHeadModel(nn.Module):
         if state is not None or inference_params is not None:
             per_sequence = seq_meta is not None and seq_meta.state_per_sequence
             rows = seq_meta.num_sequences if per_sequence else batch
-            mixers = (layer.mixer for layer in self.backbone.layers)
+            mixers = [layer.mixer for layer in self.backbone.layers]
             check_model_memory("MambaLMHeadModel", mixers, inference_params, state, rows)
+            for mixer in mixers:
+                if isinstance(mixer, MHA):
+                    mixer.check_room(inference_params, state, batch, seqlen, seq_meta)
         hidden_states = self.backbone(
             input_ids, inference_params=inference_params, seq_meta=seq_meta, **mixer_kwargs
         )

@@ -296,6 +296,48 @@ class MHA(nn.Module):
         cache = self.allocate_inference_cache(batch, max_seqlen, dtype)
         return State({key_of(self): cache}, batch, max_seqlen)
 
+    def check_room(
+        self,
+        inference_params,
+        state: State | None,
+        batch: int,
+        seqlen: int,
+        seq_meta: SeqMeta | None,
+    ) -> None:
+        """Refuse a call whose tokens the cache may not take; nothing is changed.
+
+        A model asks this of all its attentions before the first layer writes.
+
+        Args:
+            inference_params: as in ``forward``.
+            state: as in ``forward``; one of the two is given.
+            batch: B.
+            seqlen: L.
+            seq_meta: packing and padding.
+
+        Raises:
+            ValueError: the state has no room.
+        """
+        source = inference_params if state is None else state
+        limit = getattr(source, "max_seqlen", None)
+        if limit is None or torch.compiler.is_compiling():
+            return
+        given = None if state is not None else getattr(source, "lengths_per_sample", None)
+        if given is None and source.seqlen_offset + seqlen <= limit:
+            return  # the offset counts padding too, so this is the usual end
+        rows = batch
+        if seq_meta is not None and seq_meta.state_per_sequence:
+            rows = seq_meta.num_sequences
+        held = source.key_value_memory_dict.get(key_of(self))
+        if held is None or (state is None and source.seqlen_offset == 0):
+            lengths = torch.zeros(rows, dtype=torch.int64)
+        else:
+            lengths = held[-1] if state is not None else self._lengths(source, held[-1])
+        layout = None
+        if seq_meta is not None:
+            layout = layout_of(seq_meta, batch, seqlen, lengths.device)
+        plan_write("MHA", 0, lengths, layout, seq_meta, batch, seqlen, limit)
+
     def _lengths(self, inference_params, held: Tensor) -> Tensor:
         """Return the lengths that a caller of mamba_ssm's protocol means, a tensor of its own."""
         if inference_params.seqlen_offset == 0:
@@ -323,7 +365,8 @@ class MHA(nn.Module):
             cache, *conv_states, held = layer_state
             lengths = held if lengths is None else lengths
             # Refuses before anything is written.
-            plan = plan_write("MHA", cache, lengths, layout, seq_meta, batch, seqlen, limit)
+            slots = cache.shape[1]
+            plan = plan_write("MHA", slots, lengths, layout, seq_meta, batch, seqlen, limit)
         mlp_dim = self.mlp_dim
         projected = project(self.in_proj, x)
         qkv, up_gate = projected.split([projected.shape[-1] - mlp_dim, mlp_dim], dim=-1)

@@ -83,7 +83,7 @@ def layout_of(seq_meta: SeqMeta, batch: int, seqlen: int, device) -> Layout:
 
 def plan_write(
     owner: str,
-    cache: Tensor,
+    slots: int,
     lengths: Tensor,
     layout: Layout | None,
     seq_meta: SeqMeta | None,
@@ -95,8 +95,8 @@ def plan_write(
 
     Args:
         owner: class name for messages.
-        cache: (R, T, 2, Hkv, P).
-        lengths: (R,) int64.
+        slots: T.
+        lengths: (R,) int64, tokens in each row of the cache.
         layout: that of seq_meta; None for neither packing nor padding.
         seq_meta: says whether rows of the cache are sequences or rows of the batch.
         batch: B.
@@ -107,9 +107,9 @@ def plan_write(
         The plan.
 
     Raises:
-        ValueError: the tokens do not fit below the limit.
+        ValueError: the tokens do not fit below the limit, or a length is negative.
     """
-    rows, slots = cache.shape[:2]
+    rows = lengths.shape[0]
     start, order = lengths, None
     if layout is None:
         count = torch.full_like(lengths, seqlen)
@@ -136,10 +136,15 @@ def plan_write(
         used = seqlen if uniform == 0 else needed
         return Plan(lengths, start, count, order, uniform, slots, used, seqlen, needed)
     low = held = used = width = 0
-    if rows:
+    if rows and layout is None:
+        low, held = torch.stack(lengths.aminmax()).tolist()
+        used, width = held + seqlen, seqlen
+    elif rows:
         # One transfer for all, as reading a value waits for the device.
         bounds = torch.stack([*lengths.aminmax(), (start + count).amax(), count.amax()])
         low, held, used, width = bounds.tolist()
+    if low < 0:
+        raise ValueError(f"{owner}: lengths_per_sample must not be negative, got {low}")
     uniform = low if low == held and layout is None else None
     if limit is not None and used > limit:
         raise ValueError(f"{owner}: state must have room for {used} tokens per row, got {limit}")

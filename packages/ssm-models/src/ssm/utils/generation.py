@@ -234,6 +234,8 @@ def _steps(
         state = model.allocate_state(batch)
     elif state.max_batch_size != batch:
         _fail("state", f"hold {batch} rows", state.max_batch_size)
+    else:
+        _check_room(state, input_ids, attention_mask, steps)
     end = torch.tensor(eos, dtype=torch.int64, device=input_ids.device)
     pick = _picker(sampling, generator, input_ids, attention_mask, columns)
     if teacher_outputs is not None:
@@ -300,6 +302,24 @@ def _pad_left(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor
         )
     order = mask.int().argsort(dim=1, stable=True)
     return input_ids.gather(1, order), mask.gather(1, order)
+
+
+def _check_room(state: State, input_ids: Tensor, attention_mask: Tensor | None, steps: int) -> None:
+    """Refuse a state whose limit would end the loop half way; the last token is never fed."""
+    if state.max_seqlen is None or steps == 0 or not len(input_ids):
+        return
+    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    needed = real.sum(dim=1)
+    # Only attention has a limit, and its lengths are the one kind of state with a single axis.
+    held = [t for states in state.key_value_memory_dict.values() for t in states if t.dim() == 1]
+    if held:
+        tokens = int((needed + held[0].to(needed.device)).max()) + steps - 1
+        _check(
+            tokens <= state.max_seqlen,
+            "state",
+            f"have room for {tokens} tokens per row",
+            state.max_seqlen,
+        )
 
 
 def _number_of_steps(length: int, max_length: int | None, max_new_tokens: int | None) -> int:
