@@ -14,7 +14,7 @@ from ssm.models.config import MambaConfig
 from ssm.models.lm import MambaLMHeadModel
 from ssm.modules.attention import MHA
 from ssm.state import State
-from tests.tolerances import Tolerance, assert_close
+from tests.tolerances import TOLERANCES, assert_close
 
 VOCAB, LENGTH = 13, 6
 ATTENTION = {"num_heads": 4, "num_heads_kv": 2, "head_dim": 6, "rotary_emb_dim": 4, "d_conv": 3}
@@ -256,17 +256,17 @@ def test_low_precision_is_near_float64(kind):
     assert (torch.cat(parts, 1) - want).abs().max() < 10 * 2**-8 * want.abs().max()
 
 
-@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
 @pytest.mark.parametrize("limit", [None, 8])
-def test_compiles_without_a_graph_break(kind, limit):
-    m, ids = model(kind), tokens()
+def test_compiles_without_a_graph_break(limit):
+    m, ids = model("mamba1", n_layer=2), tokens()
     torch.compiler.reset()
     compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
-    close(compiled(ids).logits, m(ids).logits)
     state = m.allocate_state(2, max_seqlen=limit)
     with torch.no_grad():
         parts = [compiled(part, state=state).logits for part in ids.split([4, 1, 1], dim=1)]
     close(torch.cat(parts, 1), m(ids).logits)
+    if limit is None:
+        close(compiled(ids).logits, m(ids).logits)
 
 
 def test_exports_with_any_length():
@@ -385,20 +385,17 @@ def test_ragged_prompts_equal_row_by_row(kind, side):
     assert len({tuple(row) for row in got[:, 5:].tolist()}) > 1
 
 
-# Measured 2e-6 of the largest logit: three blocks, each rounding sums of some dozens of products.
-FLOAT32 = Tolerance(2e-5, 2e-5, "measured 2e-6: three blocks of short sums, batched differently")
-
-
 @each_kind
 def test_ragged_prompts_equal_row_by_row_in_float32(kind):
     m, (ids, mask) = model(kind, torch.float32, sharp=True), ragged("left")
+    tolerance = TOLERANCES["matrix", "float32"]  # of the largest logit
     got = m.generate(ids, max_new_tokens=6, attention_mask=mask)
     logits = step_logits(m, ids, mask, 6)
     for i, row in enumerate(ROWS):
         want, want_logits = greedy(m, torch.tensor(row), 6)
         assert got[i, 5:].tolist() == want[len(row) :]
         scale = want_logits.abs().max()
-        assert_close(f"logits of row {i}", logits[i] / scale, want_logits / scale, FLOAT32)
+        assert_close(f"logits of row {i}", logits[i] / scale, want_logits / scale, tolerance)
 
 
 @each_kind
