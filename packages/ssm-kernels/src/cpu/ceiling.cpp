@@ -41,7 +41,7 @@ SSM_INLINE Vec<float> shortest_exp(Vec<float> x) {
     return scale_by_power(exp2_fraction(x - n), n);
 #else
     typedef std::int32_t Bits __attribute__((vector_size(kVectorBytes)));
-    x = at_least(x, -126.0f);
+    x = at_least(x, broadcast(-126.0f));
     const Vec<float> shifted = x + 12582912.0f;  // 1.5 * 2^23: the low bits hold the integer part
     const Vec<float> p = exp2_fraction(x - (shifted - 12582912.0f));
     return (Vec<float>)((Bits)p + ((Bits)shifted << 23));

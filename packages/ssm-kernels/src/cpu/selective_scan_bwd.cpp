@@ -112,7 +112,7 @@ SSM_INLINE void differentiate_states(const ScanTile<T>& tile, const GradTile<T>&
         Vec<T> y = load<T>(tile.y + i);
 #pragma GCC unroll 4
         for (int n = 0; n < kStates; ++n) {
-            const Vec<T> a = exp2(dt * load<T>(tile.A + at + n * kScanChannels));
+            const Vec<T> a = exp2<T>(dt * load<T>(tile.A + at + n * kScanChannels));
             store<T>(decays + (t * kStates + n) * lanes, a);
             store<T>(before + (t * kStates + n) * lanes, h[n]);
             h[n] = a * h[n] + dtu * input_vector<kConstB>(tile.B, dstate, t, first + n, lane);
@@ -192,7 +192,7 @@ void advance_states(const ScanTile<T>& tile, std::int64_t dstate, bool const_b, 
                 const std::int64_t i = t * kScanChannels + lane;
                 const Vec<T> b = const_b ? input_vector<true>(tile.B, dstate, t, n, lane)
                                          : input_vector<false>(tile.B, dstate, t, n, lane);
-                h = exp2(load<T>(tile.dt + i) * load<T>(tile.A + n * kScanChannels + lane)) * h +
+                h = exp2<T>(load<T>(tile.dt + i) * load<T>(tile.A + n * kScanChannels + lane)) * h +
                     load<T>(tile.dtu + i) * b;
             }
             store<T>(state, h);
@@ -211,7 +211,7 @@ void load_output_gradient(const SelectiveScanArgs& args, const SelectiveScanGrad
         for (std::int64_t i = t * kScanChannels; i < t * kScanChannels + block.padded_width;
              i += kLanes<T>) {
             const Vec<T> dy = load<T>(grad.dy + i), z = load<T>(tile.z + i);
-            const Vec<T> gate = sigmoid(z);
+            const Vec<T> gate = sigmoid<T>(z);
             store<T>(grad.dz + i, dy * gate * (T(1) + z * (T(1) - gate)));  // times y later
             store<T>(grad.dy + i, dy * gate * z);
         }
@@ -231,7 +231,7 @@ void finish_segment(const SelectiveScanArgs& args, const ScanTile<T>& tile, cons
             const Vec<T> u = load<T>(tile.u + i), dy = load<T>(grad.dy + i),
                          ddtu = load<T>(grad.ddtu + i);
             Vec<T> ddt = load<T>(grad.ddt + i) * ln2 + u * ddtu;
-            if (args.softplus) ddt *= sigmoid(load<T>(tile.raw + i));
+            if (args.softplus) ddt *= sigmoid<T>(load<T>(tile.raw + i));
             sum_bias += ddt;
             sum_d += dy * u;
             store<T>(grad.ddt + i, ddt);

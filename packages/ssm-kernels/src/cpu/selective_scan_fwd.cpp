@@ -23,12 +23,21 @@ SSM_INLINE void scan_states(const ScanTile<T>& tile, std::int64_t dstate, std::i
         const Vec<T> dtu = load<T>(tile.dtu + t * kScanChannels + lane);
         // Two sums, since one would chain kStates dependent additions.
         Vec<T> even = load<T>(tile.y + t * kScanChannels + lane), odd = zero<T>();
-#pragma GCC unroll 16
-        for (int n = 0; n < kStates; ++n) {
-            const Vec<T> a = exp2(dt * load<T>(rate + n * kScanChannels));
-            h[n] = a * h[n] + dtu * input_vector<kConstB>(tile.B, dstate, t, first + n, lane);
-            (n % 2 == 0 ? even : odd) +=
-                h[n] * input_vector<kConstC>(tile.C, dstate, t, first + n, lane);
+        constexpr int kGroup = kStates < 4 ? kStates : 4;
+#pragma GCC unroll 4
+        for (int m = 0; m < kStates; m += kGroup) {
+            Vec<T> a[kGroup];
+#pragma GCC unroll 4
+            for (int i = 0; i < kGroup; ++i) a[i] = dt * load<T>(rate + (m + i) * kScanChannels);
+            exp2<kGroup>(a);
+#pragma GCC unroll 4
+            for (int i = 0; i < kGroup; ++i) {
+                const int n = m + i;
+                h[n] =
+                    a[i] * h[n] + dtu * input_vector<kConstB>(tile.B, dstate, t, first + n, lane);
+                (n % 2 == 0 ? even : odd) +=
+                    h[n] * input_vector<kConstC>(tile.C, dstate, t, first + n, lane);
+            }
         }
         store<T>(tile.y + t * kScanChannels + lane, even + odd);
     }
@@ -52,13 +61,28 @@ void scan_run(const ScanTile<T>& tile, std::int64_t dstate, std::int64_t width, 
     }
 }
 
+// Multiplies by silu(z); the result goes to `out`, which may be the tile itself.
 template <class T>
 void gate(const SelectiveScanArgs& args, const ScanTile<T>& tile, const ScanBlock& block,
-          std::int64_t t0, std::int64_t steps) {
-    load_tile(tile.z, kScanChannels, sequence_plane(args.z, block, t0), steps, block.width);
-    for (std::int64_t lane = 0; lane < block.padded_width; lane += kLanes<T>)
-        for (std::int64_t i = lane; i < steps * kScanChannels; i += kScanChannels)
-            store<T>(tile.y + i, load<T>(tile.y + i) * silu<T>(load<T>(tile.z + i)));
+          std::int64_t t0, std::int64_t steps, const Rows<T>& out) {
+    const Rows<const T> z =
+        rows_of(sequence_plane(args.z, block, t0), tile.z, kScanChannels, steps, block.width);
+    const auto gate_steps = [&]<int kCount>(std::int64_t t,
+                                            std::int64_t lane) __attribute__((always_inline)) {
+        Vec<T> x[kCount], weight[kCount];
+        for (int i = 0; i < kCount; ++i)
+            x[i] = weight[i] = load<T>(z.data + (t + i) * z.pitch + lane);
+        sigmoid<T, kCount>(weight);
+        for (int i = 0; i < kCount; ++i) {
+            const Vec<T> y = load<T>(tile.y + (t + i) * kScanChannels + lane);
+            store<T>(out.data + (t + i) * out.pitch + lane, y * (x[i] * weight[i]));
+        }
+    };
+    for (std::int64_t lane = 0; lane < block.padded_width; lane += kLanes<T>) {
+        std::int64_t t = 0;
+        for (; t + 4 <= steps; t += 4) gate_steps.template operator()<4>(t, lane);
+        for (; t < steps; ++t) gate_steps.template operator()<1>(t, lane);
+    }
 }
 
 // Skipped steps give 0, whatever their inputs hold.
@@ -107,9 +131,16 @@ void scan_block(const SelectiveScanArgs& args, const Runs& runs, const ScanShape
                 store_tile(channel_state_plane(args.last_state, run->state_out, block.channel),
                            tile.h, kScanChannels, shape.dstate, block.width);
         }
-        if (args.z.ndim >= 0) gate(args, tile, block, t0, steps);
+        const Plane y = sequence_plane(args.y, block, t0);
+        // The gate's last store may be that of the whole tile.
+        const bool direct = args.z.ndim >= 0 && runs.covers_all && is_dense<T>(y, block.width);
+        if (args.z.ndim >= 0)
+            gate(args, tile, block, t0, steps,
+                 direct ? Rows<T>{static_cast<T*>(y.data), y.row_stride}
+                        : Rows<T>{tile.y, kScanChannels});
+        if (direct) continue;
         if (!runs.covers_all) clear_gaps(tile, first_run, end_run, t0, steps);
-        store_tile(sequence_plane(args.y, block, t0), tile.y, kScanChannels, steps, block.width);
+        store_tile(y, tile.y, kScanChannels, steps, block.width);
     }
 }
 

@@ -209,20 +209,45 @@ struct ScanTile {
     /// u and delta from t0 on, the step sizes, and the skip term D u as the output so far.
     void load_inputs(const SelectiveScanArgs& args, const ScanBlock& block, std::int64_t t0,
                      std::int64_t steps) const {
-        load_tile(u, kScanChannels, sequence_plane(args.u, block, t0), steps, block.width);
-        load_tile(raw, kScanChannels, sequence_plane(args.delta, block, t0), steps, block.width);
-        for (std::int64_t lane = 0; lane < block.padded_width; lane += kLanes<T>) {
+        const Rows<const T> in =
+            rows_of(sequence_plane(args.u, block, t0), u, kScanChannels, steps, block.width);
+        const Rows<const T> delta =
+            rows_of(sequence_plane(args.delta, block, t0), raw, kScanChannels, steps, block.width);
+        if (args.softplus)
+            prepare<true>(in, delta, block.padded_width, steps);
+        else
+            prepare<false>(in, delta, block.padded_width, steps);
+    }
+
+    template <bool kSoftplus>
+    void prepare(const Rows<const T>& in, const Rows<const T>& delta, std::int64_t width,
+                 std::int64_t steps) const {
+        const bool keep = u != y;
+        for (std::int64_t lane = 0; lane < width; lane += kLanes<T>) {
             const Vec<T> offset = load<T>(bias + lane), skip = load<T>(D + lane),
                          high = load<T>(limit + lane);
-            for (std::int64_t i = lane; i < steps * kScanChannels; i += kScanChannels) {
-                const Vec<T> x = load<T>(raw + i) + offset, in = load<T>(u + i);
-                const Vec<T> size = args.softplus ? softplus(x) : x;
-                store<T>(raw + i, x);
-                const Vec<T> bounded = size > high ? high : size;
-                store<T>(dt + i, bounded < -high ? -high : bounded);
-                store<T>(dtu + i, size * in);
-                store<T>(y + i, skip * in);
-            }
+            const auto at = [&]<int kCount>(std::int64_t t) __attribute__((always_inline)) {
+                Vec<T> x[kCount], size[kCount];
+#pragma GCC unroll 4
+                for (int i = 0; i < kCount; ++i)
+                    size[i] = x[i] = load<T>(delta.data + (t + i) * delta.pitch + lane) + offset;
+                if constexpr (kSoftplus) softplus<T, kCount>(size);
+#pragma GCC unroll 4
+                for (int i = 0; i < kCount; ++i) {
+                    const std::int64_t to = (t + i) * kScanChannels + lane;
+                    const Vec<T> input = load<T>(in.data + (t + i) * in.pitch + lane);
+                    if (keep) {
+                        store<T>(u + to, input);
+                        store<T>(raw + to, x[i]);
+                    }
+                    store<T>(dt + to, at_least(at_most(size[i], high), -high));
+                    store<T>(dtu + to, size[i] * input);
+                    store<T>(y + to, skip * input);
+                }
+            };
+            std::int64_t t = 0;
+            for (; t + 4 <= steps; t += 4) at.template operator()<4>(t);
+            for (; t < steps; ++t) at.template operator()<1>(t);
         }
     }
 

@@ -72,8 +72,9 @@ struct Square {
 template <class T, bool kTied>
 SSM_INLINE Vec<T> advance_state(const Square<T>& at, int i, std::int64_t n, Vec<T> b) {
     T* const h = at.h + i * at.h_pitch + n;
-    const Vec<T> decay = kTied ? broadcast(at.rate[i])
-                               : exp2(broadcast(at.rate[i]) * load<T>(at.A + i * at.A_pitch + n));
+    const Vec<T> decay = kTied
+                             ? broadcast(at.rate[i])
+                             : exp2<T>(broadcast(at.rate[i]) * load<T>(at.A + i * at.A_pitch + n));
     const Vec<T> next = decay * load<T>(h) + broadcast(at.drive[i]) * b;
     store<T>(h, next);
     return next;
@@ -251,9 +252,9 @@ void prepare(const StepBlock<T>& block, const T* x, const T* dt, const T* bias, 
         if (i == 0 || !per_head) {
             size = load<T>(dt + i);
             if (bias != nullptr) size += load<T>(bias + i);
-            if (args.softplus) size = softplus(size);
+            if (args.softplus) size = softplus<T>(size);
             factor = size * log2e;
-            if (rate_of != nullptr) factor = exp2(factor * load<T>(rate_of + i));
+            if (rate_of != nullptr) factor = exp2<T>(factor * load<T>(rate_of + i));
         }
         store<T>(rate + i, factor);
         store<T>(drive + i, size * load<T>(x + i));

@@ -244,6 +244,29 @@ static inline void load_tile(T* tile, std::int64_t pitch, const Plane& plane, st
     });
 }
 
+/// Rows of whole vectors in the compute type: a tile, or a tensor that needs no copy.
+template <class T>
+struct Rows {
+    T* data;
+    std::int64_t pitch;
+};
+
+/// Whether the rows of a plane can be used where they lie.
+template <class T>
+SSM_INLINE bool is_dense(const Plane& plane, std::int64_t columns) {
+    const DType dtype = std::is_same_v<T, double> ? DType::f64 : DType::f32;
+    return plane.dtype == dtype && plane.column_stride == 1 && columns % kLanes<T> == 0;
+}
+
+/// The rows of a plane where they lie if that is possible, else copied into a tile.
+template <class T>
+static inline Rows<const T> rows_of(const Plane& plane, T* tile, std::int64_t pitch,
+                                    std::int64_t rows, std::int64_t columns) {
+    if (is_dense<T>(plane, columns)) return {static_cast<const T*>(plane.data), plane.row_stride};
+    load_tile(tile, pitch, plane, rows, columns);
+    return {tile, pitch};
+}
+
 /// plane(row, column) = tile[row * pitch + column], rounded to the plane's type.
 template <class T>
 static inline void store_tile(const Plane& plane, const T* tile, std::int64_t pitch,

@@ -11,15 +11,17 @@ template <class T>
 Vec<T> apply(int function, Vec<T> x) {
     switch (function) {
         case 0:
-            return exp2(x);
+            return exp2<T>(x);
         case 1:
-            return exp_bounded(x);
+            exp_bounded<1>(&x);
+            return x;
         case 2:
-            return log1p_unit(x);
+            log1p_unit<1>(&x);
+            return x;
         case 3:
-            return softplus(x);
+            return softplus<T>(x);
         case 4:
-            return sigmoid(x);
+            return sigmoid<T>(x);
         default:
             return silu<T>(x);
     }

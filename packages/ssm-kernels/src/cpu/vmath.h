@@ -24,16 +24,6 @@ SSM_INLINE Vec<double> absolute(Vec<double> x) {
     return (Vec<double>)((Bits)x & 0x7fffffffffffffff);
 }
 
-/// 2^f on [-0.5, 0.5]: minimax of degree 5 with the constant term held at 1, so that a decay of
-/// exp(0) is exactly 1. Relative error with these coefficients: 9.5e-8.
-SSM_INLINE Vec<float> exp2_fraction(Vec<float> f) {
-    Vec<float> p = f * 1.32630632e-3f + 9.67138003e-3f;
-    p = p * f + 5.55073637e-2f;
-    p = p * f + 2.40222442e-1f;
-    p = p * f + 6.93146978e-1f;
-    return p * f + 1.0f;
-}
-
 /// Nearest integer for |x| < 2^22; larger values may come back unrounded.
 SSM_INLINE Vec<float> round_even(Vec<float> x) {
 #if defined(__AVX512F__)
@@ -47,26 +37,28 @@ SSM_INLINE Vec<float> round_even(Vec<float> x) {
 }
 
 /// min(x, bound); NaN in x stays NaN.
-SSM_INLINE Vec<float> at_most(Vec<float> x, float bound) {
+SSM_INLINE Vec<float> at_most(Vec<float> x, Vec<float> bound) {
 #if defined(__AVX512F__)
-    return (Vec<float>)_mm512_min_ps(_mm512_set1_ps(bound), (__m512)x);
+    return (Vec<float>)_mm512_min_ps((__m512)bound, (__m512)x);
 #elif defined(__AVX2__)
-    return (Vec<float>)_mm256_min_ps(_mm256_set1_ps(bound), (__m256)x);
+    return (Vec<float>)_mm256_min_ps((__m256)bound, (__m256)x);
 #else
-    return x > bound ? broadcast(bound) : x;
+    return x > bound ? bound : x;
 #endif
 }
+SSM_INLINE Vec<double> at_most(Vec<double> x, Vec<double> bound) { return x > bound ? bound : x; }
 
 /// max(x, bound); NaN in x stays NaN.
-SSM_INLINE Vec<float> at_least(Vec<float> x, float bound) {
+SSM_INLINE Vec<float> at_least(Vec<float> x, Vec<float> bound) {
 #if defined(__AVX512F__)
-    return (Vec<float>)_mm512_max_ps(_mm512_set1_ps(bound), (__m512)x);
+    return (Vec<float>)_mm512_max_ps((__m512)bound, (__m512)x);
 #elif defined(__AVX2__)
-    return (Vec<float>)_mm256_max_ps(_mm256_set1_ps(bound), (__m256)x);
+    return (Vec<float>)_mm256_max_ps((__m256)bound, (__m256)x);
 #else
-    return x < bound ? broadcast(bound) : x;
+    return x < bound ? bound : x;
 #endif
 }
+SSM_INLINE Vec<double> at_least(Vec<double> x, Vec<double> bound) { return x < bound ? bound : x; }
 
 /// p * 2^n for p = 2^f, |f| <= 0.5, and integral n from -126 to 128.
 SSM_INLINE Vec<float> scale_by_power(Vec<float> p, Vec<float> n) {
@@ -84,25 +76,108 @@ SSM_INLINE Vec<float> scale_by_power(Vec<float> p, Vec<float> n) {
 #endif
 }
 
-/// 2^x. With AVX-512 results underflow gradually and the scaling instruction makes 0 of -infinity;
-/// without it they end at 2^-126. 2^128 is infinity: exponent field 255 and no mantissa bits.
-SSM_INLINE Vec<float> exp2(Vec<float> x) {
-#if !defined(__AVX512F__)
-    x = at_least(at_most(x, 128.0f), -126.0f);
-#endif
-    const Vec<float> n = round_even(x);
-    return scale_by_power(exp2_fraction(x - n), n);
-}
-SSM_INLINE Vec<double> exp2(Vec<double> x) { return per_lane<::exp2>(x); }
+#if defined(__AVX512F__)
+/// 2^(k/32) for k = 0 .. 31: two registers, between which one instruction chooses by lane.
+alignas(64) constexpr float kExp2Table[32] = {
+    1.0f,        1.0218972f,  1.04427373f, 1.06714046f, 1.09050775f, 1.1143868f,  1.13878858f,
+    1.1637249f,  1.18920708f, 1.21524739f, 1.24185777f, 1.26905096f, 1.29683959f, 1.32523668f,
+    1.35425556f, 1.38390994f, 1.41421354f, 1.44518077f, 1.47682619f, 1.50916445f, 1.54221082f,
+    1.5759809f,  1.61049032f, 1.64575553f, 1.68179286f, 1.71861935f, 1.75625217f, 1.79470909f,
+    1.8340081f,  1.87416768f, 1.91520655f, 1.95714414f,
+};
 
-/// e^x for -87 <= x <= 88. Cody and Waite: ln 2 in two parts, of which the first has so few bits
-/// that n times it is exact, so that the error does not grow with |x|.
-SSM_INLINE Vec<float> exp_bounded(Vec<float> x) {
-    const Vec<float> n = round_even(x * 1.44269504e+0f);
-    const Vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    return scale_by_power(exp2_fraction(r * 1.44269504e+0f), n);
+/// The nearest multiple of 1/32.
+SSM_INLINE Vec<float> round_to_32nd(Vec<float> x) {
+    return (Vec<float>)_mm512_roundscale_ps((__m512)x,
+                                            5 << 4 | _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-SSM_INLINE Vec<double> exp_bounded(Vec<double> x) { return per_lane<::exp>(x); }
+
+/// 2^(n - floor(n)) for a multiple n of 1/32, |n| < 2^17. 1.5 * 2^18: the last bit of a sum with it
+/// is worth 1/32.
+SSM_INLINE Vec<float> exp2_table(Vec<float> n) {
+    return (Vec<float>)_mm512_permutex2var_ps(_mm512_load_ps(kExp2Table), (__m512i)(n + 393216.0f),
+                                              _mm512_load_ps(kExp2Table + 16));
+}
+
+#endif
+
+// What follows takes several vectors at once and does one operation for all before the next: in a
+// single chain of operations each would wait for the one before, and the processor does not look
+// far enough ahead to fill the gaps.
+#define SSM_EACH(i) _Pragma("GCC unroll 4") for (int i = 0; i < kCount; ++i)
+
+/// 2^f on [-0.5, 0.5], in place: minimax of degree 5 with the constant term held at 1, so that a
+/// decay of exp(0) is exactly 1. Relative error with these coefficients: 9.5e-8.
+template <int kCount>
+SSM_INLINE void exp2_fraction(Vec<float>* f) {
+    Vec<float> p[kCount];
+    SSM_EACH(i) p[i] = f[i] * 1.32630632e-3f + 9.67138003e-3f;
+    SSM_EACH(i) p[i] = p[i] * f[i] + 5.55073637e-2f;
+    SSM_EACH(i) p[i] = p[i] * f[i] + 2.40222442e-1f;
+    SSM_EACH(i) p[i] = p[i] * f[i] + 6.93146978e-1f;
+    SSM_EACH(i) f[i] = p[i] * f[i] + 1.0f;
+}
+SSM_INLINE Vec<float> exp2_fraction(Vec<float> f) {
+    exp2_fraction<1>(&f);
+    return f;
+}
+
+/// 2^x, in place. With AVX-512 the table leaves |f| <= 1/64, where a polynomial of degree 2 has a
+/// relative error of 5.3e-8: three fused operations less than in |f| <= 1/2, and for these the scan
+/// waits. Results underflow gradually; the scaling instruction takes the floor and makes 0 of
+/// -infinity. Without it results end at 2^-126; 2^128 is infinity: exponent field 255 and no
+/// mantissa bits.
+template <int kCount>
+SSM_INLINE void exp2(Vec<float>* x) {
+    Vec<float> n[kCount];
+#if defined(__AVX512F__)
+    Vec<float> power[kCount], q[kCount];
+    SSM_EACH(i) n[i] = round_to_32nd(x[i]);
+    SSM_EACH(i) power[i] = exp2_table(n[i]);
+    SSM_EACH(i) x[i] -= n[i];
+    SSM_EACH(i) q[i] = x[i] * 2.40226492e-1f + 6.93157315e-1f;
+    SSM_EACH(i) x[i] *= power[i];
+    SSM_EACH(i) x[i] = x[i] * q[i] + power[i];
+#else
+    SSM_EACH(i) x[i] = at_least(at_most(x[i], broadcast(128.0f)), broadcast(-126.0f));
+    SSM_EACH(i) n[i] = round_even(x[i]);
+    SSM_EACH(i) x[i] -= n[i];
+    exp2_fraction<kCount>(x);
+#endif
+    SSM_EACH(i) x[i] = scale_by_power(x[i], n[i]);
+}
+template <int kCount>
+SSM_INLINE void exp2(Vec<double>* x) {
+    for (int i = 0; i < kCount; ++i) x[i] = per_lane<::exp2>(x[i]);
+}
+
+/// e^x for -87 <= x <= 88, in place. Cody and Waite: ln 2 in two parts, of which the first has so
+/// few bits that n times it is exact, so that the error does not grow with |x|.
+template <int kCount>
+SSM_INLINE void exp_bounded(Vec<float>* x) {
+    Vec<float> n[kCount], r[kCount];
+#if defined(__AVX512F__)
+    SSM_EACH(i) n[i] = round_to_32nd(x[i] * 1.44269504e+0f);
+#else
+    SSM_EACH(i) n[i] = round_even(x[i] * 1.44269504e+0f);
+#endif
+    SSM_EACH(i) r[i] = (x[i] - n[i] * 0.693359375f) + n[i] * 2.12194440e-4f;
+#if defined(__AVX512F__)
+    Vec<float> power[kCount];
+    SSM_EACH(i) power[i] = exp2_table(n[i]);
+    SSM_EACH(i) x[i] = r[i] * 4.99999970e-1f + 1.00001466e+0f;
+    SSM_EACH(i) r[i] *= power[i];
+    SSM_EACH(i) x[i] = r[i] * x[i] + power[i];
+#else
+    SSM_EACH(i) x[i] = r[i] * 1.44269504e+0f;
+    exp2_fraction<kCount>(x);
+#endif
+    SSM_EACH(i) x[i] = scale_by_power(x[i], n[i]);
+}
+template <int kCount>
+SSM_INLINE void exp_bounded(Vec<double>* x) {
+    for (int i = 0; i < kCount; ++i) x[i] = per_lane<::exp>(x[i]);
+}
 
 /// 1 / b for 1 <= b < 2^126: no special cases to keep.
 SSM_INLINE Vec<float> reciprocal(Vec<float> b) {
@@ -115,35 +190,65 @@ SSM_INLINE Vec<float> reciprocal(Vec<float> b) {
 }
 SSM_INLINE Vec<double> reciprocal(Vec<double> b) { return 1.0 / b; }
 
-/// log(1 + t) for t in [0, 1]: 2 atanh(s), s = t / (2 + t), minimax of degree 4 in s^2.
-SSM_INLINE Vec<float> log1p_unit(Vec<float> t) {
-    const Vec<float> s = t * reciprocal(t + 2.0f);
-    const Vec<float> q = s * s;
-    Vec<float> p = q * 2.81783281e-1f + 2.79606042e-1f;
-    p = p * q + 4.00249102e-1f;
-    p = p * q + 6.66663147e-1f;
-    return s * (p * q + 2.0f);
+/// log(1 + t) for t in [0, 1], in place: 2 atanh(s), s = t / (2 + t), minimax of degree 4 in s^2.
+template <int kCount>
+SSM_INLINE void log1p_unit(Vec<float>* t) {
+    Vec<float> s[kCount], q[kCount], p[kCount];
+    SSM_EACH(i) s[i] = reciprocal(t[i] + 2.0f);
+    SSM_EACH(i) s[i] *= t[i];
+    SSM_EACH(i) q[i] = s[i] * s[i];
+    SSM_EACH(i) p[i] = q[i] * 2.81783281e-1f + 2.79606042e-1f;
+    SSM_EACH(i) p[i] = p[i] * q[i] + 4.00249102e-1f;
+    SSM_EACH(i) p[i] = p[i] * q[i] + 6.66663147e-1f;
+    SSM_EACH(i) q[i] *= s[i];
+    SSM_EACH(i) t[i] = q[i] * p[i] + (s[i] + s[i]);  // 2 s is exact, the rest is small
 }
-SSM_INLINE Vec<double> log1p_unit(Vec<double> t) { return per_lane<::log1p>(t); }
-
-/// max(x, 0) + log1p(exp(-|x|)). Below -87 the result is exp(-87), which is under 2^-125.
-SSM_INLINE Vec<float> softplus(Vec<float> x) {
-    return at_least(x, 0.0f) + log1p_unit(exp_bounded(at_least(-absolute(x), -87.0f)));
-}
-SSM_INLINE Vec<double> softplus(Vec<double> x) {
-    const Vec<double> positive = x < 0.0 ? Vec<double>{} : x;
-    return positive + log1p_unit(exp_bounded(-absolute(x)));
+template <int kCount>
+SSM_INLINE void log1p_unit(Vec<double>* t) {
+    for (int i = 0; i < kCount; ++i) t[i] = per_lane<::log1p>(t[i]);
 }
 
-/// 1 / (1 + exp(-x)); below -87 it stays at exp(-87).
-SSM_INLINE Vec<float> sigmoid(Vec<float> x) {
-    return reciprocal(exp_bounded(at_most(at_least(-x, -87.0f), 87.0f)) + 1.0f);
-}
-SSM_INLINE Vec<double> sigmoid(Vec<double> x) { return reciprocal(exp_bounded(-x) + 1.0); }
+/// The largest |x| given to exp_bounded: e^-87 is under 2^-125, and e^-700 is a normal double.
+template <class T>
+constexpr T kExpBound = sizeof(T) == sizeof(float) ? T(87) : T(700);
 
+/// max(x, 0) + log1p(exp(-|x|)), in place. Below -kExpBound the result stays at exp(-kExpBound).
+template <class T, int kCount>
+SSM_INLINE void softplus(Vec<T>* x) {
+    Vec<T> e[kCount];
+    SSM_EACH(i) e[i] = at_least(-absolute(x[i]), broadcast(-kExpBound<T>));
+    exp_bounded<kCount>(e);
+    log1p_unit<kCount>(e);
+    SSM_EACH(i) x[i] = at_least(x[i], zero<T>()) + e[i];
+}
+
+/// 1 / (1 + exp(-x)), in place; below -kExpBound it stays at exp(-kExpBound).
+template <class T, int kCount>
+SSM_INLINE void sigmoid(Vec<T>* x) {
+    SSM_EACH(i) x[i] = at_most(at_least(-x[i], broadcast(-kExpBound<T>)), broadcast(kExpBound<T>));
+    exp_bounded<kCount>(x);
+    SSM_EACH(i) x[i] = reciprocal(x[i] + T(1));
+}
+
+/// One vector.
+template <class T>
+SSM_INLINE Vec<T> exp2(Vec<T> x) {
+    exp2<1>(&x);
+    return x;
+}
+template <class T>
+SSM_INLINE Vec<T> softplus(Vec<T> x) {
+    softplus<T, 1>(&x);
+    return x;
+}
+template <class T>
+SSM_INLINE Vec<T> sigmoid(Vec<T> x) {
+    sigmoid<T, 1>(&x);
+    return x;
+}
 template <class T>
 SSM_INLINE Vec<T> silu(Vec<T> x) {
-    return x * sigmoid(x);
+    return x * sigmoid<T>(x);
 }
 
 }  // namespace ssm::cpu::SSM_ISA
