@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ssm.models.config import MambaConfig
 from ssm.models.lm import MambaLMHeadModel
+from ssm.modules.attention import MHA
 from ssm.modules.mamba1 import Mamba1
 from ssm.modules.mamba2 import Mamba2
 from ssm.state import State
@@ -104,8 +105,34 @@ SUBJECTS = [
             dtype=dtype,
         ),
     ),
+    Subject("mha", lambda dtype: MHA(D_MODEL, 2, causal=True, layer_idx=0, dtype=dtype)),
+    Subject(
+        "mha_options",
+        lambda dtype: MHA(
+            D_MODEL,
+            4,
+            num_heads_kv=2,
+            head_dim=6,
+            mlp_dim=256,
+            causal=True,
+            d_conv=3,
+            rotary_emb_dim=4,
+            dtype=dtype,
+        ),
+    ),
     Subject("lm_mamba1", language_model(ssm_cfg={"d_state": 3}), tokens=True),
     Subject("lm_mamba2", language_model(ssm_cfg={"layer": "Mamba2", **MAMBA2}), tokens=True),
+    Subject(
+        "lm_hybrid",
+        language_model(
+            n_layer=3,
+            ssm_cfg={"layer": "Mamba2", **MAMBA2},
+            attn_layer_idx=[1],
+            attn_cfg={"num_heads": 2, "causal": True, "rotary_emb_dim": 4, "d_conv": 3},
+            d_intermediate=12,
+        ),
+        tokens=True,
+    ),
 ]
 
 
