@@ -200,14 +200,15 @@ def test_packed_equals_separate(variant):
 def test_the_first_packed_sequence_continues_and_the_last_remains(variant, with_grad):
     m, head, x = mha(variant), inputs(2, 3), inputs(2, 6)
     seq_idx = torch.tensor([[4, 4, -1, 4, 4, 4], [2, 5, 5, -1, 7, 7]])
+    keep = torch.tensor([[0, 1, 1], [1, 1, 1]])  # the state holds 2 and 3 tokens
     with torch.set_grad_enabled(with_grad):
         state = m.allocate_state(2)
-        m(head, state=state)
+        m(head, state=state, attention_mask=keep)
         y = m(x, state=state, seq_idx=seq_idx)
         after = m(head, state=state)
         for row, cuts in enumerate(([[0, 1, 3, 4, 5]], [[0], [1, 2], [4, 5]])):
             alone = m.allocate_state(1)
-            m(head[row : row + 1], state=alone)
+            m(head[row, keep[row].bool()][None], state=alone)
             for cut in cuts:
                 close(y[row, cut], m(x[row : row + 1, cut], state=alone)[0])
                 kept, alone = alone, m.allocate_state(1)
