@@ -31,6 +31,12 @@ def model(**kwargs) -> MambaLMHeadModel:
     return MambaLMHeadModel(MambaConfig(**{**settings, **kwargs}), dtype=torch.float64)
 
 
+MAMBA2 = {"ssm_cfg": {"layer": "Mamba2", "d_state": 3, "headdim": 4}}
+ATTENTION = {"num_heads": 2, "causal": True, "rotary_emb_dim": 4, "d_conv": 3}
+HYBRID = {"attn_layer_idx": [2], "attn_cfg": ATTENTION}
+kinds = pytest.mark.parametrize("kind", [{}, MAMBA2, HYBRID], ids=["mamba1", "mamba2", "hybrid"])
+
+
 def tokens(batch=2, length=LENGTH):
     return torch.randint(0, VOCAB, (batch, length))
 
@@ -51,9 +57,9 @@ def same(first: dict, second: dict) -> bool:
     )
 
 
-def spoilt(change, batch=2) -> State:
+def spoilt(change, batch=2, **kwargs) -> State:
     """A state of the model after some tokens, with one layer changed."""
-    m = model()
+    m = model(**kwargs)
     state = m.allocate_state(batch)
     with torch.no_grad():
         m(tokens(batch), state=state)
@@ -69,7 +75,7 @@ def set_last(function):
 
 
 # The fault is in the last layer: the layers before it must not have been run.
-FAULTS = {
+MAMBA1_FAULTS = {
     "channels": (
         lambda conv, ssm: (conv[:, :5], ssm[:, :5]),
         r"Mamba1: state must have shapes \(2, 16, 4\), \(2, 16, 3\), got \(2, 5, 4\), \(2, 5, 3\)",
@@ -83,19 +89,35 @@ FAULTS = {
     "complex": (lambda conv, ssm: (conv.cfloat(), ssm), "a floating point dtype, got complex64"),
     "device": (lambda conv, ssm: (conv, ssm.to("meta")), "state must be on cpu, got meta"),
 }
+MAMBA2_FAULTS = {
+    "heads": (lambda conv, ssm: (conv, ssm[:, 1:]), r"got \(2, 22, 4\), \(2, 3, 4, 3\)"),
+    "headdim": (lambda conv, ssm: (conv, ssm[:, :, 1:]), r"got \(2, 22, 4\), \(2, 4, 3, 3\)"),
+    "axes": (lambda conv, ssm: (conv, ssm.flatten(1, 2)), r"got \(2, 22, 4\), \(2, 16, 3\)"),
+}
+MHA_FAULTS = {
+    "heads": (lambda kv, conv, n: (kv[:, :, :, :1], conv, n), r"MHA: .* got \(2, \d+, 2, 1, 4\), "),
+    "lengths": (lambda kv, conv, n: (kv, conv, n.double()), "an integer dtype, got float64"),
+    "no lengths": (lambda kv, conv, n: (kv, conv), r"must have shapes \(2, \*, 2, 2, 4\), "),
+    "rows": (lambda kv, conv, n: (kv, conv, n[:1]), r"got .*, \(1,\)$"),
+}
+FAULTS = {
+    **{f"mamba1 {name}": ({}, *fault) for name, fault in MAMBA1_FAULTS.items()},
+    **{f"mamba2 {name}": (MAMBA2, *fault) for name, fault in MAMBA2_FAULTS.items()},
+    **{f"hybrid {name}": (HYBRID, *fault) for name, fault in MHA_FAULTS.items()},
+}
 
 
 @pytest.mark.parametrize("length", [1, LENGTH])
 @pytest.mark.parametrize("protocol", ["state", "inference_params"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_state_of_another_model_is_refused_and_left_alone(fault, protocol, length):
-    function, message = FAULTS[fault]
-    state = spoilt(set_last(function))
+    kind, function, message = FAULTS[fault]
+    state = spoilt(set_last(function), **kind)
     last = state.key_value_memory_dict.pop(2)
     before = contents(state)
     state.key_value_memory_dict[2] = last
     with torch.no_grad(), pytest.raises(ValueError, match=message):
-        model()(tokens(length=length), **{protocol: state})
+        model(**kind)(tokens(length=length), **{protocol: state})
     assert state.seqlen_offset == LENGTH
     assert all(a is b for a, b in zip(state.key_value_memory_dict.pop(2), last, strict=True))
     assert same(contents(state), before)
@@ -139,8 +161,9 @@ def test_what_is_no_state_is_refused():
         Mamba1(8)(torch.randn(2, 3, 8), state=InferenceParams(9, 2))
 
 
-def test_bad_tokens_leave_the_state_alone():
-    m, state = model(), spoilt(lambda memory: None)
+@kinds
+def test_bad_tokens_leave_the_state_alone(kind):
+    m, state = model(**kind), spoilt(lambda memory: None, **kind)
     before = contents(state)
     for ids, kwargs, error in (
         (tokens() + 99, {}, IndexError),
@@ -155,11 +178,12 @@ def test_bad_tokens_leave_the_state_alone():
     assert state.seqlen_offset == LENGTH
 
 
+@kinds
 @pytest.mark.parametrize("cut", range(1, LENGTH))
 @pytest.mark.parametrize("foreign", [False, True])
-def test_protocol_of_mamba_ssm(cut, foreign):
+def test_protocol_of_mamba_ssm(kind, cut, foreign):
     """A prefill at offset 0, single tokens from there, and a second text in the same object."""
-    m = model()
+    m = model(**kind)
     params = InferenceParams(99, 2) if foreign else State(max_batch_size=2, max_seqlen=99)
     with torch.no_grad():
         for ids in (tokens(), tokens()):
@@ -173,8 +197,9 @@ def test_protocol_of_mamba_ssm(cut, foreign):
     assert sorted(params.key_value_memory_dict) == [0, 1, 2]
 
 
-def test_protocol_of_mamba_ssm_with_allocated_memory():
-    m, ids = model(), tokens()
+@kinds
+def test_protocol_of_mamba_ssm_with_allocated_memory(kind):
+    m, ids = model(**kind), tokens()
     params = InferenceParams(LENGTH, 2)
     params.key_value_memory_dict = m.allocate_inference_cache(2, LENGTH)
     held = [t.data_ptr() for layer in params.key_value_memory_dict.values() for t in layer]
@@ -187,8 +212,9 @@ def test_protocol_of_mamba_ssm_with_allocated_memory():
     assert after == held
 
 
-def test_protocol_of_mamba_ssm_with_gradients():
-    m, ids = model(), tokens()
+@kinds
+def test_protocol_of_mamba_ssm_with_gradients(kind):
+    m, ids = model(**kind), tokens()
     want = torch.autograd.grad(m(ids).logits.square().sum(), m.parameters())
     params, loss = InferenceParams(LENGTH, 2), 0
     for part in ids.split(2, dim=1):
