@@ -5,6 +5,7 @@ Judge: tests/attention.py, loops over heads and steps in float64.
 
 import copy
 import inspect
+import itertools
 import math
 import pickle
 
@@ -53,6 +54,33 @@ def test_packed_bidirectional_attention_stays_within_its_sequence():
     m, x = mha(causal=False), inputs(1, 5)
     alone = torch.cat([m(part) for part in x.split([2, 3], dim=1)], 1)
     close(m(x, cu_seqlens=torch.tensor([0, 2, 5])), alone)
+
+
+@pytest.mark.parametrize("ends", [[0, 9, 10, 11, 12], [0, 3, 6, 9, 12], [0, 0, 12], [0, 7, 7, 8]])
+def test_sequences_of_any_lengths_attend_to_themselves(ends):
+    """Padded to one batch or one after the other, whichever is less work."""
+    m, x = mha(), inputs(1, 12).requires_grad_()
+    wanted = [x, *m.parameters()]
+    y = m(x, cu_seqlens=torch.tensor(ends))
+    cuts = [x[:, begin:end] for begin, end in itertools.pairwise(ends)]
+    alone = torch.cat([m(cut) for cut in cuts], 1)
+    close(y[:, : ends[-1]], alone)
+    got = torch.autograd.grad(y[:, : ends[-1]].square().sum(), wanted)
+    want = torch.autograd.grad(alone.square().sum(), wanted)
+    for a, b in zip(got, want, strict=True):
+        close(a, b)
+
+
+def test_sequences_do_not_hear_the_nan_of_another():
+    m, x = mha("rotary"), inputs(2, 6)
+    want = m(x, cu_seqlens=torch.tensor([0, 2, 6, 9, 12]))
+    x[0, 2:] = torch.nan
+    got = m(x, cu_seqlens=torch.tensor([0, 2, 6, 9, 12]))
+    close(got[1], want[1])
+    close(got[0, :2], want[0, :2])
+    mask = torch.ones(2, 6)
+    mask[1, 0] = 0
+    assert m(x, attention_mask=mask)[1].isfinite().all()
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

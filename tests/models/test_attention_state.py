@@ -220,7 +220,11 @@ def test_the_first_packed_sequence_continues_and_the_last_remains(variant, with_
 def test_cu_seqlens_have_a_state_each(variant, with_grad):
     m, x = mha(variant), inputs(2, 5)
     state = m.allocate_state(4)
-    calls = [([0, 2, 5, 9, 9], None), ([0, 0, 5, 6, 8], [[1, 0, 1, 1, 0], [1, 1, 0, 1, 1]])]
+    calls = [
+        ([0, 2, 5, 9, 9], None),
+        ([0, 5, 5, 5, 6], None),
+        ([0, 0, 5, 6, 8], [[1, 0, 1, 1, 0], [1, 1, 0, 1, 1]]),
+    ]
     alone = [m.allocate_state(1) for _ in range(4)]
     with torch.set_grad_enabled(with_grad):
         for ends, mask in calls:

@@ -6,9 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssm.modules.kv_cache import Layout, Plan, gather_rows, write
+from ssm.modules.kv_cache import Layout, Plan, gather_rows, plan_alone, write
 from ssm.modules.memory import is_writable
 from ssm.seq_meta import SeqMeta
+
+# Sequences of unequal length are padded to one batch up to this multiple of their tokens.
+MOST_PADDING = 2
 
 
 def attend_within(
@@ -29,6 +32,9 @@ def attend_within(
     k, v = kv.unbind(2)
     if layout is None:
         return attend(q, k, v, None, causal, scale)
+    if causal and q.numel() and not torch.compiler.is_compiling():
+        plan, row = plan_alone(layout)
+        return _attend_rows(q, kv, None, plan, row, layout.rank, scale)
     return attend(q, k, v, _same_sequence(layout, causal), False, scale)
 
 
@@ -64,17 +70,14 @@ def attend_onto(
     cache = write(cache, kv, plan, in_place)
     if plan.uniform == 0:
         return attend(q, *kv.unbind(2), None, True, scale), cache
+    if per_sequence:
+        row = layout.ids.clamp(min=0)
+        return _attend_rows(q, kv, cache, plan, row, layout.rank, scale), cache
     k, v = cache[:, : plan.used].to(q.dtype).unbind(2)
     if plan.uniform is not None and q.shape[1] == 1:
         return attend(q, k, v, None, False, scale), cache
-    if not per_sequence:
-        slot = positions_of(q, layout, plan, seq_meta)
-        return attend(q, k, v, _up_to(slot, plan.used), False, scale), cache
-    if plan.count.numel() == 0:
-        return torch.zeros_like(q), cache
-    slot = plan.start[:, None] + torch.arange(plan.width, device=q.device)
-    y = attend(gather_rows(q, plan), k, v, _up_to(slot, plan.used), False, scale)
-    return y[layout.ids.clamp(min=0), layout.rank], cache
+    slot = positions_of(q, layout, plan, seq_meta)
+    return attend(q, k, v, _up_to(slot, plan.used), False, scale), cache
 
 
 def positions_of(
@@ -145,6 +148,48 @@ def attend(
         enable_gqa=groups != nheads,
     )
     return y.transpose(1, 2)
+
+
+def _attend_rows(q, kv, cache, plan, row, rank, scale):
+    """Attend within sequences that have a row of the plan each; row and rank (B, L) of each step.
+
+    The work is that of the tokens there are, up to a factor of ``MOST_PADDING``.
+    """
+    rows = plan.count.shape[0]
+    if rows == 0:
+        return torch.zeros_like(q)
+    tracing = torch.compiler.is_compiling()
+    if not tracing and rows * plan.width > MOST_PADDING * q.shape[0] * q.shape[1]:
+        return _attend_one_by_one(q, kv, cache, plan, scale)
+    if cache is None:
+        # Behind the tokens of a row lie others: hidden by the causal mask, but 0 * NaN is NaN.
+        inside = torch.arange(plan.width, device=q.device) < plan.count[:, None]
+        k, v = gather_rows(kv, plan).masked_fill(~inside[..., None, None, None], 0).unbind(2)
+        return attend(gather_rows(q, plan), k, v, None, True, scale)[row, rank]
+    k, v = cache[:, : plan.used].to(q.dtype).unbind(2)
+    slot = plan.start[:, None] + torch.arange(plan.width, device=q.device)
+    return attend(gather_rows(q, plan), k, v, _up_to(slot, plan.used), False, scale)[row, rank]
+
+
+def _attend_one_by_one(q, kv, cache, plan, scale):
+    """Attend to one sequence after the other: no padding, one call for each."""
+    flat_q, flat_kv, parts, begin = q.flatten(0, 1), kv.flatten(0, 1), [], 0
+    for row, (start, count) in enumerate(
+        zip(plan.start.tolist(), plan.count.tolist(), strict=True)
+    ):
+        steps = plan.order[begin : begin + count][None]
+        begin += count
+        if cache is None:
+            k, v = flat_kv[steps].unbind(2)
+            parts.append(attend(flat_q[steps], k, v, None, True, scale)[0])
+        else:
+            k, v = cache[row : row + 1, : start + count].to(q.dtype).unbind(2)
+            slot = torch.arange(start, start + count, device=q.device)[None]
+            mask = _up_to(slot, start + count)
+            parts.append(attend(flat_q[steps], k, v, mask, False, scale)[0])
+    found = torch.cat(parts)
+    y = found.new_zeros(flat_q.shape).index_copy(0, plan.order[:begin], found)
+    return y.unflatten(0, q.shape[:2])
 
 
 def _attend_packed(q, kv, cache, plan, layout, scale):

@@ -124,11 +124,9 @@ def plan_write(
             last = layout.sequence.amax(1) if seqlen else torch.zeros_like(lengths)
             keep = keep & (layout.sequence == last[:, None])
             start = torch.where(last <= 1, lengths, 0)
-        row = torch.where(keep, row, rows).flatten()
-        count = torch.zeros(rows + 1, device=row.device, dtype=torch.int64)
-        count = count.scatter_add(0, row, torch.ones_like(row))[:rows]
-        if per_sequence or seqlen != 1:
-            order = row.argsort(stable=True)
+        order, count = _sorted_by_row(torch.where(keep, row, rows), rows)
+        if seqlen == 1 and not per_sequence:
+            order = None
     if torch.compiler.is_compiling():
         # Lengths are data here: take what is enough whatever they are.
         needed = slots + seqlen if limit is None else limit
@@ -154,6 +152,26 @@ def plan_write(
         slots = max(needed, 2 * slots)
         slots = slots if limit is None else min(slots, limit)
     return Plan(lengths, start, count, order, uniform, held, used, width, slots)
+
+
+def plan_alone(layout: Layout) -> tuple[Plan, Tensor]:
+    """Give every sequence of a call a row of its own, as if a cache took them; without tracing.
+
+    Args:
+        layout: packing and padding.
+
+    Returns:
+        The plan, and the row (B, L) int64 of each step, arbitrary where skipped.
+    """
+    sequences = layout.sequence.amax(1)
+    before = sequences.cumsum(0) - sequences
+    rows = int(sequences.sum())
+    row = before[:, None] + layout.sequence - 1
+    order, count = _sorted_by_row(torch.where(layout.sequence > 0, row, rows), rows)
+    width = int(count.max()) if rows else 0
+    start = torch.zeros_like(count)
+    plan = Plan(start, start, count, order, None, 0, width, width, width)
+    return plan, row.clamp(0, max(rows - 1, 0))
 
 
 def write(cache: Tensor, kv: Tensor, plan: Plan, in_place: bool) -> Tensor:
@@ -217,3 +235,11 @@ def _steps(plan: Plan, index: Tensor, seqlen: int) -> Tensor:
         return row * seqlen + index.clamp(0, seqlen - 1)
     offset = plan.count.cumsum(0) - plan.count
     return plan.order[(offset[:, None] + index).clamp(0, plan.order.shape[0] - 1)]
+
+
+def _sorted_by_row(row: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Sort steps by row (B, L), ``rows`` meaning none: returns order (B L,) and count (rows,)."""
+    row = row.flatten()
+    count = torch.zeros(rows + 1, device=row.device, dtype=torch.int64)
+    count = count.scatter_add(0, row, torch.ones_like(row))
+    return row.argsort(stable=True), count[:rows]
