@@ -294,11 +294,12 @@ def packed(sizes: tuple[int, ...] = (), ids: bool = False) -> Callable[[Problem]
     return path
 
 
-def padded(where: str) -> Callable[[Problem], Result]:
+def padded(where: str, steps_alone: bool = False) -> Callable[[Problem], Result]:
     """Return the path that feeds a batch of unequal rows with padding, of any content.
 
     Args:
-        where: "left", "right" or "holes" (one behind every token).
+        where: "left", "right" or "holes" (one before every token).
+        steps_alone: one call per step, of which some rows or all are padding.
     """
 
     def path(problem: Problem) -> Result:
@@ -313,7 +314,16 @@ def padded(where: str) -> Callable[[Problem], Result]:
             steps = problem.subject.padding(width, row)
             rows.append(steps.index_copy(0, at, row))
         state = problem.state()
-        y = problem.call(torch.stack(rows), state=state, attention_mask=keep.long())
+        size = 1 if steps_alone else width
+        y = torch.cat(
+            [
+                problem.call(x, state=state, attention_mask=mask.long())
+                for x, mask in zip(
+                    torch.stack(rows).split(size, 1), keep.split(size, 1), strict=True
+                )
+            ],
+            dim=1,
+        )
         return Result([y[i, keep[i]] for i in range(len(rows))], read_state(state))
 
     return path

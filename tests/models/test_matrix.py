@@ -122,6 +122,14 @@ def test_padded_equals_separate(subject, where, cut):
     check(subject, (cut, LENGTH - cut), matrix.padded(where))
 
 
+@subjects
+@pytest.mark.parametrize("cut", [0, 2])
+@pytest.mark.parametrize("where", ["left", "right", "holes"])
+def test_padded_steps_equal_separate(subject, where, cut):
+    """Token by token, as a batch of which some rows are finished is decoded."""
+    check(subject, (cut, LENGTH - cut), matrix.padded(where, steps_alone=True))
+
+
 PATHS = {
     "whole": ((5, 5), matrix.whole),
     "chunked": ((5, 5), matrix.chunked(2, 3)),
