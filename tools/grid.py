@@ -42,7 +42,7 @@ OPERATORS = {
     "dw_causal_conv_step": COMPLETE,
     "fused_layer_norm": COMPLETE,
     "ssd_chunk_scan": {"reference", "doc"},
-    "ssd_stages": {"reference", "doc"},
+    "ssd_stages": COMPLETE,
     "gated_norm": {"reference", "golden", "doc"},
     "swiglu": {"reference", "golden", "doc"},
 }

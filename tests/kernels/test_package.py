@@ -23,6 +23,7 @@ OPERATORS = (
     "dw_causal_conv",
     "dw_causal_conv_step",
     "fused_layer_norm",
+    "ssd_stages",
 )
 
 

@@ -32,11 +32,12 @@ def fresh(monkeypatch):
 
 def install(monkeypatch, ops=dispatch.COMPILED, kernels=("ssm_kernels",)):
     """Make backends that answer with their own name."""
+    modules = {}
     for name in kernels:
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     for op in ops:
-        name = f"ssm.ops.compiled.{op}"
-        module = types.ModuleType(name)
+        name = f"ssm.ops.compiled.{dispatch.FILES.get(op, op)}"
+        module = modules.setdefault(name, types.ModuleType(name))
         setattr(module, op, lambda *args, op=op, **kwargs: f"compiled {op}")
         monkeypatch.setitem(sys.modules, name, module)
 
@@ -91,6 +92,14 @@ def test_compiled_serves_where_it_loads(monkeypatch):
     assert dispatch.has_cpu_kernels()
     assert not dispatch.has_cuda_kernels()
     assert dispatch.get_available_backend() == "cpu"
+
+
+@pytest.mark.parametrize("op", dispatch.FILES)
+def test_operators_that_share_a_file_are_served_from_it(monkeypatch, op):
+    install(monkeypatch)
+    function = dispatch.implementation(op, torch.zeros(1))
+    assert function() == f"compiled {op}"
+    assert function is getattr(sys.modules["ssm.ops.compiled.ssd_stages"], op)
 
 
 def test_ssd_chunk_scan_is_always_the_reference(monkeypatch):

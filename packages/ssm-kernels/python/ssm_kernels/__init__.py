@@ -27,6 +27,11 @@ from ._cpu import (
     selective_scan_fwd,
     selective_state_step_fwd,
     set_num_threads,
+    ssd_bmm_chunk_fwd,
+    ssd_chunk_cumsum_fwd,
+    ssd_chunk_output_fwd,
+    ssd_chunk_state_fwd,
+    ssd_state_passing_fwd,
     version,
 )
 from .operators import (
@@ -35,6 +40,11 @@ from .operators import (
     fused_layer_norm,
     selective_scan,
     selective_state_step,
+    ssd_bmm_chunk,
+    ssd_chunk_cumsum,
+    ssd_chunk_output,
+    ssd_chunk_state,
+    ssd_state_passing,
 )
 
 __all__ = [
@@ -57,6 +67,16 @@ __all__ = [
     "selective_state_step",
     "selective_state_step_fwd",
     "set_num_threads",
+    "ssd_bmm_chunk",
+    "ssd_bmm_chunk_fwd",
+    "ssd_chunk_cumsum",
+    "ssd_chunk_cumsum_fwd",
+    "ssd_chunk_output",
+    "ssd_chunk_output_fwd",
+    "ssd_chunk_state",
+    "ssd_chunk_state_fwd",
+    "ssd_state_passing",
+    "ssd_state_passing_fwd",
     "version",
 ]
 

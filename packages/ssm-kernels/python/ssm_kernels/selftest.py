@@ -166,6 +166,39 @@ def _state_step_judge(a):
     return [y * _silu(a["z"]), state]
 
 
+def _stages_inputs(random, batch, dim, seqlen):
+    headdim, dstate = 8, 16
+    heads = max(1, dim // headdim)
+    return {
+        "x": _normal(random, batch, seqlen, heads, headdim),
+        "dt": _normal(random, batch, seqlen, heads),
+        "A": -np.exp(_normal(random, heads)),
+        "B": _normal(random, batch, seqlen, 1, dstate),
+        "C": _normal(random, batch, seqlen, 1, dstate),
+    }
+
+
+def _stages_call(a):
+    chunk = 16
+    step, decay = ssm_kernels.ssd_chunk_cumsum(a["dt"], a["A"], chunk, softplus=True)
+    states = ssm_kernels.ssd_chunk_state(a["x"], a["B"], step, decay)
+    states_in, final_states = ssm_kernels.ssd_state_passing(states, decay)
+    products = ssm_kernels.ssd_bmm_chunk(a["C"], a["B"], chunk)
+    y = ssm_kernels.ssd_chunk_output(products, a["x"], step, decay, a["C"], states_in)
+    return [y, final_states]
+
+
+def _stages_judge(a):
+    step = np.logaddexp(0, a["dt"])
+    state = np.zeros((a["x"].shape[0], *a["x"].shape[2:], a["B"].shape[3]))
+    y = np.empty_like(a["x"])
+    for t in range(y.shape[1]):
+        drive = (step[:, t, :, None] * a["x"][:, t])[..., None] * a["B"][:, t, :, None]
+        state = np.exp(step[:, t] * a["A"])[:, :, None, None] * state + drive
+        y[:, t] = (state * a["C"][:, t, :, None]).sum(-1)
+    return [y, state]
+
+
 CASES = {
     "selective_scan": Case(_scan_inputs, _scan_call, _scan_judge, (1, 512, 2048)),
     "selective_state_step": Case(
@@ -174,6 +207,7 @@ CASES = {
     "dw_causal_conv": Case(_conv_inputs, _conv_call, _conv_judge, (1, 1536, 2048)),
     "dw_causal_conv_step": Case(_conv_step_inputs, _conv_step_call, _conv_step_judge, (1, 1536, 1)),
     "fused_layer_norm": Case(_norm_inputs, _norm_call, _norm_judge, (1, 1024, 2048)),
+    "ssd_stages": Case(_stages_inputs, _stages_call, _stages_judge, (1, 1536, 512)),
 }
 
 

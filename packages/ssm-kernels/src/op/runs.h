@@ -27,6 +27,13 @@ struct Runs {
     bool covers_all = true;  // every step of every row is in a run
 };
 
+/// Where the sequence of a step began, as the stages of the chunked scan say it for each (B, L): a
+/// place in the chunk, or one of these.
+struct Origin {
+    static constexpr std::int64_t kSkipped = -2;
+    static constexpr std::int64_t kEntered = -1;  // before the chunk, or before the row
+};
+
 /// Owns what a Runs refers to.
 class RunTable {
   public:

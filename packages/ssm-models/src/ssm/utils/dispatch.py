@@ -15,14 +15,6 @@ from collections.abc import Callable, Iterator
 import torch
 
 BACKENDS = ("auto", "python", "cpu", "cuda")
-# Operators that have a compiled cell; all others are served by the reference on every device.
-COMPILED = (
-    "selective_scan",
-    "selective_state_step",
-    "dw_causal_conv",
-    "dw_causal_conv_step",
-    "fused_layer_norm",
-)
 # Operators that share a file in every layer -> the name of that file.
 FILES = dict.fromkeys(
     (
@@ -34,7 +26,16 @@ FILES = dict.fromkeys(
     ),
     "ssd_stages",
 )
-OPERATORS = (*COMPILED, "ssd_chunk_scan", "gated_norm", "swiglu", *FILES)
+# Operators that have a compiled cell; all others are served by the reference on every device.
+COMPILED = (
+    "selective_scan",
+    "selective_state_step",
+    "dw_causal_conv",
+    "dw_causal_conv_step",
+    "fused_layer_norm",
+    *FILES,
+)
+OPERATORS = (*COMPILED, "ssd_chunk_scan", "gated_norm", "swiglu")
 # The extension module that holds the kernels of a device type.
 _KERNELS = {"cpu": "ssm_kernels", "cuda": "ssm_kernels._cuda"}
 

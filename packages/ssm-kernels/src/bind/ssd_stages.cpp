@@ -1,0 +1,191 @@
+// Python binding of the five stages of the state-space dual scan.
+#include <nanobind/stl/pair.h>
+#include <ssm/ssd_stages.h>
+
+#include <limits>
+#include <utility>
+
+#include "tensor_arg.h"
+
+namespace ssm::bind {
+
+using namespace nb::literals;
+
+namespace {
+
+void chunk_cumsum(const Input& dt, const Input& A, const Input& dt_bias, const Input& seq_idx,
+                  const Output& dt_out, const Output& dA_cumsum, bool softplus,
+                  std::pair<double, double> dt_limit, int num_threads) {
+    constexpr const char* op = "ssd_chunk_cumsum";
+    const SsdChunkCumsumArgs args{.dt = view(op, "dt", dt),
+                                  .A = view(op, "A", A),
+                                  .dt_bias = view(op, "dt_bias", dt_bias),
+                                  .seq_idx = view(op, "seq_idx", seq_idx),
+                                  .dt_out = view(op, "dt_out", dt_out),
+                                  .dA_cumsum = view(op, "dA_cumsum", dA_cumsum),
+                                  .softplus = softplus,
+                                  .dt_low = dt_limit.first,
+                                  .dt_high = dt_limit.second};
+    const nb::gil_scoped_release unlocked;
+    ssd_chunk_cumsum_fwd(args, {.num_threads = num_threads});
+}
+
+void chunk_state(const Input& x, const Input& B, const Input& dt, const Input& dA_cumsum,
+                 const Input& seq_idx, const Output& states, int num_threads) {
+    constexpr const char* op = "ssd_chunk_state";
+    const SsdChunkStateArgs args{.x = view(op, "x", x),
+                                 .B = view(op, "B", B),
+                                 .dt = view(op, "dt", dt),
+                                 .dA_cumsum = view(op, "dA_cumsum", dA_cumsum),
+                                 .seq_idx = view(op, "seq_idx", seq_idx),
+                                 .states = view(op, "states", states)};
+    const nb::gil_scoped_release unlocked;
+    ssd_chunk_state_fwd(args, {.num_threads = num_threads});
+}
+
+void state_passing(const Input& states, const Input& dA_cumsum, const Input& initial_states,
+                   const Input& seq_idx, const Output& states_in, const Output& final_states,
+                   int num_threads) {
+    constexpr const char* op = "ssd_state_passing";
+    const SsdStatePassingArgs args{.states = view(op, "states", states),
+                                   .dA_cumsum = view(op, "dA_cumsum", dA_cumsum),
+                                   .initial_states = view(op, "initial_states", initial_states),
+                                   .seq_idx = view(op, "seq_idx", seq_idx),
+                                   .states_in = view(op, "states_in", states_in),
+                                   .final_states = view(op, "final_states", final_states)};
+    const nb::gil_scoped_release unlocked;
+    ssd_state_passing_fwd(args, {.num_threads = num_threads});
+}
+
+void bmm_chunk(const Input& C, const Input& B, const Output& CB, int num_threads) {
+    constexpr const char* op = "ssd_bmm_chunk";
+    const SsdBmmChunkArgs args{
+        .C = view(op, "C", C), .B = view(op, "B", B), .CB = view(op, "CB", CB)};
+    const nb::gil_scoped_release unlocked;
+    ssd_bmm_chunk_fwd(args, {.num_threads = num_threads});
+}
+
+void chunk_output(const Input& CB, const Input& x, const Input& dt, const Input& dA_cumsum,
+                  const Input& C, const Input& states_in, const Input& D, const Input& z,
+                  const Input& seq_idx, const Output& y, int num_threads) {
+    constexpr const char* op = "ssd_chunk_output";
+    const SsdChunkOutputArgs args{.CB = view(op, "CB", CB),
+                                  .x = view(op, "x", x),
+                                  .dt = view(op, "dt", dt),
+                                  .dA_cumsum = view(op, "dA_cumsum", dA_cumsum),
+                                  .C = view(op, "C", C),
+                                  .states_in = view(op, "states_in", states_in),
+                                  .D = view(op, "D", D),
+                                  .z = view(op, "z", z),
+                                  .seq_idx = view(op, "seq_idx", seq_idx),
+                                  .y = view(op, "y", y)};
+    const nb::gil_scoped_release unlocked;
+    ssd_chunk_output_fwd(args, {.num_threads = num_threads});
+}
+
+}  // namespace
+
+void register_ssd_stages(nb::module_& module) {
+    const auto none = nb::none();
+    const std::pair<double, double> no_limit{0.0, std::numeric_limits<double>::infinity()};
+    module.def("ssd_chunk_cumsum_fwd", &chunk_cumsum, "dt"_a.none(), "A"_a.none(),
+               "dt_bias"_a = none, "seq_idx"_a = none, nb::kw_only(), "dt_out"_a.none(),
+               "dA_cumsum"_a.none(), "softplus"_a = false, "dt_limit"_a = no_limit,
+               "num_threads"_a = 0,
+               R"(Compute step sizes and logarithmic decays by chunk and write them.
+
+dt_out = clamp(softplus(dt + dt_bias)) and, within each chunk, the sums of dt_out A up to and with
+each step: Dao & Gu 2024, arXiv:2405.21060, listing 1.
+
+Args:
+    dt: (B, L, H), float64 | float32 | bfloat16 | float16, like every array of numbers in any mix
+        and any strides.
+    A, dt_bias: (H,).
+    seq_idx: (B, L), int32. -1 skips a step: its size is 0.
+    dt_out, dA_cumsum: (B, H, C, Q) with C = ceil(L / Q). Outputs; written completely.
+    softplus: Apply softplus to the step size.
+    dt_limit: (low, high), to which the step size is clamped last.
+    num_threads: 0 means the process-wide setting.
+
+Raises:
+    ValueError: a shape, dtype, device or value breaks the contract; the message names the argument.
+    TypeError: an argument is not an array with DLPack, or an output is read-only.
+)");
+    module.def("ssd_chunk_state_fwd", &chunk_state, "x"_a.none(), "B"_a.none(), "dt"_a.none(),
+               "dA_cumsum"_a.none(), "seq_idx"_a = none, nb::kw_only(), "states"_a.none(),
+               "num_threads"_a = 0,
+               R"(Compute the state that each chunk adds and write it.
+
+The sum of exp(dA_cumsum_last - dA_cumsum_t) dt_t x_t B_t^T over the steps of the sequence that is
+open at the end of the chunk: Dao & Gu 2024, arXiv:2405.21060, section 6.
+
+Args:
+    x: (B, L, H, P).
+    B: (B, L, G, N), G divides H.
+    dt, dA_cumsum: (B, H, C, Q), as ssd_chunk_cumsum_fwd wrote them.
+    seq_idx: (B, L), int32. Equal neighbours are one sequence, -1 skips a step.
+    states: (B, C, H, P, N). Output; written completely.
+    num_threads: 0 means the process-wide setting.
+
+Raises:
+    ValueError, TypeError: as ssd_chunk_cumsum_fwd.
+)");
+    module.def("ssd_state_passing_fwd", &state_passing, "states"_a.none(), "dA_cumsum"_a.none(),
+               "initial_states"_a = none, "seq_idx"_a = none, nb::kw_only(), "states_in"_a.none(),
+               "final_states"_a = none, "num_threads"_a = 0,
+               R"(Pass the state from chunk to chunk and write what enters each.
+
+h = exp(dA_cumsum_last) h + states, without its first term where a sequence starts in the chunk:
+Dao & Gu 2024, arXiv:2405.21060, section 6.
+
+Args:
+    states: (B, C, H, P, N). What each chunk adds, from ssd_chunk_state_fwd.
+    dA_cumsum: (B, H, C, Q), from ssd_chunk_cumsum_fwd.
+    initial_states: (B, H, P, N). Before the first step; zero when None.
+    seq_idx: (B, L), int32, as in ssd_chunk_state_fwd.
+    states_in: (B, C, H, P, N). Output; the state that enters each chunk.
+    final_states: (B, H, P, N). Output; the state after the last chunk.
+    num_threads: 0 means the process-wide setting.
+
+Raises:
+    ValueError, TypeError: as ssd_chunk_cumsum_fwd.
+)");
+    module.def("ssd_bmm_chunk_fwd", &bmm_chunk, "C"_a.none(), "B"_a.none(), nb::kw_only(),
+               "CB"_a.none(), "num_threads"_a = 0,
+               R"(Multiply C and B of all pairs of steps of each chunk and write the products.
+
+CB_ij = C_i . B_j: Dao & Gu 2024, arXiv:2405.21060, section 6.
+
+Args:
+    C, B: (B, L, G, N), with group counts of their own.
+    CB: (B, C, G, Q, Q), G the least common multiple of both group counts. Output; 0 beyond L.
+    num_threads: 0 means the process-wide setting.
+
+Raises:
+    ValueError, TypeError: as ssd_chunk_cumsum_fwd.
+)");
+    module.def("ssd_chunk_output_fwd", &chunk_output, "CB"_a.none(), "x"_a.none(), "dt"_a.none(),
+               "dA_cumsum"_a.none(), "C"_a.none(), "states_in"_a.none(), "D"_a = none, "z"_a = none,
+               "seq_idx"_a = none, nb::kw_only(), "y"_a.none(), "num_threads"_a = 0,
+               R"(Compute the outputs from what the other stages wrote.
+
+y_i = (sum over j <= i of CB_ij exp(dA_cumsum_i - dA_cumsum_j) dt_j x_j + exp(dA_cumsum_i)
+states_in C_i + D x_i) silu(z_i), within sequences: Dao & Gu 2024, arXiv:2405.21060, section 6.
+
+Args:
+    CB: (B, C, G, Q, Q), G divides H; read for j <= i.
+    x, z: (B, L, H, P).
+    dt, dA_cumsum: (B, H, C, Q), from ssd_chunk_cumsum_fwd.
+    C: (B, L, G, N), with a group count of its own.
+    states_in: (B, C, H, P, N), from ssd_state_passing_fwd.
+    D: (H,) or (H, P).
+    seq_idx: (B, L), int32, as in ssd_chunk_state_fwd.
+    y: (B, L, H, P). Output; written completely, 0 where a step is skipped.
+    num_threads: 0 means the process-wide setting.
+
+Raises:
+    ValueError, TypeError: as ssd_chunk_cumsum_fwd.
+)");
+}
+
+}  // namespace ssm::bind
