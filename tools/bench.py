@@ -74,7 +74,7 @@ def selected(arguments: argparse.Namespace) -> list[tuple[str, ModuleType, objec
         module = workloads_of(op)
         names.update(case.name for case in module.CASES)
         wanted = [c for c in module.CASES if arguments.workload in (None, c.name)]
-        found += [(op, module, case) for case in wanted]
+        found += [(case.operator or op, module, case) for case in wanted]
     if not found:
         raise Fault(
             f"--workload must be one of {', '.join(sorted(names))}, got {arguments.workload}"
@@ -259,11 +259,12 @@ def first_calls(arguments: argparse.Namespace) -> list[dict]:
     from tools import measure
 
     found, seen = [], set()
-    for op, _, case in selected(arguments):
+    for op, module, case in selected(arguments):
         if op in seen:
             continue
         seen.add(op)
-        options = [op, "--workload", case.name, "--device", arguments.device, "--first-call"]
+        row = module.__name__.removeprefix("bench_")
+        options = [row, "--workload", case.name, "--device", arguments.device, "--first-call"]
         if arguments.threads:
             options += ["--threads", str(arguments.threads)]
         child = measure.in_fresh_process(options)

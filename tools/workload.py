@@ -27,11 +27,15 @@ class Work:
 
 @dataclass(frozen=True)
 class Case:
-    """A named workload: sizes by name, and how its activations lie in memory."""
+    """A named workload: sizes by name, and how its activations lie in memory.
+
+    A module for several operators says whose workload it is.
+    """
 
     name: str
     sizes: dict[str, int]
     options: dict[str, object] = field(default_factory=dict)
+    operator: str = ""
 
     def reduced(self, **limits: int) -> "Case":
         """Return the case with the named sizes cut to at most these: for checking gradients."""
