@@ -388,13 +388,6 @@ def test_growing_attention_mask_names_the_last_columns():
     close(torch.cat(parts, 1), want)
 
 
-def test_a_row_does_not_depend_on_the_others():
-    m, x = mixer(torch.float32), inputs(5, dtype=torch.float32)
-    y = m(x)
-    for row in range(5):
-        assert torch.equal(m(x[row : row + 1])[0], y[row])
-
-
 @pytest.mark.parametrize(("batch", "length"), [(0, 3), (2, 0), (0, 0)])
 def test_empty(batch, length):
     m = mixer(d_ssm=8)
