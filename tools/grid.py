@@ -41,7 +41,7 @@ OPERATORS = {
     "dw_causal_conv": COMPLETE,
     "dw_causal_conv_step": COMPLETE,
     "fused_layer_norm": COMPLETE,
-    "ssd_chunk_scan": {"reference", "doc"},
+    "ssd_chunk_scan": COMPLETE,
     "ssd_stages": COMPLETE,
     "gated_norm": {"reference", "golden", "doc"},
     "swiglu": {"reference", "golden", "doc"},
@@ -79,7 +79,7 @@ HELPERS = {
 }
 
 # <operator>_<noun>.h: what the forward and the backward of one operator share.
-SHARED_NOUNS = ("tile", "filter")
+SHARED_NOUNS = ("tile", "filter", "shape", "gemm", "adjoint")
 
 TORCH = r"^\s*(import|from) torch\b"
 PYTHON_IN_CPP = r"nanobind|Python\.h|torch/"

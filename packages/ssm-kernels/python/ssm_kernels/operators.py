@@ -333,6 +333,75 @@ def fused_layer_norm(
     return (make.finish(y), make.finish(total)) if prenorm else make.finish(y)
 
 
+def ssd_chunk_scan(
+    X,
+    dt,
+    A,
+    B,
+    C,
+    D=None,
+    z=None,
+    dt_bias=None,
+    softplus=False,
+    dt_limit=(0.0, float("inf")),
+    return_final_states=False,
+    *,
+    initial_states=None,
+    seq_idx=None,
+    num_threads=0,
+):
+    """Run the state-space dual scan: Dao & Gu 2024, arXiv:2405.21060, eq. 1.
+
+    Args:
+        X: (B, L, H, P), the main input. This and the others as for ``ssd_chunk_scan_fwd``.
+        dt: (B, L, H).
+        A: (H,).
+        B: (B, L, G, N).
+        C: (B, L, G, N), with a group count of its own.
+        D: (H,) or (H, P).
+        z: (B, L, H, P).
+        dt_bias: (H,).
+        softplus: apply softplus to the step size.
+        dt_limit: (low, high), to which the step size is clamped last.
+        return_final_states: also return the state after the last step of each row.
+        initial_states: (B, H, P, N).
+        seq_idx: (B, L) int32. Equal neighbours belong to one sequence, -1 skips a step.
+        num_threads: 0 means the process-wide setting.
+
+    Returns:
+        y (B, L, H, P) in the dtype of X; with ``return_final_states`` also final_states
+        (B, H, P, N), float64 if X is, else float32.
+
+    Raises:
+        ValueError: an argument breaks the contract; the message names it.
+        TypeError: an argument is not an array with DLPack.
+    """
+    make = _Maker("ssd_chunk_scan", "X", X)
+    y, final_states = make.empty(X.shape), None
+    if return_final_states:
+        dstate = getattr(B, "shape", (1,))[-1:]
+        final_states = make.empty((*X.shape[:1], *X.shape[2:], *dstate), make.acc_dtype())
+    _cpu.ssd_chunk_scan_fwd(
+        X,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        z,
+        dt_bias,
+        initial_states,
+        seq_idx,
+        y=y,
+        final_states=final_states,
+        dt_low=dt_limit[0],
+        dt_high=dt_limit[1],
+        softplus=softplus,
+        num_threads=num_threads,
+    )
+    return (make.finish(y), make.finish(final_states)) if return_final_states else make.finish(y)
+
+
 def ssd_chunk_cumsum(
     dt,
     A,

@@ -166,6 +166,37 @@ def _state_step_judge(a):
     return [y * _silu(a["z"]), state]
 
 
+def _ssd_inputs(random, batch, dim, seqlen):
+    nheads, dstate = max(1, dim // 64), 128
+    return {
+        "X": _normal(random, batch, seqlen, nheads, dim // nheads),
+        "dt": _normal(random, batch, seqlen, nheads),
+        "A": -np.exp(_normal(random, nheads)),
+        "B": _normal(random, batch, seqlen, 1, dstate),
+        "C": _normal(random, batch, seqlen, 1, dstate),
+        "D": _normal(random, nheads),
+        "z": _normal(random, batch, seqlen, nheads, dim // nheads),
+        "dt_bias": _normal(random, nheads),
+    }
+
+
+def _ssd_call(arrays):
+    y = np.empty_like(arrays["X"])
+    ssm_kernels.ssd_chunk_scan_fwd(**arrays, y=y, softplus=True)
+    return [y]
+
+
+def _ssd_judge(a):
+    dt = np.logaddexp(0, a["dt"] + a["dt_bias"])
+    state = np.zeros((*a["X"][:, 0].shape, a["B"].shape[3]))
+    y = np.empty_like(a["X"])
+    for t in range(y.shape[1]):
+        drive = (dt[:, t, :, None] * a["X"][:, t])[..., None] * a["B"][:, t, :, None]
+        state = np.exp(dt[:, t] * a["A"])[..., None, None] * state + drive
+        y[:, t] = (state * a["C"][:, t, :, None]).sum(-1) + a["D"][:, None] * a["X"][:, t]
+    return [y * _silu(a["z"])]
+
+
 def _stages_inputs(random, batch, dim, seqlen):
     headdim, dstate = 8, 16
     heads = max(1, dim // headdim)
@@ -206,6 +237,7 @@ CASES = {
     ),
     "dw_causal_conv": Case(_conv_inputs, _conv_call, _conv_judge, (1, 1536, 2048)),
     "dw_causal_conv_step": Case(_conv_step_inputs, _conv_step_call, _conv_step_judge, (1, 1536, 1)),
+    "ssd_chunk_scan": Case(_ssd_inputs, _ssd_call, _ssd_judge, (1, 1536, 2048)),
     "fused_layer_norm": Case(_norm_inputs, _norm_call, _norm_judge, (1, 1024, 2048)),
     "ssd_stages": Case(_stages_inputs, _stages_call, _stages_judge, (1, 1536, 512)),
 }

@@ -33,9 +33,10 @@ COMPILED = (
     "dw_causal_conv",
     "dw_causal_conv_step",
     "fused_layer_norm",
+    "ssd_chunk_scan",
     *FILES,
 )
-OPERATORS = (*COMPILED, "ssd_chunk_scan", "gated_norm", "swiglu")
+OPERATORS = (*COMPILED, "gated_norm", "swiglu")
 # The extension module that holds the kernels of a device type.
 _KERNELS = {"cpu": "ssm_kernels", "cuda": "ssm_kernels._cuda"}
 

@@ -1,0 +1,279 @@
+// The state-space dual scan backwards: gradients of one head in one segment.
+// docs/ops/ssd_chunk_scan.md#backward
+#pragma once
+
+#include "ssd_chunk_scan_tile.h"
+
+namespace ssm::cpu::SSM_ISA {
+
+/// Sums over the steps of one row, for one head.
+template <class T>
+struct HeadSums {
+    T* dA;    // one number
+    T* bias;  // one number: gradient of dt_bias
+    T* dD;    // [channel]
+
+    static std::int64_t elements(const SsdShape& shape) { return 2 + shape.padded_headdim; }
+
+    explicit HeadSums(T* memory) : dA(memory), bias(memory + 1), dD(memory + 2) {}
+};
+
+/// Dense arrays of one segment in the compute type. Rows of steps are kChunk long.
+template <class T>
+struct AdjointTile {
+    T* X;     // [step][channel]
+    T* X_t;   // [channel][step]
+    T* g;     // [step][channel]  gradient of the output before the gate
+    T* g_t;   // [channel][step]
+    T* z;     // [step][channel]  gate; then its gradient
+    T* y;     // [step][channel]  output before the gate; then rows that enter a state; then dX
+    T* mix;   // [j][i]           C_i . B_j exp(decay from j to i) s_j, for i from j on
+    T* gX;    // [j][i]           g_i . X_j; then the gradient of the log of the decay from j to i
+    T* dCB;   // [j][i]           gradient of C_i . B_j, summed over heads
+    T* dB_t;  // [state][step]    summed over heads
+    T* dC_t;  // [state][step]    summed over heads
+    T* ddt;   // [head][step]
+
+    static std::int64_t elements(const SsdShape& shape) {
+        return kChunk *
+               (6 * shape.padded_headdim + 2 * shape.dstate + 3 * kChunk + shape.most_heads());
+    }
+
+    AdjointTile(T* memory, const SsdShape& shape) {
+        const auto take = [&memory](std::int64_t columns) {
+            T* const area = memory;
+            memory += kChunk * columns;
+            return area;
+        };
+        for (T** area : {&X, &X_t, &g, &g_t, &z, &y}) *area = take(shape.padded_headdim);
+        for (T** area : {&mix, &gX, &dCB}) *area = take(kChunk);
+        for (T** area : {&dB_t, &dC_t}) *area = take(shape.dstate);
+        ddt = take(shape.most_heads());
+    }
+};
+
+/// sums[row] = sum of the first vector of each row of `rows`, kChunk rows of kLanes numbers.
+template <class T>
+void sum_rows(T* sums, const T* rows) {
+    constexpr int lanes = kLanes<T>;
+    for (std::int64_t first = 0; first < kChunk; first += lanes) {
+        Vec<T> square[lanes];
+        for (int i = 0; i < lanes; ++i) square[i] = load<T>(rows + (first + i) * lanes);
+        transpose_square<T>(square);
+        for (int width = lanes / 2; width > 0; width /= 2)
+            for (int i = 0; i < width; ++i) square[i] += square[i + width];
+        store<T>(sums + first, square[0]);
+    }
+}
+
+/// What a product of rows with a state gives to dB or dC: gradient_t += size decay (state rows),
+/// with a factor per step; `sizes` may be null. dots = the steps' sums over states of `matrix_t`
+/// times the product, without the sizes.
+template <class T>
+void add_state_products(T* gradient_t, T* dots, const SsdShape& shape, const T* state,
+                        const T* rows_t, const T* matrix_t, const T* decays, const T* sizes,
+                        std::int64_t steps) {
+    for (std::int64_t t = 0; t < steps; t += kPanel<T>) {
+        T sums[kPanel<T>] = {};
+        for_row_blocks(shape.dstate, [&]<int R>(std::int64_t n) {
+            Block<T, R> products;
+            Block<T, R>::clear(products);
+            for (std::int64_t p = 0; p < shape.padded_headdim; p += kPanel<T>)
+                Block<T, R>::multiply_add(products, state + p * shape.dstate + n * kPanel<T>,
+                                          kPanel<T>, 1, rows_t + p * kChunk + t, kChunk, kPanel<T>);
+            Block<T, R>::scale_lanes(products, decays + t);
+            Block<T, R>::add_dot(sums, products, matrix_t + n * kChunk + t, kChunk);
+            if (sizes != nullptr) Block<T, R>::scale_lanes(products, sizes + t);
+            Block<T, R>::add_to(gradient_t + n * kChunk + t, kChunk, products);
+        });
+        std::memcpy(dots + t, sums, sizeof sums);
+    }
+}
+
+/// gX[j][i] = g_i . X_j for i from j on.
+template <class T>
+void multiply_rows(const AdjointTile<T>& tile, const SsdShape& shape, std::int64_t steps) {
+    for_row_blocks(steps, [&]<int R>(std::int64_t j) {
+        for (std::int64_t i = j / kPanel<T> * kPanel<T>; i < steps; i += kPanel<T>) {
+            Block<T, R> products;
+            Block<T, R>::clear(products);
+            Block<T, R>::multiply_add(products, tile.X_t + j, 1, kChunk, tile.g_t + i, kChunk,
+                                      shape.padded_headdim);
+            Block<T, R>::store_to(tile.gX + j * kChunk + i, kChunk, products);
+        }
+    });
+}
+
+/// dX = mix^T g + w B dh + D g, into tile.y; w are the weights of the steps in the state that
+/// leaves.
+template <class T>
+void write_input_gradient(const AdjointTile<T>& tile, const SsdShape& shape,
+                          const GroupTile<T>& group, const T* dstate, const T* weight,
+                          const T* skip, std::int64_t steps) {
+    const std::int64_t pitch = shape.padded_headdim;
+    for (std::int64_t p = 0; p < pitch; p += kPanel<T>)
+        for_row_blocks(steps, [&]<int R>(std::int64_t j) {
+            Block<T, R> dX;
+            Block<T, R>::clear(dX);
+            Block<T, R>::multiply_add(dX, group.B_t + j, 1, kChunk, dstate + p * shape.dstate,
+                                      kPanel<T>, shape.dstate);
+            Block<T, R>::scale_rows(dX, weight + j);
+            Block<T, R>::multiply_add_upper(dX, tile.mix + j * kChunk + j, kChunk, 1,
+                                            tile.g + j * pitch + p, pitch);
+            Block<T, R>::multiply_add(dX, tile.mix + j * kChunk + j + R, kChunk, 1,
+                                      tile.g + (j + R) * pitch + p, pitch, steps - j - R);
+            Block<T, R>::add_product(dX, skip + p, tile.g + j * pitch + p, pitch);
+            Block<T, R>::store_to(tile.y + j * pitch + p, pitch, dX);
+        });
+}
+
+/// Sum of the products of two states, in an order that depends on their size alone.
+template <class T>
+T dot_states(const T* a, const T* b, std::int64_t count) {
+    constexpr int kSums = 4;
+    Vec<T> sums[kSums];
+    for (int v = 0; v < kSums; ++v) sums[v] = zero<T>();
+    std::int64_t i = 0;
+    for (; i + kSums * kLanes<T> <= count; i += kSums * kLanes<T>)
+        for (int v = 0; v < kSums; ++v)
+            sums[v] += load<T>(a + i + v * kLanes<T>) * load<T>(b + i + v * kLanes<T>);
+    for (; i < count; i += kLanes<T>) sums[0] += load<T>(a + i) * load<T>(b + i);
+    return reduce_add<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+/// dz and the gradient of the output before the gate, in the places of z and dy.
+template <class T>
+void differentiate_gate(const SsdShape& shape, const AdjointTile<T>& tile,
+                        const GroupTile<T>& group, const EndDecays<T>& ends, const T* size,
+                        const T* decay, const T* skip, const T* state, std::int64_t steps) {
+    mix_steps(tile.mix, group.CB, size, decay, steps);
+    write_outputs(tile.y, shape, group, state, tile.mix, tile.X, skip, ends, steps);
+    for (std::int64_t i = 0; i < steps * shape.padded_headdim; i += kLanes<T>) {
+        const Vec<T> dy = load<T>(tile.g + i), z = load<T>(tile.z + i), gate = sigmoid(z);
+        store<T>(tile.z + i, dy * load<T>(tile.y + i) * gate * (T(1) + z * (T(1) - gate)));
+        store<T>(tile.g + i, dy * gate * z);
+    }
+}
+
+/// What the pairs of steps give: mix, dCB, and per step the gradients of its size (`direct`) and of
+/// the logarithm of its decay (`crossing`).
+template <class T>
+void differentiate_pairs(const AdjointTile<T>& tile, const GroupTile<T>& group, const T* size,
+                         const T* decay, T* direct, T* crossing, std::int64_t steps) {
+    // One vector per step: the sum over its lanes comes last.
+    T lines[kChunk * kLanes<T>] = {};
+    for_decays<T>(decay, steps, [&](std::int64_t j, std::int64_t i, auto past, Vec<T> between) {
+        const std::int64_t at = j * kChunk + i;
+        const Vec<T> CB = load<T>(group.CB + at);
+        const Vec<T> gX = past ? load<T>(tile.gX + at) * between : zero<T>();
+        const Vec<T> product = past ? gX * CB : zero<T>();
+        store<T>(tile.dCB + at, load<T>(tile.dCB + at) + gX * size[j]);
+        store<T>(tile.mix + at, CB * between * size[j]);
+        store<T>(tile.gX + at, product * size[j]);
+        store<T>(lines + j * kLanes<T>, load<T>(lines + j * kLanes<T>) + product);
+    });
+    sum_rows(direct, lines);
+    // The decay of step k stands in the decays from every j < k to every i >= k. Summing that
+    // rectangle, which gains a row per step, takes no differences.
+    constexpr int kVectors = kChunk / kLanes<T>;
+    Vec<T> before[kVectors];
+    for (int v = 0; v < kVectors; ++v) before[v] = zero<T>();
+    for (std::int64_t k = 0; k < steps; ++k) {
+        Vec<T> line = zero<T>();
+        for (int v = static_cast<int>(k / kLanes<T>); v < kVectors; ++v) {
+            const auto from_k = lane_numbers<T>(v * kLanes<T>) >= static_cast<T>(k);
+            line += from_k ? before[v] : zero<T>();
+            before[v] += load<T>(tile.gX + k * kChunk + v * kLanes<T>);
+        }
+        store<T>(lines + k * kLanes<T>, line);
+    }
+    sum_rows(crossing, lines);
+}
+
+/// ddt of one head from the gradients of its step sizes; adds up that of dt_bias.
+template <class T>
+void differentiate_sizes(const SsdChunkScanArgs& args, T* ddt, const T* raw, const T* dsize,
+                         T* bias, std::int64_t steps) {
+    const T low = static_cast<T>(args.dt_low), high = static_cast<T>(args.dt_high);
+    for (std::int64_t t = 0; t < kChunk; t += kLanes<T>) {
+        const Vec<T> x = load<T>(raw + t), s = args.softplus ? softplus(x) : x;
+        const Vec<T> slope = args.softplus ? sigmoid(x) : broadcast(T(1));
+        // A clamped step size has no gradient; at the limits themselves it has.
+        const auto free = (s >= low) & (s <= high) & (lane_numbers<T>(t) < static_cast<T>(steps));
+        store<T>(ddt + t, free ? load<T>(dsize + t) * slope : zero<T>());
+    }
+    for (std::int64_t t = 0; t < steps; ++t) *bias += ddt[t];
+}
+
+/// Gradients of head h of a block in one segment. `state` is the state that enters the segment;
+/// `dstate` is the gradient of the one that leaves it, and becomes that of the one that enters.
+/// tile.X, tile.g (the gradient of y) and tile.z are loaded; dX stays in tile.y, dz in tile.z.
+template <class T>
+void differentiate_head(const SsdChunkScanArgs& args, const SsdShape& shape,
+                        const AdjointTile<T>& tile, const GroupTile<T>& group,
+                        const HeadParameters<T>& heads, const StepSizes<T>& sizes,
+                        const HeadSums<T>& sums, const T* state, T* dstate, std::int64_t h,
+                        std::int64_t steps) {
+    const std::int64_t pitch = shape.padded_headdim;
+    const T *const size = sizes.size + h * kChunk, *const decay = sizes.decay + h * kChunk;
+    const T* const skip = heads.skip + h * pitch;
+    EndDecays<T> ends;
+    ends.compute(decay, steps);
+    if (args.z.ndim >= 0)
+        differentiate_gate(shape, tile, group, ends, size, decay, skip, state, steps);
+    for (std::int64_t t = 0; t < steps; ++t)
+        for (std::int64_t p = 0; p < pitch; p += kLanes<T>)
+            store<T>(sums.dD + p, load<T>(sums.dD + p) + load<T>(tile.g + t * pitch + p) *
+                                                             load<T>(tile.X + t * pitch + p));
+    load_tile(tile.X_t, kChunk, dense_plane(tile.X, 1, pitch), pitch, steps);
+    load_tile(tile.g_t, kChunk, dense_plane(tile.g, 1, pitch), pitch, steps);
+    multiply_rows(tile, shape, steps);
+    T direct[kChunk], crossing[kChunk], into[kChunk], out_of[kChunk];
+    differentiate_pairs(tile, group, size, decay, direct, crossing, steps);
+    add_state_products<T>(tile.dC_t, into, shape, state, tile.g_t, group.C_t, ends.into, nullptr,
+                          steps);
+    add_state_products<T>(tile.dB_t, out_of, shape, dstate, tile.X_t, group.B_t, ends.out_of, size,
+                          steps);
+    const T through = ends.total * dot_states(state, dstate, shape.state_elements());
+    T weight[kChunk];
+    for (std::int64_t t = 0; t < steps; ++t) weight[t] = ends.out_of[t] * size[t];
+    write_input_gradient(tile, shape, group, dstate, weight, skip, steps);
+    scale_steps(tile.X, tile.g, ends.into, pitch, steps);
+    advance_state(dstate, shape, group.C, tile.X, ends.total, steps);
+
+    // The decay of a step stands in what enters and reaches it or a later step, in what an earlier
+    // one leaves, and in what passes through.
+    const T rate = heads.rate[h] * static_cast<T>(0.6931471805599453);
+    T dsize[kChunk] = {}, sum = 0;
+    for (std::int64_t t = steps; t-- > 0;) crossing[t] += sum += into[t];
+    sum = through;
+    for (std::int64_t t = 0; t < steps; ++t) {
+        const T exponent = crossing[t] + sum;
+        sum += out_of[t] * size[t];
+        *sums.dA += exponent * size[t];
+        dsize[t] = rate * exponent + (direct[t] + out_of[t]);
+    }
+    differentiate_sizes(args, tile.ddt + h * kChunk, sizes.raw + h * kChunk, dsize, sums.bias,
+                        steps);
+}
+
+/// The products of dCB with B and C, once for all heads: dC_i += dCB_ij B_j, dB_j += dCB_ij C_i.
+template <class T>
+void add_pair_products(const AdjointTile<T>& tile, const SsdShape& shape, const GroupTile<T>& group,
+                       std::int64_t steps) {
+    const auto add = [&](T* gradient_t, const T* matrix, const T* pairs) {
+        for (std::int64_t t = 0; t < steps; t += kPanel<T>)
+            for_row_blocks(shape.dstate, [&]<int R>(std::int64_t n) {
+                Block<T, R> products;
+                Block<T, R>::clear(products);
+                Block<T, R>::multiply_add(products, matrix + n, 1, shape.dstate, pairs + t, kChunk,
+                                          steps);
+                Block<T, R>::add_to(gradient_t + n * kChunk + t, kChunk, products);
+            });
+    };
+    add(tile.dC_t, group.B, tile.dCB);
+    load_tile(tile.mix, kChunk, dense_plane(tile.dCB, 1, kChunk), kChunk, kChunk);
+    add(tile.dB_t, group.C, tile.mix);
+}
+
+}  // namespace ssm::cpu::SSM_ISA

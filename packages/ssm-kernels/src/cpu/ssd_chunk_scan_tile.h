@@ -1,0 +1,305 @@
+// What the forward and the backward of the state-space dual scan share: states, the inputs of a
+// chunk, step sizes, decays and outputs.
+#pragma once
+
+#include "parallel.h"
+#include "ssd_chunk_scan_shape.h"
+#include "vmath.h"
+
+namespace ssm::cpu::SSM_ISA {
+
+/// A state in the order of the kernels, [panel][state][lane of the panel]. Lanes beyond the head's
+/// channels must be zero before.
+template <class T>
+void load_state(T* state, const SsdShape& shape, Plane plane) {
+    const std::int64_t bytes = dtype_bytes(plane.dtype) * plane.column_stride * kPanel<T>;
+    for (std::int64_t p = 0; p < shape.headdim; p += kPanel<T>) {
+        load_tile(state + p * shape.dstate, kPanel<T>, plane, shape.dstate,
+                  min(kPanel<T>, shape.headdim - p));
+        plane.data = static_cast<char*>(plane.data) + bytes;
+    }
+}
+
+template <class T>
+void store_state(Plane plane, const T* state, const SsdShape& shape) {
+    const std::int64_t bytes = dtype_bytes(plane.dtype) * plane.column_stride * kPanel<T>;
+    for (std::int64_t p = 0; p < shape.headdim; p += kPanel<T>) {
+        store_tile(plane, state + p * shape.dstate, kPanel<T>, shape.dstate,
+                   min(kPanel<T>, shape.headdim - p));
+        plane.data = static_cast<char*>(plane.data) + bytes;
+    }
+}
+
+template <class T>
+void clear(T* area, std::int64_t count) {
+    if (count > 0) std::memset(area, 0, sizeof(T) * static_cast<std::size_t>(count));
+}
+
+/// A local array as a plane.
+template <class T>
+SSM_INLINE Plane dense_plane(T* data, std::int64_t row_stride, std::int64_t column_stride) {
+    return {data, sizeof(T) == sizeof(double) ? DType::f64 : DType::f32, row_stride, column_stride};
+}
+
+/// The state with which a sequence starts.
+template <class T>
+void enter(T* state, const SsdChunkScanArgs& args, const SsdShape& shape, const Run& run,
+           std::int64_t head) {
+    if (run.state_in == Run::kZero || args.initial_states.ndim < 0)
+        clear(state, shape.state_elements());
+    else
+        load_state(state, shape, state_plane(args.initial_states, run.state_in, head));
+}
+
+/// to = from, or zero where `from` is absent: states of shape (S, H, P, N).
+template <class T>
+void copy_states(const TensorView& from, const TensorView& to, int threads) {
+    parallel_for(to.shape[0] * to.shape[1], threads, [&](std::int64_t task, int) {
+        const std::int64_t sequence = task / to.shape[1], head = task % to.shape[1];
+        constexpr std::int64_t kLine = 64;
+        T line[kLine] = {};
+        for (std::int64_t p = 0; p < to.shape[2]; ++p)
+            for (std::int64_t n = 0; n < to.shape[3]; n += kLine) {
+                const std::int64_t count = min(kLine, to.shape[3] - n);
+                const auto part = [&](const TensorView& view) {
+                    return plane_at(view,
+                                    sequence * view.stride[0] + head * view.stride[1] +
+                                        p * view.stride[2] + n * view.stride[3],
+                                    0, view.stride[3]);
+                };
+                if (from.ndim >= 0) load_tile(line, 0, part(from), 1, count);
+                store_tile(part(to), line, 0, 1, count);
+            }
+    });
+}
+
+/// What belongs to the heads of a block: one value each, D one per channel.
+template <class T>
+struct HeadParameters {
+    T* rate;  // [head]           A log2(e)
+    T* bias;  // [head]
+    T* skip;  // [head][channel]  D
+
+    static std::int64_t elements(const SsdShape& shape) {
+        return shape.most_heads() * (2 + shape.padded_headdim);
+    }
+
+    HeadParameters(T* memory, const SsdShape& shape)
+        : rate(memory), bias(rate + shape.most_heads()), skip(bias + shape.most_heads()) {}
+
+    void load(const SsdChunkScanArgs& args, const SsdShape& shape, const HeadBlock& block) const {
+        const auto values = [&](const TensorView& view) {
+            return plane_at(view, block.first * view.stride[0], 0, view.stride[0]);
+        };
+        load_tile(rate, 0, values(args.A), 1, block.count);
+        for (std::int64_t h = 0; h < block.count; ++h)
+            rate[h] *= static_cast<T>(1.4426950408889634);
+        if (args.dt_bias.ndim >= 0) load_tile(bias, 0, values(args.dt_bias), 1, block.count);
+        if (args.D.ndim >= 0)
+            load_tile(skip, shape.padded_headdim,
+                      plane_at(args.D, block.first * args.D.stride[0], args.D.stride[0],
+                               args.D.ndim == 2 ? args.D.stride[1] : 0),
+                      block.count, shape.headdim);
+    }
+};
+
+/// to = from with row t times weight[t]; both are [step][channel].
+template <class T>
+void scale_steps(T* to, const T* from, const T* weight, std::int64_t pitch, std::int64_t steps) {
+    for (std::int64_t t = 0; t < steps; ++t)
+        for (std::int64_t p = t * pitch; p < (t + 1) * pitch; p += kLanes<T>)
+            store<T>(to + p, load<T>(from + p) * weight[t]);
+}
+
+/// state = decay * state + B^T V for the steps of a segment; V is [step][channel].
+template <class T>
+void advance_state(T* state, const SsdShape& shape, const T* B, const T* V, T decay,
+                   std::int64_t steps) {
+    const std::int64_t pitch = shape.padded_headdim;
+    for (std::int64_t p = 0; p < pitch; p += kPanel<T>)
+        for_row_blocks(shape.dstate, [&]<int R>(std::int64_t n) {
+            T* const place = state + p * shape.dstate + n * kPanel<T>;
+            Block<T, R> h;
+            Block<T, R>::load_from(h, place, kPanel<T>);
+            Block<T, R>::scale(h, decay);
+            Block<T, R>::multiply_add(h, B + n, 1, shape.dstate, V + p, pitch, steps);
+            Block<T, R>::store_to(place, kPanel<T>, h);
+        });
+}
+
+/// Lane numbers from `first` on, to compare with a step.
+template <class T>
+SSM_INLINE Vec<T> lane_numbers(std::int64_t first) {
+    T numbers[kLanes<T>];
+    for (int i = 0; i < kLanes<T>; ++i) numbers[i] = static_cast<T>(first + i);
+    return load<T>(numbers);
+}
+
+/// 2^x for the logarithm of any decay, minus infinity included, which exp2 does not take.
+SSM_INLINE Vec<float> decay_of(Vec<float> x) { return exp2(at_most(at_least(x, -1e4f), 1e4f)); }
+SSM_INLINE Vec<double> decay_of(Vec<double> x) { return exp2(x); }
+
+/// Step sizes of the heads of a block in a segment, and the logarithms of their decays.
+template <class T>
+struct StepSizes {
+    T* raw;    // [head][step]  dt + dt_bias
+    T* size;   // [head][step]  0 beyond the segment
+    T* decay;  // [head][step]  log2 of a step's decay
+
+    static std::int64_t elements(const SsdShape& shape) { return 3 * shape.most_heads() * kChunk; }
+
+    StepSizes(T* memory, const SsdShape& shape)
+        : raw(memory),
+          size(raw + shape.most_heads() * kChunk),
+          decay(size + shape.most_heads() * kChunk) {}
+
+    void load_from(const SsdChunkScanArgs& args, const HeadParameters<T>& heads,
+                   const HeadBlock& block, const Segment& segment) const {
+        Segment::for_pieces(segment, [&](std::int64_t at, std::int64_t t, std::int64_t count) {
+            load_tile(raw + at, kChunk, sizes_plane(args.dt, block.row, block.first, t),
+                      block.count, count);
+        });
+        const T low = static_cast<T>(args.dt_low), high = static_cast<T>(args.dt_high);
+        const T steps = static_cast<T>(segment.steps);
+        for (std::int64_t h = 0; h < block.count; ++h)
+            for (std::int64_t i = 0; i < kChunk; i += kLanes<T>) {
+                T* const place = raw + h * kChunk + i;
+                const Vec<T> x = load<T>(place) + heads.bias[h];
+                Vec<T> s = args.softplus ? softplus(x) : x;
+                s = s < low ? broadcast(low) : s;
+                s = s > high ? broadcast(high) : s;
+                const auto inside = lane_numbers<T>(i) < steps;
+                store<T>(place, x);
+                store<T>(size + h * kChunk + i, inside ? s : zero<T>());
+                store<T>(decay + h * kChunk + i, inside ? s * heads.rate[h] : zero<T>());
+            }
+    }
+};
+
+/// Decays of one head between the steps of a segment and its ends.
+template <class T>
+struct EndDecays {
+    T into[kChunk];    // from the state that enters to the step, the step's own decay included
+    T out_of[kChunk];  // from the step to the state that leaves; 1 for the last step
+
+    /// The sums are made term by term from either end: no difference of two sums, which cancels.
+    void compute(const T* decay, std::int64_t steps) {
+        T sum = 0;
+        for (std::int64_t t = 0; t < kChunk; ++t) into[t] = sum += decay[t];
+        sum = 0;
+        for (std::int64_t t = kChunk; t-- > 0;) {
+            out_of[t] = sum;
+            sum += decay[t];
+        }
+        for (std::int64_t t = 0; t < kChunk; t += kLanes<T>) {
+            store<T>(into + t, decay_of(load<T>(into + t)));
+            store<T>(out_of + t, decay_of(load<T>(out_of + t)));
+        }
+        total = into[steps - 1];
+    }
+    T total;  // from the state that enters to the state that leaves
+};
+
+/// Calls body(j, i, past, decay) for j from the last step down and for the vectors i of steps that
+/// end behind j: `decay` holds the decays from step j to the steps of the vector, `past` says which
+/// of these are in the segment and not before j; elsewhere the decay means nothing.
+template <class T, class Body>
+SSM_INLINE void for_decays(const T* decay, std::int64_t steps, const Body& body) {
+    constexpr int kVectors = kChunk / kLanes<T>;
+    const T end = static_cast<T>(steps);
+    Vec<T> sums[kVectors];
+    for (int v = 0; v < kVectors; ++v) sums[v] = zero<T>();
+    for (std::int64_t j = steps; j-- > 0;) {
+        const T here = static_cast<T>(j), next = j + 1 < steps ? decay[j + 1] : T(0);
+        for (int v = static_cast<int>(j / kLanes<T>); v < kVectors; ++v) {
+            const Vec<T> lane = lane_numbers<T>(v * kLanes<T>);
+            // From j + 1 to j: one term more for all that lies behind; nothing for j itself.
+            sums[v] = lane > here ? sums[v] + next : zero<T>();
+            body(j, v * kLanes<T>, (lane >= here) & (lane < end), decay_of(sums[v]));
+        }
+    }
+}
+
+/// B and C of one segment, and their products.
+template <class T>
+struct GroupTile {
+    T* B;    // [step][state]
+    T* B_t;  // [state][step]
+    T* C_t;  // [state][step]
+    T* CB;   // [j][i]         C_i . B_j, for i from j on
+    T* C;    // [step][state]  null where it is not needed
+
+    static std::int64_t elements(const SsdShape& shape, bool with_C) {
+        return kChunk * ((with_C ? 4 : 3) * shape.dstate + kChunk);
+    }
+
+    GroupTile(T* memory, const SsdShape& shape, bool with_C)
+        : B(memory),
+          B_t(B + kChunk * shape.dstate),
+          C_t(B_t + kChunk * shape.dstate),
+          CB(C_t + kChunk * shape.dstate),
+          C(with_C ? CB + kChunk * kChunk : nullptr) {}
+
+    void load_B(const SsdChunkScanArgs& args, const SsdShape& shape, const HeadBlock& block,
+                const Segment& segment) const {
+        const std::int64_t group = group_of(shape, args.B, block.first);
+        Segment::for_pieces(segment, [&](std::int64_t at, std::int64_t t, std::int64_t count) {
+            load_tile(B + at * shape.dstate, shape.dstate, steps_plane(args.B, block.row, group, t),
+                      count, shape.dstate);
+        });
+    }
+
+    void load_all(const SsdChunkScanArgs& args, const SsdShape& shape, const HeadBlock& block,
+                  const Segment& segment) const {
+        load_B(args, shape, block, segment);
+        const std::int64_t group = group_of(shape, args.C, block.first);
+        Segment::for_pieces(segment, [&](std::int64_t at, std::int64_t t, std::int64_t count) {
+            const Plane plane = steps_plane(args.C, block.row, group, t);
+            load_tile(C_t + at, kChunk, transposed(plane), shape.dstate, count);
+            if (C != nullptr)
+                load_tile(C + at * shape.dstate, shape.dstate, plane, count, shape.dstate);
+        });
+        load_tile(B_t, kChunk, dense_plane(B, 1, shape.dstate), shape.dstate, segment.steps);
+        for_row_blocks(segment.steps, [&]<int R>(std::int64_t j) {
+            for (std::int64_t i = j / kPanel<T> * kPanel<T>; i < segment.steps; i += kPanel<T>) {
+                Block<T, R> products;
+                Block<T, R>::clear(products);
+                Block<T, R>::multiply_add(products, B_t + j, 1, kChunk, C_t + i, kChunk,
+                                          shape.dstate);
+                Block<T, R>::store_to(CB + j * kChunk + i, kChunk, products);
+            }
+        });
+    }
+};
+
+/// mix[j][i] = C_i . B_j exp(decay from j to i) s_j for i from j on; what lies before is not read.
+template <class T>
+void mix_steps(T* mix, const T* CB, const T* size, const T* decay, std::int64_t steps) {
+    for_decays<T>(decay, steps, [&](std::int64_t j, std::int64_t i, auto, Vec<T> between) {
+        const std::int64_t at = j * kChunk + i;
+        store<T>(mix + at, load<T>(CB + at) * between * size[j]);
+    });
+}
+
+/// y = exp(decay from the start) C h + mix X + D X, for all channels of a head; mix is [j][i].
+template <class T>
+void write_outputs(T* y, const SsdShape& shape, const GroupTile<T>& group, const T* state,
+                   const T* mix, const T* X, const T* skip, const EndDecays<T>& ends,
+                   std::int64_t steps) {
+    const std::int64_t pitch = shape.padded_headdim;
+    for (std::int64_t p = 0; p < pitch; p += kPanel<T>)
+        for_row_blocks(steps, [&]<int R>(std::int64_t i) {
+            Block<T, R> rows;
+            Block<T, R>::clear(rows);
+            Block<T, R>::multiply_add(rows, group.C_t + i, 1, kChunk, state + p * shape.dstate,
+                                      kPanel<T>, shape.dstate);
+            Block<T, R>::scale_rows(rows, ends.into + i);
+            Block<T, R>::multiply_add(rows, mix + i, 1, kChunk, X + p, pitch, i);
+            Block<T, R>::multiply_add_lower(rows, mix + i * kChunk + i, 1, kChunk,
+                                            X + i * pitch + p, pitch);
+            Block<T, R>::add_product(rows, skip + p, X + i * pitch + p, pitch);
+            Block<T, R>::store_to(y + i * pitch + p, pitch, rows);
+        });
+}
+
+}  // namespace ssm::cpu::SSM_ISA

@@ -1,0 +1,165 @@
+"""The state-space dual scan between torch and ``ssm_kernels``: allocation, gradients, shapes."""
+
+import ssm_kernels
+import torch
+
+from ssm.ops.compiled.library import define, differentiate, is_eager, refuse_second_gradient
+from ssm.ops.python import check
+from ssm.ops.python.arithmetic import acc_dtype
+
+_STEPS = 96  # steps between saved states: kSsdChunkScanCheckpoint of the kernels
+_INPUTS = (
+    "Tensor X, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
+    "Tensor? initial_states, Tensor? seq_idx"
+)
+_OPTIONS = "float dt_low, float dt_high, bool softplus, bool state_per_sequence"
+
+
+def _allocate(X, B, num_states, save):
+    """Return empty y, final_states and checkpoints; the latter has no element unless saved."""
+    batch, seqlen, nheads, headdim = X.shape
+    acc, dstate = acc_dtype(X), B.shape[-1]
+    saved = (batch, (seqlen + _STEPS - 1) // _STEPS, nheads, dstate, headdim) if save else (0,)
+    return (
+        torch.empty_like(X),
+        X.new_empty((num_states, nheads, headdim, dstate), dtype=acc),
+        X.new_empty(saved, dtype=acc),
+    )
+
+
+def _forward(*args):
+    *inputs, dt_low, dt_high, softplus, per_sequence, num_states, save = args
+    y, final_states, checkpoints = _allocate(inputs[0], inputs[3], num_states, save)
+    ssm_kernels.ssd_chunk_scan_fwd(
+        *inputs,
+        y=y,
+        final_states=final_states,
+        checkpoints=checkpoints if save else None,
+        dt_low=dt_low,
+        dt_high=dt_high,
+        softplus=softplus,
+        state_per_sequence=per_sequence,
+        num_threads=torch.get_num_threads(),
+    )
+    return y, final_states, checkpoints
+
+
+def _forward_fake(*args):
+    return _allocate(args[0], args[3], *args[14:])
+
+
+def _allocate_gradients(*inputs):
+    """Return one empty gradient per differentiable input; no element where there is no input."""
+    return tuple(inputs[0].new_empty(0) if t is None else torch.empty_like(t) for t in inputs[:9])
+
+
+def _backward_kernel(*args):
+    *inputs, checkpoints, dy, dfinal_states, dt_low, dt_high, softplus, per_sequence = args
+    gradients = _allocate_gradients(*inputs)
+    given = [g if t is not None else None for g, t in zip(gradients, inputs[:-1], strict=True)]
+    dX, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_states = given
+    ssm_kernels.ssd_chunk_scan_bwd(
+        *inputs,
+        checkpoints=checkpoints,
+        dy=dy,
+        dfinal_states=dfinal_states,
+        dX=dX,
+        ddt=ddt,
+        dA=dA,
+        dB=dB,
+        dC=dC,
+        dD=dD,
+        dz=dz,
+        ddt_bias=ddt_bias,
+        dinitial_states=dinitial_states,
+        dt_low=dt_low,
+        dt_high=dt_high,
+        softplus=softplus,
+        state_per_sequence=per_sequence,
+        num_threads=torch.get_num_threads(),
+    )
+    return gradients
+
+
+def _backward_fake(*args):
+    return _allocate_gradients(*args[:10])
+
+
+_fwd = define(
+    f"ssd_chunk_scan_fwd({_INPUTS}, {_OPTIONS}, SymInt num_states, bool save) "
+    "-> (Tensor y, Tensor final_states, Tensor checkpoints)",
+    _forward,
+    _forward_fake,
+)
+_bwd = define(
+    f"ssd_chunk_scan_bwd({_INPUTS}, Tensor checkpoints, Tensor dy, Tensor? dfinal_states, "
+    f"{_OPTIONS}) -> (Tensor dX, Tensor ddt, Tensor dA, Tensor dB, Tensor dC, Tensor dD, "
+    "Tensor dz, Tensor ddt_bias, Tensor dinitial_states)",
+    _backward_kernel,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx, inputs, output):
+    tensors, ctx.options = inputs[:10], inputs[10:14]
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, dfinal_states, _):
+    *inputs, checkpoints = ctx.saved_tensors
+    if dy is None and dfinal_states is None:
+        return (None,) * 16
+    if dy is None:
+        dy = torch.zeros_like(inputs[0])
+    gradients = _bwd(*inputs, checkpoints, dy, dfinal_states, *ctx.options)
+    given = [g if t is not None else None for g, t in zip(gradients, inputs[:-1], strict=True)]
+    return (*given, *(None,) * 7)
+
+
+differentiate("ssd_chunk_scan_fwd", _setup_context, _backward)
+refuse_second_gradient("ssd_chunk_scan_bwd")
+
+
+def ssd_chunk_scan(
+    X,
+    dt,
+    A,
+    B,
+    C,
+    chunk_size,
+    D=None,
+    z=None,
+    seq_meta=None,
+    initial_states=None,
+    *,
+    dt_bias=None,
+    softplus=False,
+    dt_limit=(0.0, float("inf")),
+    return_final_states=False,
+):
+    """Run the state-space dual scan on compiled kernels; contract: ``ssm.ops.python.reference``.
+
+    The kernels cut the sequence as it suits them: ``chunk_size`` is checked and not used.
+    """
+    inputs = (X, dt, A, B, C, D, z, dt_bias, initial_states)
+    if X.ndim != 4 or not isinstance(B, torch.Tensor) or B.ndim != 4:
+        # Shapes are read below, before the kernels check them: this raises.
+        check.ssd_chunk_scan(
+            X, dt, A, B, C, chunk_size, D, z, seq_meta, initial_states, dt_bias, dt_limit
+        )
+    check.check_int("ssd_chunk_scan", "chunk_size", chunk_size, 1)
+    check.check_limit("ssd_chunk_scan", dt_limit)
+    seq_idx, per_sequence, num_states = None, False, X.shape[0]
+    if seq_meta is not None:
+        num_states = check.check_seq_meta("ssd_chunk_scan", seq_meta, num_states)
+        seq_idx = seq_meta.positions(X.shape[0], X.shape[1], X.device)
+        per_sequence = seq_meta.state_per_sequence
+    save = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in inputs)
+    call = _forward if is_eager(*inputs) else _fwd
+    low, high = float(dt_limit[0]), float(dt_limit[1])
+    y, final_states, _ = call(
+        *inputs, seq_idx, low, high, bool(softplus), per_sequence, num_states, save
+    )
+    return (y, final_states) if return_final_states else y
