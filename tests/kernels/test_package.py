@@ -24,6 +24,7 @@ OPERATORS = (
     "dw_causal_conv_step",
     "fused_layer_norm",
     "ssd_stages",
+    "ssd_chunk_scan",
 )
 
 

@@ -149,7 +149,7 @@ void differentiate_gate(const SsdShape& shape, const AdjointTile<T>& tile,
     mix_steps(tile.mix, group.CB, size, decay, steps);
     write_outputs(tile.y, shape, group, state, tile.mix, tile.X, skip, ends, steps);
     for (std::int64_t i = 0; i < steps * shape.padded_headdim; i += kLanes<T>) {
-        const Vec<T> dy = load<T>(tile.g + i), z = load<T>(tile.z + i), gate = sigmoid(z);
+        const Vec<T> dy = load<T>(tile.g + i), z = load<T>(tile.z + i), gate = sigmoid<T>(z);
         store<T>(tile.z + i, dy * load<T>(tile.y + i) * gate * (T(1) + z * (T(1) - gate)));
         store<T>(tile.g + i, dy * gate * z);
     }
@@ -196,8 +196,8 @@ void differentiate_sizes(const SsdChunkScanArgs& args, T* ddt, const T* raw, con
                          T* bias, std::int64_t steps) {
     const T low = static_cast<T>(args.dt_low), high = static_cast<T>(args.dt_high);
     for (std::int64_t t = 0; t < kChunk; t += kLanes<T>) {
-        const Vec<T> x = load<T>(raw + t), s = args.softplus ? softplus(x) : x;
-        const Vec<T> slope = args.softplus ? sigmoid(x) : broadcast(T(1));
+        const Vec<T> x = load<T>(raw + t), s = args.softplus ? softplus<T>(x) : x;
+        const Vec<T> slope = args.softplus ? sigmoid<T>(x) : broadcast(T(1));
         // A clamped step size has no gradient; at the limits themselves it has.
         const auto free = (s >= low) & (s <= high) & (lane_numbers<T>(t) < static_cast<T>(steps));
         store<T>(ddt + t, free ? load<T>(dsize + t) * slope : zero<T>());

@@ -136,8 +136,10 @@ SSM_INLINE Vec<T> lane_numbers(std::int64_t first) {
 }
 
 /// 2^x for the logarithm of any decay, minus infinity included, which exp2 does not take.
-SSM_INLINE Vec<float> decay_of(Vec<float> x) { return exp2(at_most(at_least(x, -1e4f), 1e4f)); }
-SSM_INLINE Vec<double> decay_of(Vec<double> x) { return exp2(x); }
+template <class T>
+SSM_INLINE Vec<T> decay_of(Vec<T> x) {
+    return exp2<T>(at_most(at_least(x, broadcast(T(-1e4))), broadcast(T(1e4))));
+}
 
 /// Step sizes of the heads of a block in a segment, and the logarithms of their decays.
 template <class T>
@@ -165,7 +167,7 @@ struct StepSizes {
             for (std::int64_t i = 0; i < kChunk; i += kLanes<T>) {
                 T* const place = raw + h * kChunk + i;
                 const Vec<T> x = load<T>(place) + heads.bias[h];
-                Vec<T> s = args.softplus ? softplus(x) : x;
+                Vec<T> s = args.softplus ? softplus<T>(x) : x;
                 s = s < low ? broadcast(low) : s;
                 s = s > high ? broadcast(high) : s;
                 const auto inside = lane_numbers<T>(i) < steps;
@@ -192,8 +194,8 @@ struct EndDecays {
             sum += decay[t];
         }
         for (std::int64_t t = 0; t < kChunk; t += kLanes<T>) {
-            store<T>(into + t, decay_of(load<T>(into + t)));
-            store<T>(out_of + t, decay_of(load<T>(out_of + t)));
+            store<T>(into + t, decay_of<T>(load<T>(into + t)));
+            store<T>(out_of + t, decay_of<T>(load<T>(out_of + t)));
         }
         total = into[steps - 1];
     }
@@ -215,7 +217,7 @@ SSM_INLINE void for_decays(const T* decay, std::int64_t steps, const Body& body)
             const Vec<T> lane = lane_numbers<T>(v * kLanes<T>);
             // From j + 1 to j: one term more for all that lies behind; nothing for j itself.
             sums[v] = lane > here ? sums[v] + next : zero<T>();
-            body(j, v * kLanes<T>, (lane >= here) & (lane < end), decay_of(sums[v]));
+            body(j, v * kLanes<T>, (lane >= here) & (lane < end), decay_of<T>(sums[v]));
         }
     }
 }
