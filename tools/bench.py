@@ -32,6 +32,7 @@ JSON (schema 1): an object with
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -132,7 +133,10 @@ def run(arguments: argparse.Namespace) -> dict:
         tell(f"{op} {case.name}")
         problem = module.setup(case, device)
         small = module.setup(case.reduced(**REDUCED), device)
-        rows = implementations(op, problem.args[0])
+        rows = {
+            name: (function and functools.partial(function, **problem.options), note)
+            for name, (function, note) in implementations(op, problem.args[0]).items()
+        }
         for name, (function, _) in rows.items():
             try:
                 if function is not None:
@@ -295,7 +299,7 @@ def measure_first_call(arguments: argparse.Namespace) -> None:
     with torch.no_grad():
         for _ in range(12):
             begin = time.perf_counter()
-            function(*problem.args)
+            function(*problem.args, **problem.options)
             if arguments.device == "cuda":
                 torch.cuda.synchronize()
             times.append((time.perf_counter() - begin) * 1e3)

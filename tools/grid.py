@@ -43,8 +43,8 @@ OPERATORS = {
     "fused_layer_norm": COMPLETE,
     "ssd_chunk_scan": COMPLETE,
     "ssd_stages": COMPLETE,
-    "gated_norm": {"reference", "golden", "doc"},
-    "swiglu": {"reference", "golden", "doc"},
+    "gated_norm": COMPLETE,
+    "swiglu": COMPLETE,
 }
 # Row that holds several operators -> their names; every other row holds the operator of its name.
 SEVERAL = {
@@ -60,8 +60,27 @@ SEVERAL = {
 # Folder of the grid -> the names in it that are not operators.
 HELPERS = {
     f"{KERNELS}/include/ssm": {"ssm", "tensor", "device"},
-    f"{KERNELS}/src/op": {"ceiling", "check", "device", "isa", "runs", "scratch", "visit", "vmath"},
-    f"{KERNELS}/src/cpu": {"ceiling", "kernels", "parallel", "simd", "tile", "vmath"},
+    f"{KERNELS}/src/op": {
+        "ceiling",
+        "check",
+        "device",
+        "isa",
+        "rows",
+        "runs",
+        "scratch",
+        "visit",
+        "vmath",
+    },
+    f"{KERNELS}/src/cpu": {
+        "ceiling",
+        "gate",
+        "kernels",
+        "parallel",
+        "rows",
+        "simd",
+        "tile",
+        "vmath",
+    },
     f"{KERNELS}/src/cuda": {"kernels", "launch", "vector", "scan", "tile_gemm"},
     f"{KERNELS}/src/bind": {
         "device",

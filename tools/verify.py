@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -23,7 +24,7 @@ def verify(op: str, problem: Problem, small: Problem, functions: dict[str, Calla
     Raises:
         AssertionError: one differs; the message names it, the result and the worst element.
     """
-    judge = getattr(reference, op)
+    judge = functools.partial(getattr(reference, op), **problem.options)
     want = outputs_of(judge, problem, torch.float64)
     for name, function in functions.items():
         got = outputs_of(function, problem, torch.float32)

@@ -68,6 +68,7 @@ class Problem:
         both: work of a forward and a backward; None: the operator has no backward.
         mutated: index in ``args`` of the tensor that a call updates in place, or None.
         peers: rows besides the operator's own.
+        options: keyword arguments, for operators that take them by keyword only.
     """
 
     args: tuple
@@ -75,6 +76,7 @@ class Problem:
     both: Work | None = None
     mutated: int | None = None
     peers: tuple[Peer, ...] = ()
+    options: dict[str, object] = field(default_factory=dict)
 
 
 class Draw:

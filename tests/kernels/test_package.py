@@ -25,6 +25,8 @@ OPERATORS = (
     "fused_layer_norm",
     "ssd_stages",
     "ssd_chunk_scan",
+    "gated_norm",
+    "swiglu",
 )
 
 

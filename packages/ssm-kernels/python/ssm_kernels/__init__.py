@@ -22,6 +22,8 @@ from ._cpu import (
     dw_causal_conv_step_fwd,
     fused_layer_norm_bwd,
     fused_layer_norm_fwd,
+    gated_norm_bwd,
+    gated_norm_fwd,
     get_num_threads,
     selective_scan_bwd,
     selective_scan_fwd,
@@ -34,14 +36,20 @@ from ._cpu import (
     ssd_chunk_scan_fwd,
     ssd_chunk_state_fwd,
     ssd_state_passing_fwd,
+    swiglu_bwd,
+    swiglu_fwd,
     version,
 )
 from .operators import (
     dw_causal_conv,
     dw_causal_conv_step,
     fused_layer_norm,
+    gated_norm,
     selective_scan,
     selective_state_step,
+    swiglu,
+)
+from .ssd_operators import (
     ssd_bmm_chunk,
     ssd_chunk_cumsum,
     ssd_chunk_output,
@@ -61,6 +69,9 @@ __all__ = [
     "fused_layer_norm",
     "fused_layer_norm_bwd",
     "fused_layer_norm_fwd",
+    "gated_norm",
+    "gated_norm_bwd",
+    "gated_norm_fwd",
     "get_include",
     "get_num_threads",
     "info",
@@ -83,6 +94,9 @@ __all__ = [
     "ssd_chunk_state_fwd",
     "ssd_state_passing",
     "ssd_state_passing_fwd",
+    "swiglu",
+    "swiglu_bwd",
+    "swiglu_fwd",
     "version",
 ]
 

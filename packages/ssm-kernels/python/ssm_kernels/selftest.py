@@ -230,6 +230,40 @@ def _stages_judge(a):
     return [y, state]
 
 
+def _gated_norm_inputs(random, batch, dim, seqlen):
+    return {
+        "x": _normal(random, batch, seqlen, dim),
+        "weight": _normal(random, dim),
+        "z": _normal(random, batch, seqlen, dim),
+    }
+
+
+def _gated_norm_call(arrays):
+    y = np.empty_like(arrays["x"])
+    ssm_kernels.gated_norm_fwd(**arrays, y=y)
+    return [y]
+
+
+def _gated_norm_judge(a):
+    rms = np.sqrt((a["x"] ** 2).mean(-1, keepdims=True) + 1e-5)
+    return [a["x"] / rms * a["weight"] * _silu(a["z"])]
+
+
+def _swiglu_inputs(random, batch, dim, seqlen):
+    shape = batch, seqlen, dim
+    return {"gate": _normal(random, *shape), "up": _normal(random, *shape)}
+
+
+def _swiglu_call(arrays):
+    y = np.empty_like(arrays["gate"])
+    ssm_kernels.swiglu_fwd(**arrays, y=y)
+    return [y]
+
+
+def _swiglu_judge(a):
+    return [_silu(a["gate"]) * a["up"]]
+
+
 CASES = {
     "selective_scan": Case(_scan_inputs, _scan_call, _scan_judge, (1, 512, 2048)),
     "selective_state_step": Case(
@@ -239,6 +273,8 @@ CASES = {
     "dw_causal_conv_step": Case(_conv_step_inputs, _conv_step_call, _conv_step_judge, (1, 1536, 1)),
     "ssd_chunk_scan": Case(_ssd_inputs, _ssd_call, _ssd_judge, (1, 1536, 2048)),
     "fused_layer_norm": Case(_norm_inputs, _norm_call, _norm_judge, (1, 1024, 2048)),
+    "gated_norm": Case(_gated_norm_inputs, _gated_norm_call, _gated_norm_judge, (1, 1536, 2048)),
+    "swiglu": Case(_swiglu_inputs, _swiglu_call, _swiglu_judge, (1, 1536, 2048)),
     "ssd_stages": Case(_stages_inputs, _stages_call, _stages_judge, (1, 1536, 512)),
 }
 

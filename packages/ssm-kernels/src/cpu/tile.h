@@ -194,18 +194,97 @@ SSM_INLINE void narrow_row(E* __restrict to, const T* __restrict from, std::int6
     for (; i < count; ++i) narrow(to + i, from[i]);
 }
 
+#if defined(__AVX512F__)
+// Word i of the source becomes the upper half of lane i, and back: one permutation each way.
+SSM_INLINE __m512i upper_halves() {
+    return _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0,
+                            4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
+}
+SSM_INLINE __m512i packed_halves() {
+    return _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29, 27, 25, 23, 21,
+                            19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+}
+SSM_INLINE Vec<float> widen_lanes(const BFloat16* from) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return (Vec<float>)_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, upper_halves(),
+                                                      _mm512_castsi256_si512(halves));
+}
+SSM_INLINE void narrow_lanes(BFloat16* to, Vec<float> v) {
+    const __m512i bits = (__m512i)v;
+    const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+    const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+    const __m512i half =
+        _mm512_mask_blend_epi32(odd, _mm512_set1_epi32(0x7fff), _mm512_set1_epi32(0x8000));
+    const __m512i near = _mm512_add_epi32(bits, half);
+    const __m512i kept = _mm512_mask_or_epi32(near, nan, bits, _mm512_set1_epi32(0x400000));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm512_castsi512_si256(_mm512_permutexvar_epi16(packed_halves(), kept)));
+}
+SSM_INLINE Vec<float> widen_lanes(const Float16* from) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return (Vec<float>)_mm512_cvtph_ps(halves);
+}
+SSM_INLINE void narrow_lanes(Float16* to, Vec<float> v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__AVX2__)
+SSM_INLINE Vec<float> widen_lanes(const BFloat16* from) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
+}
+SSM_INLINE void narrow_lanes(BFloat16* to, Vec<float> v) {
+    const __m256i bits = (__m256i)v;
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i near = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256 nan = _mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q);
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i kept = _mm256_blendv_epi8(near, quiet, (__m256i)nan);
+    const __m256i words = _mm256_srli_epi32(kept, 16);
+    _mm_storeu_si128(
+        reinterpret_cast<__m128i*>(to),
+        _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+SSM_INLINE Vec<float> widen_lanes(const Float16* from) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return (Vec<float>)_mm256_cvtph_ps(halves);
+}
+SSM_INLINE void narrow_lanes(Float16* to, Vec<float> v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                     _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#endif
+
 /// One vector from adjacent elements.
 template <class T, class E>
 SSM_INLINE Vec<T> widen_vector(const E* from) {
-    T line[kLanes<T>];
-    widen_row(line, from, kLanes<T>);
-    return load<T>(line);
+    if constexpr (std::is_same_v<T, E>) {
+        return load<T>(from);
+#if defined(__AVX2__)
+    } else if constexpr (std::is_same_v<T, float> && sizeof(E) == 2) {
+        return widen_lanes(from);
+#endif
+    } else {
+        T line[kLanes<T>];
+        widen_row(line, from, kLanes<T>);
+        return load<T>(line);
+    }
 }
+
+/// As narrow() for every lane.
 template <class T, class E>
 SSM_INLINE void narrow_vector(E* to, Vec<T> v) {
-    T line[kLanes<T>];
-    store<T>(line, v);
-    narrow_row(to, line, kLanes<T>);
+    if constexpr (std::is_same_v<T, E>) {
+        store<T>(to, v);
+#if defined(__AVX2__)
+    } else if constexpr (std::is_same_v<T, float> && sizeof(E) == 2) {
+        narrow_lanes(to, v);
+#endif
+    } else {
+        T line[kLanes<T>];
+        store<T>(line, v);
+        narrow_row(to, line, kLanes<T>);
+    }
 }
 
 /// tile[row * pitch + column] = plane(row, column), as T.

@@ -345,8 +345,8 @@ class Mamba2(nn.Module):
             y = y.flatten(2)  # (B, L, H P)
             if self.rmsnorm:
                 y = self.norm(y, z)
+            beside = ops.swiglu(z0, x0) if self.d_mlp else None
         if self.d_mlp:
-            beside = ops.swiglu(z0, x0)
             if keep is not None:
                 # The bias of in_proj alone would make an output where there is no input.
                 beside = beside.masked_fill(~keep[..., None], 0)

@@ -34,9 +34,11 @@ COMPILED = (
     "dw_causal_conv_step",
     "fused_layer_norm",
     "ssd_chunk_scan",
+    "gated_norm",
+    "swiglu",
     *FILES,
 )
-OPERATORS = (*COMPILED, "gated_norm", "swiglu")
+OPERATORS = COMPILED
 # The extension module that holds the kernels of a device type.
 _KERNELS = {"cpu": "ssm_kernels", "cuda": "ssm_kernels._cuda"}
 

@@ -1,0 +1,81 @@
+// The front of the gated norm: checks once, then hands views with few axes to the chosen kernel.
+#include <ssm/gated_norm.h>
+
+#include "isa.h"
+#include "rows.h"
+
+SSM_CPU_KERNEL(gated_norm_fwd, const GatedNormArgs&, int)
+SSM_CPU_KERNEL(gated_norm_bwd, const GatedNormArgs&, const GatedNormGrads&, int)
+
+namespace ssm {
+
+namespace {
+
+constexpr const char* kOp = "gated_norm";
+
+/// Checks the inputs, puts the size of a group in place of kWholeRow and returns the axis M.
+Axis check_inputs(const RowChecker& check, GatedNormArgs& args) {
+    check.main("x");
+    const Axis dim{"D", args.x.shape[args.x.ndim - 1]};
+    check.input("weight", args.weight, {dim});
+    check.optional_input("bias", args.bias, {dim});
+    check.optional_like_main("z", args.z);
+    if (args.group_size == kWholeRow) {
+        args.group_size = dim.size;
+        return {"M", row_count(args.x)};
+    }
+    const std::string got = std::to_string(args.group_size);
+    if (args.group_size < 1) check.fail("group_size", "be at least 1", got);
+    if (dim.size % args.group_size != 0)
+        check.fail("group_size", "divide D = " + std::to_string(dim.size), got);
+    return {"M", row_count(args.x) * (dim.size / args.group_size)};
+}
+
+void refuse_mean(const RowChecker& check, const GatedNormArgs& args) {
+    if (args.is_rms && present(args.mean)) check.fail("mean", "be None with is_rms", "an array");
+}
+
+}  // namespace
+
+void gated_norm_fwd(const GatedNormArgs& given, const Exec& exec) {
+    GatedNormArgs args = given;
+    const RowChecker check(kOp, given.x);
+    const Axis groups = check_inputs(check, args);
+    check.output_like_main("y", args.y);
+    refuse_mean(check, args);
+    if (present(args.mean)) check.statistic("mean", args.mean, groups);
+    if (present(args.rstd)) check.statistic("rstd", args.rstd, groups);
+    // Written so that NaN is refused as well.
+    if (!(args.eps > 0)) check.fail("eps", "be positive", number_text(args.eps));
+    for (TensorView* view : {&args.x, &args.z, &args.y}) *view = merge_rows(*view);
+    cpu::gated_norm_fwd.active()(args, thread_count(exec));
+}
+
+void gated_norm_bwd(const GatedNormArgs& given, const GatedNormGrads& given_grads,
+                    const Exec& exec) {
+    GatedNormArgs args = given;
+    GatedNormGrads grads = given_grads;
+    const RowChecker check(kOp, given.x);
+    const Axis groups = check_inputs(check, args);
+    refuse_mean(check, args);
+    if (!args.is_rms) {
+        check.given("mean", args.mean);
+        check.statistic("mean", args.mean, groups);
+    }
+    check.given("rstd", args.rstd);
+    check.statistic("rstd", args.rstd, groups);
+    check.like_main("dy", grads.dy);
+    check.output_like_main("dx", grads.dx);
+    if (present(args.z))
+        check.output_like_main("dz", grads.dz);
+    else if (present(grads.dz))
+        check.fail("dz", "be None without z", "an array");
+    const Axis dim{"D", args.x.shape[args.x.ndim - 1]};
+    check.optional_output("dweight", grads.dweight, {dim});
+    check.optional_output("dbias", grads.dbias, {dim});
+    for (TensorView* view : {&args.x, &args.z, &grads.dy, &grads.dx, &grads.dz})
+        *view = merge_rows(*view);
+    cpu::gated_norm_bwd.active()(args, grads, thread_count(exec));
+}
+
+}  // namespace ssm

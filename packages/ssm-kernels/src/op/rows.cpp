@@ -1,0 +1,81 @@
+#include "rows.h"
+
+#include <charconv>
+
+namespace ssm {
+
+std::int64_t row_count(const TensorView& x) {
+    std::int64_t rows = 1;
+    for (int axis = 0; axis + 1 < x.ndim; ++axis) rows *= x.shape[axis];
+    return rows;
+}
+
+TensorView merge_rows(const TensorView& view) {
+    if (!present(view)) return view;
+    TensorView merged = view;
+    merged.ndim = 1;
+    merged.shape[0] = 1;
+    merged.stride[0] = 0;
+    for (int axis = 0; axis + 1 < view.ndim; ++axis) {
+        if (view.shape[axis] == 1) continue;
+        const int last = merged.ndim - 1;
+        if (merged.shape[last] == 1) {
+            merged.shape[last] = view.shape[axis];
+            merged.stride[last] = view.stride[axis];
+        } else if (merged.stride[last] == view.shape[axis] * view.stride[axis]) {
+            merged.shape[last] *= view.shape[axis];
+            merged.stride[last] = view.stride[axis];
+        } else {
+            merged.shape[merged.ndim] = view.shape[axis];
+            merged.stride[merged.ndim] = view.stride[axis];
+            ++merged.ndim;
+        }
+    }
+    merged.shape[merged.ndim] = view.shape[view.ndim - 1];
+    merged.stride[merged.ndim] = view.stride[view.ndim - 1];
+    ++merged.ndim;
+    return merged;
+}
+
+std::string number_text(double value) {
+    char digits[32];
+    std::string text(digits, std::to_chars(digits, digits + sizeof digits, value).ptr);
+    return text.find_first_of(".en") == std::string::npos ? text + ".0" : text;
+}
+
+void RowChecker::main(std::string_view name) const {
+    given(name, main_);
+    if (main_.ndim < 1) fail(name, "have shape (..., D)", "()");
+    floating(name, main_);
+    check_device_served(op_, main_.device);
+    device(name, main_);
+}
+
+void RowChecker::like_main(std::string_view name, const TensorView& view) const {
+    given(name, view);
+    bool same = view.ndim == main_.ndim;
+    for (int i = 0; same && i < view.ndim; ++i) same = view.shape[i] == main_.shape[i];
+    if (!same) fail(name, "have shape (..., D) = " + shape_text(main_), shape_text(view));
+    floating(name, view);
+    device(name, view);
+}
+
+void RowChecker::optional_like_main(std::string_view name, const TensorView& view) const {
+    if (present(view)) like_main(name, view);
+}
+
+void RowChecker::output_like_main(std::string_view name, const TensorView& view) const {
+    like_main(name, view);
+    no_overlap(name, view);
+}
+
+void RowChecker::optional_output_like_main(std::string_view name, const TensorView& view) const {
+    if (present(view)) output_like_main(name, view);
+}
+
+void RowChecker::statistic(std::string_view name, const TensorView& view, Axis axis) const {
+    output(name, view, {axis});
+    dtype(name, view, main_.dtype == DType::f64 ? DType::f64 : DType::f32);
+}
+
+}  // namespace ssm
