@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssm import ops
+
 
 class GatedMLP(nn.Module):
     """Gated MLP ``fc2(up * activation(gate))``; SwiGLU by default (Shazeer 2020, arXiv:2002.05202).
@@ -63,4 +65,6 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in_features) to (..., out_features)."""
         up, gate = self.fc1(x).chunk(2, dim=-1)
+        if self.activation is F.silu:
+            return self.fc2(ops.swiglu(gate, up))
         return self.fc2(up * self.activation(gate))
