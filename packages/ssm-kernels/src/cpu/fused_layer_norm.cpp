@@ -18,7 +18,7 @@ namespace {
 template <class T>
 T add_rows(const T* x, const T* residual, T* sum, T* streamed, std::int64_t dim, bool squares) {
     Sums<T> sums;
-    sweep<T>(dim, [&](std::int64_t i, int slot, auto part) {
+    sweep<T>(dim, [&](std::int64_t i, int slot, auto part) __attribute__((always_inline)) {
         Vec<T> s = take<T>(x + i, part);
         if (residual != nullptr) s += take<T>(residual + i, part);
         if (sum != nullptr) put<T>(sum + i, s, part);
@@ -32,7 +32,7 @@ T add_rows(const T* x, const T* residual, T* sum, T* streamed, std::int64_t dim,
 template <class T>
 T squared_deviations(const T* s, T mean, std::int64_t dim, const Ahead& next) {
     Sums<T> sums;
-    sweep<T>(dim, [&](std::int64_t i, int slot, auto part) {
+    sweep<T>(dim, [&](std::int64_t i, int slot, auto part) __attribute__((always_inline)) {
         next.fetch(i);
         const Vec<T> d = inside<T>(take<T>(s + i, part) - mean, part);
         sums.part[slot] += d * d;
@@ -44,7 +44,7 @@ T squared_deviations(const T* s, T mean, std::int64_t dim, const Ahead& next) {
 template <class T>
 void scale_row(const T* s, T mean, T rstd, const T* weight, const T* bias, T* y, std::int64_t dim,
                bool past_caches, const Ahead& next) {
-    sweep<T>(dim, [&](std::int64_t i, int, auto part) {
+    sweep<T>(dim, [&](std::int64_t i, int, auto part) __attribute__((always_inline)) {
         next.fetch(i);
         Vec<T> v = (take<T>(s + i, part) - mean) * rstd * take<T>(weight + i, part);
         if (bias != nullptr) v += take<T>(bias + i, part);
@@ -118,7 +118,7 @@ template <class T>
 void project_row(const RowGrad<T>& row, T* dweight, T* dbias, std::int64_t dim, T* along,
                  T* constant, const Ahead& ahead) {
     Sums<T> gx, g;
-    sweep<T>(dim, [&](std::int64_t i, int slot, auto part) {
+    sweep<T>(dim, [&](std::int64_t i, int slot, auto part) __attribute__((always_inline)) {
         ahead.fetch(i);
         const Vec<T> xhat = (take<T>(row.s + i, part) - row.mean) * row.rstd;
         const Vec<T> dy = take<T>(row.dy + i, part);
@@ -138,7 +138,7 @@ template <class T>
 void grad_row(const RowGrad<T>& row, T along, T constant, const T* dresidual_out, T* ds,
               std::int64_t dim, bool past_caches, const Ahead& next_s, const Ahead& next_dy) {
     const T slope = -row.rstd * row.rstd * along;
-    sweep<T>(dim, [&](std::int64_t i, int, auto part) {
+    sweep<T>(dim, [&](std::int64_t i, int, auto part) __attribute__((always_inline)) {
         next_s.fetch(i);
         next_dy.fetch(i);
         Vec<T> v = (take<T>(row.s + i, part) - row.mean) * slope;
