@@ -11,6 +11,7 @@ head, are counted as exponentials only.
 """
 
 import torch
+from torch.nn.functional import pad, softplus
 
 from tools.workload import Case, Draw, Peer, Problem, Work, nbytes
 
@@ -40,10 +41,15 @@ PEER_CHUNK = 64  # the fastest of 16 to 256 for the peer
 
 def _torch_chunks(X, dt, A, B, C, chunk_size, D):
     """Run what a user without this library writes: matrix products over chunks, one group."""
-    size = PEER_CHUNK
-    x = (X * dt[..., None]).unflatten(1, (-1, size))  # (B, C, Q, H, P)
-    B, C = (m[:, :, 0].unflatten(1, (-1, size)) for m in (B, C))  # (B, C, Q, N)
-    a = (dt * A).unflatten(1, (-1, size)).permute(0, 3, 1, 2)  # (B, H, C, Q)
+    size, seqlen = PEER_CHUNK, X.shape[1]
+
+    def chunked(t):
+        # Steps of size zero fill the last chunk.
+        return pad(t, (0, 0) * (t.ndim - 2) + (0, -seqlen % size)).unflatten(1, (-1, size))
+
+    x = chunked(X * dt[..., None])  # (B, C, Q, H, P)
+    B, C = (chunked(m[:, :, 0]) for m in (B, C))  # (B, C, Q, N)
+    a = chunked(dt * A).permute(0, 3, 1, 2)  # (B, H, C, Q)
     sums = a.cumsum(3)
     causal = torch.ones(size, size, dtype=torch.bool, device=X.device).tril()
     decay = (sums[..., :, None] - sums[..., None, :]).masked_fill(~causal, -torch.inf).exp()
@@ -58,7 +64,7 @@ def _torch_chunks(X, dt, A, B, C, chunk_size, D):
         state = factor * state + add
     from_start = sums.exp().permute(0, 2, 3, 1)[..., None]
     y = y + torch.einsum("bcin,bchpn->bcihp", C, torch.stack(entering, 1)) * from_start
-    return y.flatten(1, 2) + D[:, None] * X
+    return y.flatten(1, 2)[:, :seqlen] + D[:, None] * X
 
 
 def setup(case, device) -> Problem:
@@ -69,14 +75,14 @@ def setup(case, device) -> Problem:
     draw = Draw(device)
     X = draw.normal(batch, seqlen, nheads, headdim).to(dtype)
     B, C = (draw.normal(batch, seqlen, 1, dstate).to(dtype) for _ in range(2))
-    dt = torch.nn.functional.softplus(draw.normal(batch, seqlen, nheads, mean=-4.0)).to(dtype)
+    dt = softplus(draw.normal(batch, seqlen, nheads, mean=-4.0)).to(dtype)
     A, D = -draw.normal(nheads).exp(), draw.normal(nheads)
     moved, rows = nbytes(X, dt, A, B, C, D), batch * seqlen * nheads
     exponentials = rows * (CHUNK // 2 + 2)
     forward = rows * headdim * (2 * dstate + CHUNK // 2)
     backward = rows * headdim * (5 * dstate + CHUNK)
     peers = ()
-    if dtype == torch.float32 and seqlen % PEER_CHUNK == 0:
+    if dtype == torch.float32:
         peers = (Peer("torch chunks", _torch_chunks),)
     return Problem(
         args=(X, dt, A, B, C, PEER_CHUNK, D),
