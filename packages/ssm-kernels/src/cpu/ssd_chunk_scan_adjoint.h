@@ -30,13 +30,15 @@ struct AdjointTile {
     T* mix;   // [j][i]           C_i . B_j exp(decay from j to i) s_j, for i from j on
     T* gX;    // [j][i]           g_i . X_j; then the gradient of the log of the decay from j to i
     T* dCB;   // [j][i]           gradient of C_i . B_j, summed over heads
+    T* B_t;   // [state][step]
+    T* C_t;   // [state][step]
     T* dB_t;  // [state][step]    summed over heads
     T* dC_t;  // [state][step]    summed over heads
     T* ddt;   // [head][step]
 
     static std::int64_t elements(const SsdShape& shape) {
         return kChunk *
-               (6 * shape.padded_headdim + 2 * shape.dstate + 3 * kChunk + shape.most_heads());
+               (6 * shape.padded_headdim + 4 * shape.dstate + 3 * kChunk + shape.most_heads());
     }
 
     AdjointTile(T* memory, const SsdShape& shape) {
@@ -47,7 +49,7 @@ struct AdjointTile {
         };
         for (T** area : {&X, &X_t, &g, &g_t, &z, &y}) *area = take(shape.padded_headdim);
         for (T** area : {&mix, &gX, &dCB}) *area = take(kChunk);
-        for (T** area : {&dB_t, &dC_t}) *area = take(shape.dstate);
+        for (T** area : {&B_t, &C_t, &dB_t, &dC_t}) *area = take(shape.dstate);
         ddt = take(shape.most_heads());
     }
 };
@@ -115,8 +117,8 @@ void write_input_gradient(const AdjointTile<T>& tile, const SsdShape& shape,
         for_row_blocks(steps, [&]<int R>(std::int64_t j) {
             Block<T, R> dX;
             Block<T, R>::clear(dX);
-            Block<T, R>::multiply_add(dX, group.B_t + j, 1, kChunk, dstate + p * shape.dstate,
-                                      kPanel<T>, shape.dstate);
+            Block<T, R>::multiply_add(dX, group.B + j * shape.dstate, shape.dstate, 1,
+                                      dstate + p * shape.dstate, kPanel<T>, shape.dstate);
             Block<T, R>::scale_rows(dX, weight + j);
             Block<T, R>::multiply_add_upper(dX, tile.mix + j * kChunk + j, kChunk, 1,
                                             tile.g + j * pitch + p, pitch);
@@ -147,7 +149,8 @@ void differentiate_gate(const SsdShape& shape, const AdjointTile<T>& tile,
                         const GroupTile<T>& group, const EndDecays<T>& ends, const T* size,
                         const T* decay, const T* skip, const T* state, std::int64_t steps) {
     mix_steps(tile.mix, group.CB, size, decay, steps);
-    write_outputs(tile.y, shape, group, state, tile.mix, tile.X, skip, ends, steps);
+    write_outputs<T>({tile.y, shape.padded_headdim}, shape, group, state, tile.mix, tile.X, skip,
+                     ends, {nullptr, 0}, steps);
     for (std::int64_t i = 0; i < steps * shape.padded_headdim; i += kLanes<T>) {
         const Vec<T> dy = load<T>(tile.g + i), z = load<T>(tile.z + i), gate = sigmoid<T>(z);
         store<T>(tile.z + i, dy * load<T>(tile.y + i) * gate * (T(1) + z * (T(1) - gate)));
@@ -230,9 +233,9 @@ void differentiate_head(const SsdChunkScanArgs& args, const SsdShape& shape,
     multiply_rows(tile, shape, steps);
     T direct[kChunk], crossing[kChunk], into[kChunk], out_of[kChunk];
     differentiate_pairs(tile, group, size, decay, direct, crossing, steps);
-    add_state_products<T>(tile.dC_t, into, shape, state, tile.g_t, group.C_t, ends.into, nullptr,
+    add_state_products<T>(tile.dC_t, into, shape, state, tile.g_t, tile.C_t, ends.into, nullptr,
                           steps);
-    add_state_products<T>(tile.dB_t, out_of, shape, dstate, tile.X_t, group.B_t, ends.out_of, size,
+    add_state_products<T>(tile.dB_t, out_of, shape, dstate, tile.X_t, tile.B_t, ends.out_of, size,
                           steps);
     const T through = ends.total * dot_states(state, dstate, shape.state_elements());
     T weight[kChunk];

@@ -15,11 +15,12 @@ constexpr std::int64_t kChunks = kStretch / kChunk;  // chunks of a stretch
 template <class T>
 struct BackwardPlan {
     SsdShape shape;
+    PairProducts<T> products;
     T* sums = nullptr;
     T* partial_dB = nullptr;  // [block of the group][row][group][step][state]
     T* partial_dC = nullptr;
 
-    explicit BackwardPlan(const SsdChunkScanArgs& args) : shape(args, kPanel<T>) {}
+    explicit BackwardPlan(const SsdChunkScanArgs& args) : shape(args, kPanel<T>), products(shape) {}
 
     std::int64_t sum_elements() const {
         return shape.batch * shape.heads * HeadSums<T>::elements(shape);
@@ -52,7 +53,7 @@ struct BackwardTile {
 
     static std::int64_t elements(const SsdShape& shape) {
         return (shape.most_heads() * (kChunks + 1) + 1) * shape.state_elements() +
-               AdjointTile<T>::elements(shape) + GroupTile<T>::elements(shape, true) +
+               AdjointTile<T>::elements(shape) + GroupTile<T>::elements(shape) +
                HeadParameters<T>::elements(shape) + StepSizes<T>::elements(shape);
     }
 
@@ -62,8 +63,8 @@ struct BackwardTile {
           fresh(entries + kChunks * shape.most_heads() * shape.state_elements()),
           dstates(fresh + shape.state_elements()),
           adjoint(dstates + shape.most_heads() * shape.state_elements(), shape),
-          group(adjoint.X + AdjointTile<T>::elements(shape), shape, true),
-          heads(group.B + GroupTile<T>::elements(shape, true), shape),
+          group(adjoint.X + AdjointTile<T>::elements(shape), shape),
+          heads(group.B + GroupTile<T>::elements(shape), shape),
           sizes(heads.rate + HeadParameters<T>::elements(shape), shape) {}
 
     T* entry(const SsdShape& shape, std::int64_t chunk, std::int64_t h) const {
@@ -139,12 +140,16 @@ void compute_entries(const Call<T>& call, const HeadBlock& block, const Backward
 
 template <class T>
 void differentiate_segment(const Call<T>& call, const HeadBlock& block, std::int64_t part,
-                           const BackwardTile<T>& tile, const Segment& segment,
-                           std::int64_t chunk) {
+                           BackwardTile<T>& tile, const Segment& segment, std::int64_t chunk) {
     const auto& [args, grads, runs, plan] = call;
     const SsdShape& shape = plan.shape;
     const AdjointTile<T>& adjoint = tile.adjoint;
-    tile.group.load_all(args, shape, block, segment);
+    tile.group.load_all(args, plan.products, block, segment);
+    const auto transpose = [&](T* to, T* from) {
+        load_tile(to, kChunk, dense_plane(from, 1, shape.dstate), shape.dstate, segment.steps);
+    };
+    transpose(adjoint.B_t, tile.group.B);
+    transpose(adjoint.C_t, tile.group.C);
     tile.sizes.load_from(args, tile.heads, block, segment);
     clear(adjoint.dCB, kChunk * kChunk);
     clear(adjoint.dB_t, kChunk * shape.dstate);
@@ -214,7 +219,7 @@ void differentiate_block(const Call<T>& call, const HeadBlock& block, std::int64
                          T* memory) {
     const auto& [args, grads, runs, plan] = call;
     const SsdShape& shape = plan.shape;
-    const BackwardTile<T> tile(memory, shape);
+    BackwardTile<T> tile(memory, shape);
     clear(tile.begin, BackwardTile<T>::elements(shape));
     tile.heads.load(args, shape, block);
     for (std::int64_t h = 0; h < block.count; ++h)
@@ -304,15 +309,17 @@ void differentiate_rows(const SsdChunkScanArgs& args, const SsdChunkScanGrads& g
     const SsdShape& shape = plan.shape;
     const std::int64_t per_thread =
         round_up(max(BackwardTile<T>::elements(shape), HeadSums<T>::elements(shape)), kPanel<T>);
-    const Scratch scratch(sizeof(T) * static_cast<std::size_t>(per_thread * threads +
-                                                               2 * plan.partial_elements() +
-                                                               plan.sum_elements()));
+    const Scratch scratch(
+        sizeof(T) * static_cast<std::size_t>(per_thread * threads + plan.products.elements() +
+                                             2 * plan.partial_elements() + plan.sum_elements()));
     T* const local = static_cast<T*>(scratch.data());
-    plan.partial_dB = local + per_thread * threads;
+    plan.products.data = local + per_thread * threads;
+    plan.partial_dB = plan.products.data + plan.products.elements();
     plan.partial_dC = plan.partial_dB + plan.partial_elements();
     plan.sums = plan.partial_dC + plan.partial_elements();
     if (grads.dinitial_states.ndim >= 0 && (shape.seqlen == 0 || !runs.covers_all))
         copy_states<T>(grads.dfinal_states, grads.dinitial_states, threads);
+    plan.products.compute(args, runs, local, per_thread, threads);
     const Call<T> call{args, grads, runs, plan};
     parallel_for(shape.batch * shape.blocks_per_row(), threads, [&](std::int64_t task, int thread) {
         const std::int64_t index = task % shape.blocks_per_row();

@@ -15,7 +15,8 @@ struct ForwardTile {
     T* states;  // [head][panel][state][lane]
     T* mix;     // [j][i]  C_i . B_j exp(decay from j to i) s_j, for i from j on
     T* X;       // [step][channel]
-    T* wX;      // [step][channel]  X times size and decay up to the end; then the gate
+    T* wX;      // [step][channel]  X times size and decay up to the end
+    T* z;       // [step][channel]
     T* y;       // [step][channel]
     GroupTile<T> group;
     HeadParameters<T> heads;
@@ -23,7 +24,7 @@ struct ForwardTile {
 
     static std::int64_t elements(const SsdShape& shape) {
         return shape.most_heads() * shape.state_elements() + kChunk * kChunk +
-               3 * kChunk * shape.padded_headdim + GroupTile<T>::elements(shape, false) +
+               4 * kChunk * shape.padded_headdim + GroupTile<T>::elements(shape) +
                HeadParameters<T>::elements(shape) + StepSizes<T>::elements(shape);
     }
 
@@ -33,9 +34,10 @@ struct ForwardTile {
           mix(states + shape.most_heads() * shape.state_elements()),
           X(mix + kChunk * kChunk),
           wX(X + kChunk * shape.padded_headdim),
-          y(wX + kChunk * shape.padded_headdim),
-          group(y + kChunk * shape.padded_headdim, shape, false),
-          heads(group.B + GroupTile<T>::elements(shape, false), shape),
+          z(wX + kChunk * shape.padded_headdim),
+          y(z + kChunk * shape.padded_headdim),
+          group(y + kChunk * shape.padded_headdim, shape),
+          heads(group.B + GroupTile<T>::elements(shape), shape),
           sizes(heads.rate + HeadParameters<T>::elements(shape), shape) {}
 };
 
@@ -45,41 +47,53 @@ void scan_head(const SsdChunkScanArgs& args, const SsdShape& shape, const HeadBl
     const std::int64_t head = block.first + h, pitch = shape.padded_headdim, steps = segment.steps;
     T* const state = tile.states + h * shape.state_elements();
     if (segment.enters) enter(state, args, shape, *segment.first, head);
-    Segment::for_pieces(segment, [&](std::int64_t at, std::int64_t t, std::int64_t count) {
-        load_tile(tile.X + at * pitch, pitch, steps_plane(args.X, block.row, head, t), count,
-                  shape.headdim);
-    });
     const T* const size = tile.sizes.size + h * kChunk;
     const T* const decay = tile.sizes.decay + h * kChunk;
     EndDecays<T> ends;
     ends.compute(decay, steps);
-    mix_steps(tile.mix, tile.group.CB, size, decay, steps);
-    write_outputs(tile.y, shape, tile.group, state, tile.mix, tile.X, tile.heads.skip + h * pitch,
-                  ends, steps);
     T weight[kChunk];
-    for (std::int64_t t = 0; t < steps; ++t) weight[t] = ends.out_of[t] * size[t];
-    scale_steps(tile.wX, tile.X, weight, pitch, steps);
-    advance_state(state, shape, tile.group.B, tile.wX, ends.total, steps);
-    if (args.z.ndim >= 0) {
-        Segment::for_pieces(segment, [&](std::int64_t at, std::int64_t t, std::int64_t count) {
-            load_tile(tile.wX + at * pitch, pitch, steps_plane(args.z, block.row, head, t), count,
-                      shape.headdim);
-        });
-        for (std::int64_t i = 0; i < steps * pitch; i += kLanes<T>)
-            store<T>(tile.y + i, load<T>(tile.y + i) * silu<T>(load<T>(tile.wX + i)));
-    }
+    for (std::int64_t t = 0; t < kChunk; ++t) weight[t] = ends.out_of[t] * size[t];
     Segment::for_pieces(segment, [&](std::int64_t at, std::int64_t t, std::int64_t count) {
-        store_tile(steps_plane(args.y, block.row, head, t), tile.y + at * pitch, pitch, count,
-                   shape.headdim);
+        load_scaled(tile.X + at * pitch, tile.wX + at * pitch, weight + at, shape,
+                    steps_plane(args.X, block.row, head, t), count);
     });
+    mix_steps(tile.mix, tile.group.CB, size, decay, steps);
+    // Rows are read and written where they lie, if they are one piece of whole panels.
+    const Plane y_plane = steps_plane(args.y, block.row, head, segment.first_step());
+    const bool whole = segment.first == segment.last && shape.headdim == pitch;
+    const bool in_place = whole && is_dense<T>(y_plane, pitch);
+    const Rows<T> y = in_place ? Rows<T>{static_cast<T*>(y_plane.data), y_plane.row_stride}
+                               : Rows<T>{tile.y, pitch};
+    Rows<const T> z{nullptr, 0};
+    if (args.z.ndim >= 0) {
+        const Plane z_plane = steps_plane(args.z, block.row, head, segment.first_step());
+        z = {tile.z, pitch};
+        if (whole && is_dense<T>(z_plane, pitch))
+            z = {static_cast<const T*>(z_plane.data), z_plane.row_stride};
+        else
+            Segment::for_pieces(segment, [&](std::int64_t at, std::int64_t t, std::int64_t count) {
+                load_tile(tile.z + at * pitch, pitch, steps_plane(args.z, block.row, head, t),
+                          count, shape.headdim);
+            });
+    }
+    write_outputs(y, shape, tile.group, state, tile.mix, tile.X, tile.heads.skip + h * pitch, ends,
+                  z, steps);
+    advance_state(state, shape, tile.group.B, tile.wX, ends.total, steps);
+    if (!in_place)
+        Segment::for_pieces(segment, [&](std::int64_t at, std::int64_t t, std::int64_t count) {
+            store_tile(steps_plane(args.y, block.row, head, t), tile.y + at * pitch, pitch, count,
+                       shape.headdim);
+        });
+    for (const TensorView* view : {&args.X, &args.y, &args.z})
+        if (view->ndim >= 0) request_steps(*view, shape, block.row, head, segment.end);
     if (segment.leaves && args.final_states.ndim >= 0 && segment.last->state_out != Run::kNone)
         store_state(state_plane(args.final_states, segment.last->state_out, head), state, shape);
 }
 
 template <class T>
 void scan_block(const SsdChunkScanArgs& args, const Runs& runs, const SsdShape& shape,
-                const HeadBlock& block, T* memory) {
-    const ForwardTile<T> tile(memory, shape);
+                const PairProducts<T>& products, const HeadBlock& block, T* memory) {
+    ForwardTile<T> tile(memory, shape);
     clear(tile.begin, ForwardTile<T>::elements(shape));
     tile.heads.load(args, shape, block);
     const Run* run = runs.runs + runs.row_begin[block.row];
@@ -94,7 +108,7 @@ void scan_block(const SsdChunkScanArgs& args, const Runs& runs, const SsdShape& 
         Segment segments[kChunk];
         const std::int64_t count = cut_chunk(segments, run, runs_end, begin, end);
         for (const Segment* segment = segments; segment < segments + count; ++segment) {
-            tile.group.load_all(args, shape, block, *segment);
+            tile.group.load_all(args, products, block, *segment);
             tile.sizes.load_from(args, tile.heads, block, *segment);
             for (std::int64_t h = 0; h < block.count; ++h)
                 scan_head(args, shape, block, *segment, tile, h);
@@ -116,12 +130,17 @@ void scan_rows(const SsdChunkScanArgs& args, const Runs& runs, int threads) {
     if (args.final_states.ndim >= 0 && (shape.seqlen == 0 || !runs.covers_all))
         copy_states<T>(args.initial_states, args.final_states, threads);
     const std::int64_t tasks = shape.seqlen == 0 ? 0 : shape.batch * shape.blocks_per_row();
-    const std::int64_t elements = round_up(ForwardTile<T>::elements(shape), kPanel<T>);
-    const Scratch scratch(sizeof(T) * static_cast<std::size_t>(elements * threads));
+    const std::int64_t elements = round_up(
+        max(ForwardTile<T>::elements(shape), PairProducts<T>::local_elements(shape)), kPanel<T>);
+    PairProducts<T> products(shape);
+    const Scratch scratch(sizeof(T) *
+                          static_cast<std::size_t>(elements * threads + products.elements()));
+    T* const local = static_cast<T*>(scratch.data());
+    products.data = local + elements * threads;
+    products.compute(args, runs, local, elements, threads);
     parallel_for(tasks, threads, [&](std::int64_t task, int thread) {
         const HeadBlock block(shape, task / shape.blocks_per_row(), task % shape.blocks_per_row());
-        scan_block<T>(args, runs, shape, block,
-                      static_cast<T*>(scratch.data()) + elements * thread);
+        scan_block<T>(args, runs, shape, products, block, local + elements * thread);
     });
 }
 

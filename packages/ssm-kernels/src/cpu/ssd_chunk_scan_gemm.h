@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "tile.h"
+#include "vmath.h"
 
 namespace ssm::cpu::SSM_ISA {
 
@@ -109,6 +110,13 @@ struct Block {
             block.rows[r][0] += left * load<T>(from + r * pitch);
             block.rows[r][1] += right * load<T>(from + r * pitch + kLanes<T>);
         }
+    }
+
+    /// Row r times silu of row r of `z`.
+    SSM_INLINE void gate(Block& block, const T* z, std::int64_t pitch) {
+        for (int r = 0; r < R; ++r)
+            for (int half = 0; half < 2; ++half)
+                block.rows[r][half] *= silu<T>(load<T>(z + r * pitch + half * kLanes<T>));
     }
 
     /// The panel `sums` += the sum over rows of `block` times `from`.

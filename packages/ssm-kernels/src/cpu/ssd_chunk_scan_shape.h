@@ -75,9 +75,12 @@ struct Segment {
     const Run* first;
     const Run* last;
     std::int64_t begin, end;  // the chunk
+    std::int64_t at;          // steps of the chunk's segments before
     std::int64_t steps;
     bool enters;  // the sequence starts here: its state does not come from the chunk before
     bool leaves;  // the sequence ends here
+
+    std::int64_t first_step() const { return max(first->begin, begin); }
 
     /// Calls body(at, t, count): `count` steps from t on are the segment's steps from `at` on.
     template <class Body>
@@ -96,7 +99,7 @@ struct Segment {
 /// `runs` to `runs_end` are the runs of the row that end behind `begin`.
 static inline std::int64_t cut_chunk(Segment* segments, const Run* runs, const Run* runs_end,
                                      std::int64_t begin, std::int64_t end) {
-    std::int64_t count = 0;
+    std::int64_t count = 0, done = 0;
     for (const Run* run = runs; run < runs_end && run->begin < end; ++run) {
         const std::int64_t steps = min(run->end, end) - max(run->begin, begin);
         const bool goes_on = run->begin < begin || run->state_in == Run::kContinue;
@@ -104,12 +107,29 @@ static inline std::int64_t cut_chunk(Segment* segments, const Run* runs, const R
             segments[count - 1].last = run;
             segments[count - 1].steps += steps;
         } else {
-            segments[count++] = {run, run, begin, end, steps, !goes_on, false};
+            segments[count++] = {run, run, begin, end, done, steps, !goes_on, false};
         }
         const bool returns = run + 1 < runs_end && run[1].state_in == Run::kContinue;
+        done += steps;
         segments[count - 1].leaves = run->end <= end && !returns;
     }
     return count;
+}
+
+/// The first run of a row that ends behind step t.
+static inline const Run* first_run_behind(const Runs& runs, std::int64_t row, std::int64_t t) {
+    const Run* first = runs.runs + runs.row_begin[row];
+    std::int64_t count = runs.row_begin[row + 1] - runs.row_begin[row];
+    while (count > 0) {
+        const std::int64_t half = count / 2;
+        if (first[half].end <= t) {
+            first += half + 1;
+            count -= half + 1;
+        } else {
+            count = half;
+        }
+    }
+    return first;
 }
 
 /// Calls body(t, count) for the stretches of skipped steps of a chunk.

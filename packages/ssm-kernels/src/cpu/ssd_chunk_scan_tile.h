@@ -2,8 +2,7 @@
 // chunk, step sizes, decays and outputs.
 #pragma once
 
-#include "parallel.h"
-#include "ssd_chunk_scan_shape.h"
+#include "ssd_chunk_scan_group.h"
 #include "vmath.h"
 
 namespace ssm::cpu::SSM_ISA {
@@ -30,15 +29,16 @@ void store_state(Plane plane, const T* state, const SsdShape& shape) {
     }
 }
 
-template <class T>
-void clear(T* area, std::int64_t count) {
-    if (count > 0) std::memset(area, 0, sizeof(T) * static_cast<std::size_t>(count));
-}
-
-/// A local array as a plane.
-template <class T>
-SSM_INLINE Plane dense_plane(T* data, std::int64_t row_stride, std::int64_t column_stride) {
-    return {data, sizeof(T) == sizeof(double) ? DType::f64 : DType::f32, row_stride, column_stride};
+/// Asks for the steps of a head in the chunk from `begin` on, into the second-level cache: rows of
+/// several pages' distance, which the processor does not foresee.
+SSM_INLINE void request_steps(const TensorView& view, const SsdShape& shape, std::int64_t row,
+                              std::int64_t head, std::int64_t begin) {
+    const Plane plane = steps_plane(view, row, head, begin);
+    const std::int64_t bytes = dtype_bytes(view.dtype);
+    for (std::int64_t t = 0; t < min(kChunk, shape.seqlen - begin); ++t)
+        for (std::int64_t at = 0; at < shape.headdim * bytes; at += 64)
+            __builtin_prefetch(
+                static_cast<const char*>(plane.data) + t * plane.row_stride * bytes + at, 0, 2);
 }
 
 /// The state with which a sequence starts.
@@ -109,6 +109,25 @@ void scale_steps(T* to, const T* from, const T* weight, std::int64_t pitch, std:
     for (std::int64_t t = 0; t < steps; ++t)
         for (std::int64_t p = t * pitch; p < (t + 1) * pitch; p += kLanes<T>)
             store<T>(to + p, load<T>(from + p) * weight[t]);
+}
+
+/// X = the steps of a piece, wX = the same times weight[t]; both are [step][channel].
+template <class T>
+void load_scaled(T* X, T* wX, const T* weight, const SsdShape& shape, const Plane& plane,
+                 std::int64_t steps) {
+    const std::int64_t pitch = shape.padded_headdim;
+    if (shape.headdim < pitch || !is_dense<T>(plane, pitch)) {
+        load_tile(X, pitch, plane, steps, shape.headdim);
+        scale_steps(wX, X, weight, pitch, steps);
+        return;
+    }
+    const T* from = static_cast<const T*>(plane.data);
+    for (std::int64_t t = 0; t < steps; ++t, from += plane.row_stride)
+        for (std::int64_t p = 0; p < pitch; p += kLanes<T>) {
+            const Vec<T> x = load<T>(from + p);
+            store<T>(X + t * pitch + p, x);
+            store<T>(wX + t * pitch + p, x * weight[t]);
+        }
 }
 
 /// state = decay * state + B^T V for the steps of a segment; V is [step][channel].
@@ -222,58 +241,6 @@ SSM_INLINE void for_decays(const T* decay, std::int64_t steps, const Body& body)
     }
 }
 
-/// B and C of one segment, and their products.
-template <class T>
-struct GroupTile {
-    T* B;    // [step][state]
-    T* B_t;  // [state][step]
-    T* C_t;  // [state][step]
-    T* CB;   // [j][i]         C_i . B_j, for i from j on
-    T* C;    // [step][state]  null where it is not needed
-
-    static std::int64_t elements(const SsdShape& shape, bool with_C) {
-        return kChunk * ((with_C ? 4 : 3) * shape.dstate + kChunk);
-    }
-
-    GroupTile(T* memory, const SsdShape& shape, bool with_C)
-        : B(memory),
-          B_t(B + kChunk * shape.dstate),
-          C_t(B_t + kChunk * shape.dstate),
-          CB(C_t + kChunk * shape.dstate),
-          C(with_C ? CB + kChunk * kChunk : nullptr) {}
-
-    void load_B(const SsdChunkScanArgs& args, const SsdShape& shape, const HeadBlock& block,
-                const Segment& segment) const {
-        const std::int64_t group = group_of(shape, args.B, block.first);
-        Segment::for_pieces(segment, [&](std::int64_t at, std::int64_t t, std::int64_t count) {
-            load_tile(B + at * shape.dstate, shape.dstate, steps_plane(args.B, block.row, group, t),
-                      count, shape.dstate);
-        });
-    }
-
-    void load_all(const SsdChunkScanArgs& args, const SsdShape& shape, const HeadBlock& block,
-                  const Segment& segment) const {
-        load_B(args, shape, block, segment);
-        const std::int64_t group = group_of(shape, args.C, block.first);
-        Segment::for_pieces(segment, [&](std::int64_t at, std::int64_t t, std::int64_t count) {
-            const Plane plane = steps_plane(args.C, block.row, group, t);
-            load_tile(C_t + at, kChunk, transposed(plane), shape.dstate, count);
-            if (C != nullptr)
-                load_tile(C + at * shape.dstate, shape.dstate, plane, count, shape.dstate);
-        });
-        load_tile(B_t, kChunk, dense_plane(B, 1, shape.dstate), shape.dstate, segment.steps);
-        for_row_blocks(segment.steps, [&]<int R>(std::int64_t j) {
-            for (std::int64_t i = j / kPanel<T> * kPanel<T>; i < segment.steps; i += kPanel<T>) {
-                Block<T, R> products;
-                Block<T, R>::clear(products);
-                Block<T, R>::multiply_add(products, B_t + j, 1, kChunk, C_t + i, kChunk,
-                                          shape.dstate);
-                Block<T, R>::store_to(CB + j * kChunk + i, kChunk, products);
-            }
-        });
-    }
-};
-
 /// mix[j][i] = C_i . B_j exp(decay from j to i) s_j for i from j on; what lies before is not read.
 template <class T>
 void mix_steps(T* mix, const T* CB, const T* size, const T* decay, std::int64_t steps) {
@@ -283,24 +250,26 @@ void mix_steps(T* mix, const T* CB, const T* size, const T* decay, std::int64_t 
     });
 }
 
-/// y = exp(decay from the start) C h + mix X + D X, for all channels of a head; mix is [j][i].
+/// y = exp(decay from the start) C h + mix X + D X, times silu(z) unless z is null, for all
+/// channels of a head; mix is [j][i].
 template <class T>
-void write_outputs(T* y, const SsdShape& shape, const GroupTile<T>& group, const T* state,
+void write_outputs(Rows<T> y, const SsdShape& shape, const GroupTile<T>& group, const T* state,
                    const T* mix, const T* X, const T* skip, const EndDecays<T>& ends,
-                   std::int64_t steps) {
+                   Rows<const T> z, std::int64_t steps) {
     const std::int64_t pitch = shape.padded_headdim;
     for (std::int64_t p = 0; p < pitch; p += kPanel<T>)
         for_row_blocks(steps, [&]<int R>(std::int64_t i) {
             Block<T, R> rows;
             Block<T, R>::clear(rows);
-            Block<T, R>::multiply_add(rows, group.C_t + i, 1, kChunk, state + p * shape.dstate,
-                                      kPanel<T>, shape.dstate);
+            Block<T, R>::multiply_add(rows, group.C + i * shape.dstate, shape.dstate, 1,
+                                      state + p * shape.dstate, kPanel<T>, shape.dstate);
             Block<T, R>::scale_rows(rows, ends.into + i);
             Block<T, R>::multiply_add(rows, mix + i, 1, kChunk, X + p, pitch, i);
             Block<T, R>::multiply_add_lower(rows, mix + i * kChunk + i, 1, kChunk,
                                             X + i * pitch + p, pitch);
             Block<T, R>::add_product(rows, skip + p, X + i * pitch + p, pitch);
-            Block<T, R>::store_to(y + i * pitch + p, pitch, rows);
+            if (z.data != nullptr) Block<T, R>::gate(rows, z.data + i * z.pitch + p, z.pitch);
+            Block<T, R>::store_to(y.data + i * y.pitch + p, y.pitch, rows);
         });
 }
 
