@@ -166,6 +166,7 @@ def test_positional_order_is_that_of_mamba_ssm():
         *("embed_dim", "num_heads", "num_heads_kv", "head_dim", "mlp_dim", "qkv_proj_bias"),
         *("out_proj_bias", "softmax_scale", "causal", "layer_idx", "d_conv", "rotary_emb_dim"),
         *("rotary_emb_base", "rotary_emb_interleaved", "device", "dtype"),
+        *("process_group", "sequence_parallel"),
     ]
 
 

@@ -193,17 +193,23 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Split parameters for AdamW: matrices decay; A_log, D, biases, norms and marked ones do not.
 
     Args:
-        model: parameters with ``_no_weight_decay = True`` never decay.
+        model: parameters with ``_no_weight_decay = True`` never decay, nor do those whose names a
+            module lists in ``no_weight_decay``, as FSDP puts unmarked parameters in their place.
         weight_decay: of the first group.
 
     Returns:
         Two groups for a torch optimizer, in the order of ``named_parameters``.
     """
+    named = {
+        id(getattr(module, name))
+        for module in model.modules()
+        for name in getattr(module, "no_weight_decay", ())
+    }
     decay, keep = [], []
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        marked = getattr(parameter, "_no_weight_decay", False)
+        marked = getattr(parameter, "_no_weight_decay", False) or id(parameter) in named
         (keep if marked or parameter.dim() < 2 else decay).append(parameter)
     return [
         {"params": decay, "weight_decay": weight_decay},

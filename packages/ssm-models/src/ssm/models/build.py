@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from ssm.distributed.layout import initialise
 from ssm.models.config import MambaConfig
 from ssm.modules.attention import MHA
 from ssm.modules.block import Block
@@ -21,7 +22,15 @@ from ssm.modules.norm import RMSNorm
 MIXERS = {"Mamba1": Mamba1, "Mamba2": Mamba2}
 
 
-def create_block(config: MambaConfig, layer_idx: int, device=None, dtype=None) -> Block:
+def create_block(
+    config: MambaConfig,
+    layer_idx: int,
+    device=None,
+    dtype=None,
+    *,
+    process_group=None,
+    sequence_parallel: bool = False,
+) -> Block:
     """Build one block of a model.
 
     Args:
@@ -29,6 +38,8 @@ def create_block(config: MambaConfig, layer_idx: int, device=None, dtype=None) -
         layer_idx: which block; the mixer keeps its state under this key.
         device: where the parameters live.
         dtype: of the parameters.
+        process_group: ranks among which the mixer and the MLP are split, or None.
+        sequence_parallel: whether the ranks hold a part of the tokens each outside of those.
 
     Returns:
         The block.
@@ -37,6 +48,9 @@ def create_block(config: MambaConfig, layer_idx: int, device=None, dtype=None) -
         ValueError: the config names a mixer or an argument that does not exist here.
     """
     factory = {"device": device, "dtype": dtype}
+    split = {}
+    if process_group is not None:
+        split = {"process_group": process_group, "sequence_parallel": sequence_parallel}
     if layer_idx in config.attn_layer_idx:
         mixer, arguments = MHA, {"causal": True, **config.attn_cfg}
         _check_arguments("attn_cfg", mixer, arguments)
@@ -51,13 +65,18 @@ def create_block(config: MambaConfig, layer_idx: int, device=None, dtype=None) -
                 f"MambaLMHeadModel: ssm_cfg['layer'] must be one of {names}, got {layer!r}"
             )
         mixer = MIXERS[layer]
+        if split and mixer is Mamba1:
+            raise ValueError(
+                "MambaLMHeadModel: ssm_cfg['layer'] must be 'Mamba2' with process_group, "
+                "got 'Mamba1'"
+            )
         _check_arguments("ssm_cfg", mixer, arguments)
     mlp_cls = nn.Identity
     if config.d_intermediate:
-        mlp_cls = partial(GatedMLP, hidden_features=config.d_intermediate, **factory)
+        mlp_cls = partial(GatedMLP, hidden_features=config.d_intermediate, **split, **factory)
     return Block(
         config.d_model,
-        partial(mixer, layer_idx=layer_idx, **arguments, **factory),
+        partial(mixer, layer_idx=layer_idx, **arguments, **split, **factory),
         mlp_cls=mlp_cls,
         norm_cls=norm_class(config, **factory),
         fused_add_norm=config.fused_add_norm,
@@ -106,7 +125,8 @@ def init_weights(
     if rescale_prenorm_residual:
         for name, child in module.named_children():
             if name in ("out_proj", "fc2"):
-                nn.init.kaiming_uniform_(child.weight, a=math.sqrt(5))
+                # Drawn whole also where ranks hold parts: the bounds depend on the width.
+                initialise(child, "weight", partial(nn.init.kaiming_uniform_, a=math.sqrt(5)))
                 with torch.no_grad():
                     child.weight /= math.sqrt(n_residuals_per_layer * n_layer)
 
@@ -114,7 +134,8 @@ def init_weights(
 def _check_arguments(field: str, mixer: type[nn.Module], arguments: dict) -> None:
     """Refuse what the mixer does not take from a config, and tell of what it needs."""
     parameters = list(inspect.signature(mixer).parameters.values())[1:]  # the first is the width
-    known = {p.name for p in parameters} - {"layer_idx", "device", "dtype"}
+    ours = {"layer_idx", "device", "dtype", "process_group", "sequence_parallel"}
+    known = {p.name for p in parameters} - ours
     for name in arguments:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)

@@ -10,6 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ssm.distributed.collectives import (
+    check_group,
+    join_tokens,
+    same_random_state,
+    summed,
+    take_tokens,
+)
 from ssm.models.build import create_block, init_weights, norm_class
 from ssm.models.config import MambaConfig
 from ssm.modules.attention import MHA
@@ -40,22 +47,49 @@ class MixerModel(nn.Module):
         config: shape of the model.
         device: where the parameters live.
         dtype: of the parameters.
+        process_group: ranks among which mixers and MLPs are split, or None.
+        sequence_parallel: whether each rank holds a part of the tokens between those.
 
     Shape:
-        input_ids (B, L) -> (B, L, d_model).
+        input_ids (B, L) -> (B, L, d_model), whole on every rank.
     """
 
-    def __init__(self, config: MambaConfig, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        config: MambaConfig,
+        device=None,
+        dtype=None,
+        *,
+        process_group=None,
+        sequence_parallel: bool = False,
+    ) -> None:
         super().__init__()
         factory = {"device": device, "dtype": dtype}
+        ranks = check_group("MambaLMHeadModel", "process_group", process_group)
+        self.process_group = process_group if ranks > 1 else None
+        self.sequence_parallel = sequence_parallel and ranks > 1
+        same_random_state(self.process_group, device)
         self.residual_in_fp32 = config.residual_in_fp32
         self.fused_add_norm = config.fused_add_norm
         self.gradient_checkpointing = False
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model, **factory)
         self.layers = nn.ModuleList(
-            create_block(config, index, **factory) for index in range(config.n_layer)
+            create_block(
+                config,
+                index,
+                **factory,
+                process_group=self.process_group,
+                sequence_parallel=self.sequence_parallel,
+            )
+            for index in range(config.n_layer)
         )
         self.norm_f = norm_class(config, **factory)(config.d_model)
+        if self.sequence_parallel:
+            # The norms see this rank's tokens only, so their gradients are parts of a sum.
+            norms = [self.norm_f, *(layer.norm for layer in self.layers)]
+            norms += [layer.norm2 for layer in self.layers if layer.mlp is not None]
+            for parameter in [p for norm in norms for p in norm.parameters()]:
+                parameter.register_hook(partial(summed, group=self.process_group))
 
     def forward(
         self, input_ids: Tensor, inference_params=None, seq_meta: SeqMeta | None = None, **kwargs
@@ -76,6 +110,15 @@ class MixerModel(nn.Module):
             keep = seq_meta.positions(*input_ids.shape, input_ids.device) >= 0
             # A NaN in padding would reach the gradients of the norms as 0 * NaN.
             hidden_states = hidden_states.masked_fill(~keep[..., None], 0)
+        if self.sequence_parallel:
+            ranks = self.process_group.size()
+            if input_ids.numel() % ranks:
+                raise ValueError(
+                    f"MambaLMHeadModel: B L must be a multiple of the {ranks} ranks with "
+                    f"sequence_parallel, got {tuple(input_ids.shape)}"
+                )
+            kwargs["seqlen"] = input_ids.shape[1]
+            hidden_states = take_tokens(hidden_states.flatten(0, 1), self.process_group)
         residual = None
         arguments = {"inference_params": inference_params, "seq_meta": seq_meta, **kwargs}
         stateless = inference_params is None and kwargs.get("state") is None
@@ -86,7 +129,7 @@ class MixerModel(nn.Module):
                 )
             else:
                 hidden_states, residual = layer(hidden_states, residual, **arguments)
-        return add_norm(
+        hidden_states = add_norm(
             self.norm_f,
             hidden_states,
             residual,
@@ -94,6 +137,10 @@ class MixerModel(nn.Module):
             residual_in_fp32=self.residual_in_fp32,
             prenorm=False,
         )
+        if self.sequence_parallel:
+            hidden_states = join_tokens(hidden_states, self.process_group)
+            hidden_states = hidden_states.unflatten(0, input_ids.shape)
+        return hidden_states
 
 
 class MambaLMHeadModel(nn.Module):
@@ -104,6 +151,9 @@ class MambaLMHeadModel(nn.Module):
         initializer_cfg: arguments of ``init_weights``, for instance {"initializer_range": 0.02}.
         device: where the parameters live.
         dtype: of the parameters; A_log, D and the bias of the step sizes are float32 or better.
+        process_group: ranks among which mixers and MLPs are split (see docs/distributed.md); input
+            and logits are whole on every rank, and so are embedding, norms and lm_head.
+        sequence_parallel: whether each rank holds a part of the tokens between the layers.
 
     Shape:
         input_ids (B, L) -> logits (B, L, V), V = ``config.padded_vocab_size``.
@@ -117,11 +167,24 @@ class MambaLMHeadModel(nn.Module):
     """
 
     def __init__(
-        self, config: MambaConfig, initializer_cfg: dict | None = None, device=None, dtype=None
+        self,
+        config: MambaConfig,
+        initializer_cfg: dict | None = None,
+        device=None,
+        dtype=None,
+        *,
+        process_group=None,
+        sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
-        self.backbone = MixerModel(config, device=device, dtype=dtype)
+        self.backbone = MixerModel(
+            config,
+            device=device,
+            dtype=dtype,
+            process_group=process_group,
+            sequence_parallel=sequence_parallel,
+        )
         self.lm_head = nn.Linear(
             config.d_model, config.padded_vocab_size, bias=False, device=device, dtype=dtype
         )
@@ -147,6 +210,7 @@ class MambaLMHeadModel(nn.Module):
         seq_idx: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        context_group=None,
         **mixer_kwargs,
     ) -> CausalLMOutput:
         """Predict the token after every position.
@@ -162,6 +226,10 @@ class MambaLMHeadModel(nn.Module):
             seq_idx: (B, L) int, sequence id per step, -1 = padding.
             cu_seqlens: (S + 1,) int, boundaries over the flattened B L steps.
             attention_mask: (B, L or more), nonzero = real token. Padding may lie anywhere.
+            context_group: ranks that hold consecutive parts of the steps (see
+                docs/distributed.md). Everything with an axis L is of this rank, num_last_tokens
+                counts its steps, and a state is that of the whole sequence on all ranks; a model
+                with attention takes no state then.
             **mixer_kwargs: handed to every mixer.
 
         Returns:
@@ -197,6 +265,14 @@ class MambaLMHeadModel(nn.Module):
         seq_meta = sequence_meta(
             "MambaLMHeadModel", batch, seqlen, seq_meta, seq_idx, cu_seqlens, attention_mask
         )
+        if context_group is not None:
+            check_group("MambaLMHeadModel", "context_group", context_group)
+            mixer_kwargs["context_group"] = context_group
+            if seq_meta is not None and seq_meta.state_per_sequence:
+                raise ValueError(
+                    "MambaLMHeadModel: cu_seqlens must be None with context_group, which takes "
+                    "seq_idx, got one"
+                )
         if state is not None or inference_params is not None:
             per_sequence = seq_meta is not None and seq_meta.state_per_sequence
             rows = seq_meta.num_sequences if per_sequence else batch
@@ -204,11 +280,18 @@ class MambaLMHeadModel(nn.Module):
             check_model_memory("MambaLMHeadModel", mixers, inference_params, state, rows)
             for mixer in mixers:
                 if isinstance(mixer, MHA):
+                    if context_group is not None:
+                        raise ValueError(
+                            "MambaLMHeadModel: state must be None with context_group in a model "
+                            "with attention, got one"
+                        )
                     mixer.check_room(inference_params, state, batch, seqlen, seq_meta)
         hidden_states = self.backbone(
             input_ids, inference_params=inference_params, seq_meta=seq_meta, **mixer_kwargs
         )
         if state is not None:
+            if context_group is not None:
+                seqlen = int(summed(torch.tensor(seqlen, device=input_ids.device), context_group))
             state.seqlen_offset += seqlen
         if num_last_tokens:
             hidden_states = hidden_states[:, -num_last_tokens:]

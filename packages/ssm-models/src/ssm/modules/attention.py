@@ -6,7 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from ssm import ops
+from ssm.distributed.collectives import check_group, same_random_state
+from ssm.distributed.context import operators
+from ssm.distributed.layout import Section
 from ssm.modules.attend import attend_onto, attend_within, positions_of
+from ssm.modules.attend_ranks import attend_across, parts_of, positions_in
 from ssm.modules.kv_cache import layout_of, plan_write
 from ssm.modules.memory import (
     can_step,
@@ -20,7 +24,15 @@ from ssm.modules.memory import (
 )
 from ssm.modules.precision import project
 from ssm.modules.rotary import Rotary
-from ssm.modules.sequence import sequence_meta
+from ssm.modules.sequence import batch_and_seqlen, sequence_meta
+from ssm.modules.tensor_parallel import (
+    check_split,
+    column_linear,
+    conv_parameters,
+    keep_channels,
+    own_skipped,
+    row_linear,
+)
 from ssm.seq_meta import SeqMeta
 from ssm.state import State
 
@@ -56,9 +68,16 @@ class MHA(nn.Module):
             of rotary_emb_dim further.
         device: where the parameters live.
         dtype: of the parameters.
+        process_group: ranks among which the heads are split, and the key heads as far as there are
+            enough of them; one rank is as None. Sizes above are those of all ranks together, the
+            attributes of the module those of its rank.
+        sequence_parallel: with several ranks, whether x and the result hold only this rank's part
+            of the tokens, along axis 0; else they are whole on every rank.
 
     Shape:
-        (B, L, embed_dim) -> (B, L, embed_dim), dtype of the input. Any B and L, 0 included.
+        (B, L, embed_dim) -> (B, L, embed_dim), dtype of the input. Any B and L, 0 included. With
+        several ranks and sequence_parallel (B L / ranks, embed_dim) and seqlen, or whole rows,
+        (B / ranks, L, embed_dim).
 
     State:
         kv_cache (B, T, 2, Hkv, P): keys, already turned, and values of the tokens seen, from slot 0
@@ -90,6 +109,9 @@ class MHA(nn.Module):
         rotary_emb_interleaved: bool = False,
         device=None,
         dtype=None,
+        *,
+        process_group=None,
+        sequence_parallel: bool = True,
     ) -> None:
         super().__init__()
         num_heads_kv = num_heads if num_heads_kv is None else num_heads_kv
@@ -134,19 +156,51 @@ class MHA(nn.Module):
         self.layer_idx = layer_idx
         self.d_conv = d_conv
         self.rotary_emb_dim = rotary_emb_dim
+        self.process_group = process_group
+        self.sequence_parallel = sequence_parallel
+        self.ranks = check_group("MHA", "process_group", process_group)
+        split = sections = None
+        if self.ranks > 1:
+            sections = self._sections()
+            split = (process_group, sequence_parallel)
+            same_random_state(process_group, device)
 
         factory = {"device": device, "dtype": dtype}
         qkv_dim = head_dim * (num_heads + 2 * num_heads_kv)
-        self.in_proj = nn.Linear(embed_dim, qkv_dim + self.mlp_dim, bias=qkv_proj_bias, **factory)
+        self.in_proj = column_linear(
+            embed_dim, qkv_dim + self.mlp_dim, qkv_proj_bias, split, sections, **factory
+        )
         if d_conv:
             self.conv1d = nn.Conv1d(
                 qkv_dim, qkv_dim, d_conv, groups=qkv_dim, padding=d_conv - 1, **factory
             )
         if rotary_emb_dim:
             self.rotary_emb = Rotary(rotary_emb_dim, rotary_emb_base, rotary_emb_interleaved)
-        self.out_proj = nn.Linear(
-            head_dim * num_heads + self.mlp_dim // 2, embed_dim, bias=out_proj_bias, **factory
+        self.out_proj = row_linear(
+            head_dim * num_heads + self.mlp_dim // 2,
+            embed_dim,
+            out_proj_bias,
+            split,
+            # The columns are what leaves the queries' heads and the MLP.
+            sections and (sections[0], sections[3]),
+            **factory,
         )
+        if split is not None:
+            if d_conv:
+                keep_channels(self.conv1d, sections[:3], process_group)
+            self.num_heads = num_heads // self.ranks
+            self.num_heads_kv = max(1, num_heads_kv // self.ranks)
+            self.mlp_dim //= self.ranks
+
+    def _sections(self) -> tuple[Section, ...]:
+        """How the ranks share the rows of in_proj: queries, keys, values, up, gate."""
+        ranks, width = self.ranks, self.head_dim
+        check_split("MHA", "num_heads", self.num_heads, ranks)
+        check_split("MHA", "num_heads_kv", self.num_heads_kv, ranks, shared=True)
+        check_split("MHA", "mlp_dim / 2", self.mlp_dim // 2, ranks)
+        keys = Section(self.num_heads_kv * width, min(self.num_heads_kv, ranks))
+        beside = Section(self.mlp_dim // 2, ranks)
+        return (Section(self.num_heads * width, ranks), keys, keys, beside, beside)
 
     def forward(
         self,
@@ -159,6 +213,8 @@ class MHA(nn.Module):
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        seqlen: int | None = None,
+        context_group=None,
         **kwargs,
     ) -> Tensor:
         """Attend over the steps given and those in a state, which then holds all of them.
@@ -178,6 +234,9 @@ class MHA(nn.Module):
             attention_mask: (B, L or more), nonzero = real token.
             position_ids: (B, L) int, positions for the rotary embedding; None counts the tokens of
                 each sequence.
+            seqlen: L of an x that has batch and time in one axis.
+            context_group: ranks that hold consecutive parts of the steps; L, seq_idx, masks and
+                position_ids are those of this rank. Excludes a state.
             **kwargs: refused; named in the API for subclasses.
 
         Returns:
@@ -190,11 +249,7 @@ class MHA(nn.Module):
         """
         if kwargs:
             raise TypeError(f"MHA: got an unexpected keyword argument {next(iter(kwargs))!r}")
-        if x.dim() != 3 or x.shape[-1] != self.embed_dim:
-            raise ValueError(
-                f"MHA: x must have shape (B, L, {self.embed_dim}), got {tuple(x.shape)}"
-            )
-        batch, seqlen, _ = x.shape
+        batch, seqlen = batch_and_seqlen("MHA", "x", x, self.embed_dim, seqlen, self._token_parts())
         if position_ids is not None and tuple(position_ids.shape) != (batch, seqlen):
             raise ValueError(
                 f"MHA: position_ids must have shape (B, L) = {(batch, seqlen)}, "
@@ -209,16 +264,20 @@ class MHA(nn.Module):
         source = inference_params if state is None else state
         if source is not None and not self.causal:
             raise ValueError("MHA: causal must be True for a state, got False")
+        if source is not None and context_group is not None:
+            raise ValueError("MHA: state must be None with context_group, got one")
         memory = memory_of(self, inference_params, state, rows)
         if memory is None:
-            return self._mix(x, None, seq_meta, position_ids)[0]
+            return self._mix(
+                x, None, seq_meta, position_ids, seqlen=seqlen, context_group=context_group
+            )[0]
         lengths = None
         if inference_params is not None:
             lengths = self._lengths(inference_params, memory[key_of(self)][-1])
         # Whoever wrote the object for mamba_ssm always set it; other objects may know no limit.
         limit = getattr(source, "max_seqlen", None)
         y, memory[key_of(self)] = self._mix(
-            x, memory[key_of(self)], seq_meta, position_ids, limit, lengths
+            x, memory[key_of(self)], seq_meta, position_ids, limit, lengths, seqlen
         )
         return y
 
@@ -242,7 +301,7 @@ class MHA(nn.Module):
             )
         if not self.causal:
             raise ValueError("MHA: causal must be True for a state, got False")
-        check_shapes(self, states, x.shape[0])
+        check_shapes(self, states, x.shape[0] * self._token_parts())
         limit = states[0].shape[1]
 
         def mix(x, states):
@@ -352,15 +411,35 @@ class MHA(nn.Module):
             )
         return given.to(held.device, held.dtype, copy=True)
 
-    def _mix(self, x, layer_state, seq_meta, position_ids, limit=None, lengths=None):
-        """The one path of forward and step: returns (y (B, L, embed_dim), state after it)."""
-        batch, seqlen, _ = x.shape
-        layout = plan = keep = None
+    def _mix(
+        self,
+        x,
+        layer_state,
+        seq_meta,
+        position_ids,
+        limit=None,
+        lengths=None,
+        seqlen=None,
+        context_group=None,
+    ):
+        """The one path of forward and step: returns (y like x, state after it).
+
+        Without seqlen, x is (B, L, embed_dim).
+        """
+        parts_outside = self._token_parts()
+        seqlen = x.shape[1] if seqlen is None else seqlen
+        batch = x[..., 0].numel() * parts_outside // seqlen if seqlen else len(x) * parts_outside
+        layout = plan = keep = parts = None
         if seq_meta is not None:
             layout = layout_of(seq_meta, batch, seqlen, x.device)
             keep = layout.sequence > 0
             # A NaN in padding would reach the weight gradient of in_proj as 0 * NaN.
-            x = x.masked_fill(~keep[..., None], 0)
+            x = x.masked_fill(own_skipped(keep, x, self.process_group, parts_outside), 0)
+        if context_group is not None:
+            over_time = operators("MHA", context_group)
+            parts = parts_of(batch, seqlen, x.device, seq_meta, context_group)
+        else:
+            over_time = ops
         if layer_state is not None:
             cache, *conv_states, held = layer_state
             lengths = held if lengths is None else lengths
@@ -369,20 +448,27 @@ class MHA(nn.Module):
             plan = plan_write("MHA", slots, lengths, layout, seq_meta, batch, seqlen, limit)
         mlp_dim = self.mlp_dim
         projected = project(self.in_proj, x)
+        outside = projected.shape[:-1]
+        projected = projected.reshape(batch, seqlen, projected.shape[-1])
         qkv, up_gate = projected.split([projected.shape[-1] - mlp_dim, mlp_dim], dim=-1)
         if self.d_conv:
             conv_state = None if layer_state is None else conv_states[0]
-            qkv, conv_state = self._convolve(qkv, conv_state, seq_meta, keep)
+            qkv, conv_state = self._convolve(qkv, conv_state, seq_meta, keep, over_time)
         qkv = qkv.unflatten(-1, (-1, self.head_dim))  # (B, L, H + 2 Hkv, P)
         if self.rotary_emb_dim:
             turning = self.num_heads + self.num_heads_kv
             if position_ids is None:
-                position_ids = positions_of(x, layout, plan, seq_meta)
+                if parts is None:
+                    position_ids = positions_of(qkv, layout, plan, seq_meta)
+                else:
+                    position_ids = positions_in(qkv, parts)
             turned = self.rotary_emb(qkv[:, :, :turning], position_ids)
             qkv = torch.cat([turned, qkv[:, :, turning:]], dim=2)
         q, kv = qkv.split([self.num_heads, 2 * self.num_heads_kv], dim=2)
         kv = kv.unflatten(2, (2, -1))  # (B, L, 2, Hkv, P)
-        if plan is None:
+        if parts is not None:
+            y = attend_across(q, kv, parts, self.causal, self.softmax_scale, context_group)
+        elif plan is None:
             y = attend_within(q, kv, layout, self.causal, self.softmax_scale)
         else:
             y, cache = attend_onto(q, kv, cache, plan, layout, seq_meta, self.softmax_scale)
@@ -394,11 +480,16 @@ class MHA(nn.Module):
             y = torch.cat([y, ops.swiglu(gate, up)], dim=-1)
         if keep is not None:
             y = y.masked_fill(~keep[..., None], 0)
+        y = y.reshape(*outside, y.shape[-1])
         return project(self.out_proj, y).to(x.dtype), layer_state
 
-    def _convolve(self, qkv, conv_state, seq_meta, keep):
+    def _token_parts(self) -> int:
+        """Into how many parts the tokens outside are cut."""
+        return self.ranks if self.sequence_parallel else 1
+
+    def _convolve(self, qkv, conv_state, seq_meta, keep, over_time):
         """Convolve qkv (B, L, C) over time; returns (same shape, conv_state after it or None)."""
-        weight, bias = self.conv1d.weight, self.conv1d.bias
+        weight, bias = conv_parameters(self.conv1d)
         if can_step(qkv.shape[1], None if conv_state is None else (conv_state,), seq_meta):
             rows = stepped_rows(keep)
             y = ops.dw_causal_conv_step(
@@ -407,7 +498,7 @@ class MHA(nn.Module):
             return y[:, None], conv_state
         inputs = qkv.transpose(1, 2)  # (B, C, L), a view: the operator takes any strides
         if conv_state is None:
-            y = ops.dw_causal_conv(inputs, weight, bias, None, seq_meta=seq_meta)
+            y = over_time.dw_causal_conv(inputs, weight, bias, None, seq_meta=seq_meta)
             return y.transpose(1, 2), None
         y, last = ops.dw_causal_conv(
             inputs,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssm import ops
+from ssm.distributed.context import operators
 from ssm.modules.memory import (
     can_step,
     check_shapes,
@@ -59,6 +60,9 @@ class Mamba1(nn.Module):
         ValueError: an argument is out of its range.
         TypeError: a size is no int.
     """
+
+    # Weight decay would pull the decay rates to 1 and the skip to 0, which no loss asks for.
+    no_weight_decay = ("A_log", "D")
 
     def __init__(
         self,
@@ -124,7 +128,6 @@ class Mamba1(nn.Module):
         self.D = nn.Parameter(torch.ones(self.d_inner, **stable))
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **factory)
         self._init_delta(dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
-        # Weight decay would pull the decay rates to 1 and the skip to 0, which no loss asks for.
         self.A_log._no_weight_decay = True
         self.D._no_weight_decay = True
 
@@ -139,6 +142,7 @@ class Mamba1(nn.Module):
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        context_group=None,
         **kwargs,
     ) -> Tensor:
         """Mix over time, from and into a state if one is given.
@@ -155,6 +159,8 @@ class Mamba1(nn.Module):
                 then.
             attention_mask: (B, L or more), nonzero = real token.
             position_ids: accepted and unused, a recurrence knows where it is.
+            context_group: ranks that hold consecutive parts of the steps; L, seq_idx and masks are
+                those of this rank, a state is that of the whole sequence on all of them.
             **kwargs: refused; named in the API for subclasses.
 
         Returns:
@@ -180,7 +186,7 @@ class Mamba1(nn.Module):
             rows = seq_meta.cu_seqlens.numel() - 1
         memory = memory_of(self, inference_params, state, rows)
         layer_state = None if memory is None else memory[key_of(self)]
-        y, new_state = self._mix(hidden_states, layer_state, seq_meta)
+        y, new_state = self._mix(hidden_states, layer_state, seq_meta, context_group)
         if new_state is not None:
             memory[key_of(self)] = new_state
         return y
@@ -257,7 +263,7 @@ class Mamba1(nn.Module):
         self.dt_proj.bias._no_reinit = True
         self.dt_proj.bias._no_weight_decay = True
 
-    def _mix(self, hidden_states, layer_state, seq_meta=None):
+    def _mix(self, hidden_states, layer_state, seq_meta=None, context_group=None):
         """The one path of forward and step: returns (y (B, L, d_model), state after it or None)."""
         batch, seqlen, _ = hidden_states.shape
         keep = None
@@ -267,10 +273,10 @@ class Mamba1(nn.Module):
             hidden_states = hidden_states.masked_fill(~keep[..., None], 0)
         x, z = project(self.in_proj, hidden_states).chunk(2, dim=-1)  # each (B, L, D)
         with nullcontext() if self.use_fast_path else dispatch.use_backend("python"):
-            if can_step(seqlen, layer_state, seq_meta):
+            if context_group is None and can_step(seqlen, layer_state, seq_meta):
                 y = self._step(x[:, 0], z[:, 0], layer_state, keep)[:, None]
             else:
-                y, layer_state = self._scan(x, z, layer_state, seq_meta)
+                y, layer_state = self._scan(x, z, layer_state, seq_meta, context_group)
         return project(self.out_proj, y).to(hidden_states.dtype), layer_state
 
     def _step(self, x, z, layer_state, keep):
@@ -286,16 +292,17 @@ class Mamba1(nn.Module):
             ssm_state, x, delta, A, B, C, self.D, z, None, True, state_indices=rows
         )
 
-    def _scan(self, x, z, layer_state, seq_meta):
+    def _scan(self, x, z, layer_state, seq_meta, context_group):
         """Any number of tokens: x and z (B, L, D); returns (y (B, L, D), new state or None)."""
+        over_time = operators("Mamba1", context_group)
         conv_inputs = x.transpose(1, 2)  # (B, D, L), a view: the operators take any strides
         arguments = (conv_inputs, self.conv1d.weight, self.conv1d.bias, "silu")
         if layer_state is None:
-            x = ops.dw_causal_conv(*arguments, seq_meta=seq_meta).transpose(1, 2)
+            x = over_time.dw_causal_conv(*arguments, seq_meta=seq_meta).transpose(1, 2)
             conv_last = ssm_state = None
         else:
             conv_state, ssm_state = layer_state
-            x, conv_last = ops.dw_causal_conv(
+            x, conv_last = over_time.dw_causal_conv(
                 *arguments,
                 initial_state=conv_state[..., 1:],
                 return_final_state=True,
@@ -303,7 +310,7 @@ class Mamba1(nn.Module):
             )
             x = x.transpose(1, 2)
         delta, B, C = (part.transpose(1, 2) for part in self._select(x))
-        scanned = ops.selective_scan(
+        scanned = over_time.selective_scan(
             x.transpose(1, 2),
             delta,
             self._decay_rates(x.dtype),
@@ -320,7 +327,7 @@ class Mamba1(nn.Module):
         if layer_state is None:
             return scanned.transpose(1, 2), None
         y, ssm_last = scanned
-        oldest = oldest_input(conv_state, conv_inputs, seq_meta)
+        oldest = oldest_input(conv_state, conv_inputs, seq_meta, context_group)
         conv_last = torch.cat([oldest.to(conv_last.dtype), conv_last], dim=-1)
         return y.transpose(1, 2), replaced(layer_state, (conv_last, ssm_last))
 

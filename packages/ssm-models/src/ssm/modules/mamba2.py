@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ssm import ops
+from ssm.distributed.collectives import check_group, same_random_state
+from ssm.distributed.context import operators
+from ssm.distributed.layout import Section, Shard, keep_part
 from ssm.modules.mamba2_sizes import check_arguments
 from ssm.modules.memory import (
     can_step,
@@ -22,7 +25,16 @@ from ssm.modules.memory import (
 )
 from ssm.modules.norm import RMSNormGated
 from ssm.modules.precision import at_least_fp32, project
-from ssm.modules.sequence import sequence_meta
+from ssm.modules.sequence import batch_and_seqlen, sequence_meta
+from ssm.modules.tensor_parallel import (
+    SharedRMSNormGated,
+    check_split,
+    column_linear,
+    conv_parameters,
+    keep_channels,
+    own_skipped,
+    row_linear,
+)
 from ssm.seq_meta import SeqMeta
 from ssm.state import State
 from ssm.utils import dispatch
@@ -63,11 +75,16 @@ class Mamba2(nn.Module):
         dt_limit: (low, high), to which step sizes are clamped behind softplus, in a scan and in
             single steps alike.
         use_mem_eff_path: False forces the reference operators in place of the compiled ones.
-        process_group: ranks among which the heads are split; one rank is as None.
-        sequence_parallel: with several ranks, whether activations outside are split over tokens.
+        process_group: ranks among which the heads are split, and the groups as far as there are
+            enough of them; one rank is as None. Sizes above are those of all ranks together, the
+            attributes of the module (nheads, d_ssm, ...) those of its rank.
+        sequence_parallel: with several ranks, whether hidden_states and the result hold only this
+            rank's part of the tokens, along axis 0; else they are whole on every rank.
 
     Shape:
-        (B, L, d_model) -> (B, L, d_model), dtype of the input. Any B and L, 0 included.
+        (B, L, d_model) -> (B, L, d_model), dtype of the input. Any B and L, 0 included. With
+        several ranks and sequence_parallel (B L / ranks, d_model) and seqlen, or whole rows,
+        (B / ranks, L, d_model); B below, and all arguments about sequences, are of all ranks.
 
     State:
         conv_state (B, d_ssm + 2 G N, W): the last W inputs of the convolution, oldest first. Column
@@ -78,6 +95,9 @@ class Mamba2(nn.Module):
         ValueError: an argument is out of its range, or sizes do not divide each other.
         TypeError: an argument has the wrong Python type.
     """
+
+    # Weight decay would pull the decay rates to 1 and the skip to 0, which no loss asks for.
+    no_weight_decay = ("dt_bias", "A_log", "D")
 
     def __init__(
         self,
@@ -125,10 +145,7 @@ class Mamba2(nn.Module):
             dt_init_floor=dt_init_floor,
             dt_limit=dt_limit,
         )
-        if process_group is not None and process_group.size() > 1:
-            raise ValueError(
-                f"Mamba2: process_group must have one rank, got {process_group.size()} ranks"
-            )
+        self.ranks = check_group("Mamba2", "process_group", process_group)
         self.d_model = d_model
         self.d_state = d_state
         self.d_conv = d_conv
@@ -152,7 +169,12 @@ class Mamba2(nn.Module):
 
         factory = {"device": device, "dtype": dtype}
         stable = {"device": device, "dtype": at_least_fp32(dtype)}
-        self.in_proj = nn.Linear(d_model, sum(self._widths()), bias=bias, **factory)
+        split = sections = None
+        if self.ranks > 1:
+            sections = self._sections()
+            split = (process_group, sequence_parallel)
+            same_random_state(process_group, device)
+        self.in_proj = column_linear(d_model, sum(self._widths()), bias, split, sections, **factory)
         self.conv1d = nn.Conv1d(
             self.conv_dim,
             self.conv_dim,
@@ -172,7 +194,6 @@ class Mamba2(nn.Module):
         decay_rates = torch.empty(self.nheads, **stable).uniform_(*A_init_range)
         self.A_log = nn.Parameter(torch.log(decay_rates))
         self.D = nn.Parameter(torch.ones(self.d_ssm if D_has_hdim else self.nheads, **stable))
-        # Weight decay would pull the decay rates to 1 and the skip to 0, which no loss asks for.
         for parameter in (self.dt_bias, self.A_log, self.D):
             parameter._no_weight_decay = True
         if rmsnorm:
@@ -182,7 +203,14 @@ class Mamba2(nn.Module):
                 norm_before_gate=norm_before_gate,
                 **factory,
             )
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **factory)
+        if split is not None:
+            # x0 and x: the columns of out_proj are what goes through the MLP and the recurrence.
+            outputs = (sections[1], sections[3])
+        self.out_proj = row_linear(
+            self.d_inner, d_model, bias, split, outputs if split else None, **factory
+        )
+        if split is not None:
+            self._keep_own_heads(sections)
 
     def forward(
         self,
@@ -196,6 +224,7 @@ class Mamba2(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         seqlen: int | None = None,
+        context_group=None,
         **kwargs,
     ) -> Tensor:
         """Mix over time, from and into a state if one is given.
@@ -215,6 +244,8 @@ class Mamba2(nn.Module):
             attention_mask: (B, L or more), nonzero = real token.
             position_ids: accepted and unused, a recurrence knows where it is.
             seqlen: L of hidden_states that have batch and time in one axis.
+            context_group: ranks that hold consecutive parts of the steps; L, seq_idx and masks are
+                those of this rank, a state is that of the whole sequence on all of them.
             **kwargs: refused; named in the API for subclasses.
 
         Returns:
@@ -226,7 +257,9 @@ class Mamba2(nn.Module):
         """
         if kwargs:
             raise TypeError(f"Mamba2: got an unexpected keyword argument {next(iter(kwargs))!r}")
-        batch, seqlen = self._batch_and_seqlen(hidden_states, seqlen)
+        batch, seqlen = batch_and_seqlen(
+            "Mamba2", "hidden_states", hidden_states, self.d_model, seqlen, self._token_parts()
+        )
         seq_meta = sequence_meta(
             "Mamba2", batch, seqlen, seq_meta, seq_idx, cu_seqlens, attention_mask
         )
@@ -235,7 +268,7 @@ class Mamba2(nn.Module):
             rows = seq_meta.num_sequences
         memory = memory_of(self, inference_params, state, rows)
         layer_state = None if memory is None else memory[key_of(self)]
-        y, new_state = self._mix(hidden_states, layer_state, seq_meta, batch, seqlen)
+        y, new_state = self._mix(hidden_states, layer_state, seq_meta, batch, seqlen, context_group)
         if new_state is not None:
             memory[key_of(self)] = new_state
         return y
@@ -262,7 +295,7 @@ class Mamba2(nn.Module):
                 f"Mamba2: hidden_states must have shape (B, 1, {self.d_model}) in step, "
                 f"got {tuple(hidden_states.shape)}"
             )
-        check_shapes(self, (conv_state, ssm_state), hidden_states.shape[0])
+        check_shapes(self, (conv_state, ssm_state), hidden_states.shape[0] * self._token_parts())
         y = step_in_place(self._mix, hidden_states, (conv_state, ssm_state))
         return y, conv_state, ssm_state
 
@@ -298,50 +331,72 @@ class Mamba2(nn.Module):
         conv_shape = (rows, self.conv_dim, self.d_conv)
         return conv_shape, (rows, self.nheads, self.headdim, self.d_state)
 
+    def _sections(self) -> tuple[Section, ...]:
+        """How the ranks share the rows of in_proj, as in ``_widths`` with x, B and C apart."""
+        ranks, channels = self.ranks, self.d_ssm
+        heads = "d_ssm / headdim"
+        check_split("Mamba2", heads, self.nheads, ranks)
+        check_split("Mamba2", "ngroups", self.ngroups, ranks, shared=True)
+        check_split("Mamba2", "d_inner - d_ssm", self.d_mlp, ranks)
+        groups = Section(self.ngroups * self.d_state, min(self.ngroups, ranks))
+        beside, inner = Section(self.d_mlp, ranks), Section(channels, ranks)
+        return (beside, beside, inner, inner, groups, groups, Section(self.nheads, ranks))
+
+    def _keep_own_heads(self, sections: tuple[Section, ...]) -> None:
+        """Keep this rank's part of all parameters but the projections, and its sizes."""
+        inner, heads = Shard(0, sections[3:4], self.process_group), sections[6:]
+        keep_channels(self.conv1d, sections[3:6], self.process_group)
+        for name in ("dt_bias", "A_log"):
+            keep_part(self, name, Shard(0, heads, self.process_group))
+        keep_part(self, "D", inner if self.D_has_hdim else Shard(0, heads, self.process_group))
+        if self.rmsnorm:
+            if self.ngroups < self.ranks:
+                self.norm = SharedRMSNormGated(
+                    self.norm, self.d_ssm // self.ngroups, self.ngroups, self.process_group
+                )
+            keep_part(self.norm, "weight", inner)
+        self.ngroups = max(1, self.ngroups // self.ranks)
+        for name in ("d_inner", "d_ssm", "d_mlp", "nheads"):
+            setattr(self, name, getattr(self, name) // self.ranks)
+        self.conv_dim = self.d_ssm + 2 * self.ngroups * self.d_state
+
     def _widths(self) -> list[int]:
         """Rows of in_proj: the MLP's gate and input, z, what is convolved, dt."""
         return [self.d_mlp, self.d_mlp, self.d_ssm, self.conv_dim, self.nheads]
 
-    def _batch_and_seqlen(self, hidden_states, seqlen) -> tuple[int, int]:
-        shape = tuple(hidden_states.shape)
-        if seqlen is None:
-            if len(shape) != 3 or shape[-1] != self.d_model:
-                raise ValueError(
-                    f"Mamba2: hidden_states must have shape (B, L, {self.d_model}), got {shape}"
-                )
-            return shape[0], shape[1]
-        if isinstance(seqlen, bool) or not isinstance(seqlen, int):
-            raise TypeError(f"Mamba2: seqlen must be an int, got {seqlen!r}")
-        if seqlen < 1:
-            raise ValueError(f"Mamba2: seqlen must be positive, got {seqlen}")
-        if len(shape) != 2 or shape[-1] != self.d_model or shape[0] % seqlen:
-            raise ValueError(
-                f"Mamba2: hidden_states must have shape (B L, {self.d_model}) with L = {seqlen} "
-                f"if seqlen is given, got {shape}"
-            )
-        return shape[0] // seqlen, seqlen
+    def _token_parts(self) -> int:
+        """Into how many parts the tokens outside are cut."""
+        return self.ranks if self.sequence_parallel else 1
 
-    def _mix(self, hidden_states, layer_state, seq_meta=None, batch=None, seqlen=None):
+    def _mix(
+        self,
+        hidden_states,
+        layer_state,
+        seq_meta=None,
+        batch=None,
+        seqlen=None,
+        context_group=None,
+    ):
         """The one path of forward and step: returns (y like hidden_states, state after it or None).
 
         Without batch and seqlen, hidden_states are (B, L, d_model).
         """
         if batch is None:
-            batch, seqlen, _ = hidden_states.shape
+            batch, seqlen = len(hidden_states) * self._token_parts(), hidden_states.shape[1]
         keep = None
         if seq_meta is not None:
             keep = seq_meta.positions(batch, seqlen, hidden_states.device) >= 0
             # A NaN in padding would reach the weight gradient of in_proj as 0 * NaN.
-            skipped = ~keep.view(*hidden_states.shape[:-1], 1)
+            skipped = own_skipped(keep, hidden_states, self.process_group, self._token_parts())
             hidden_states = hidden_states.masked_fill(skipped, 0)
         projected = project(self.in_proj, hidden_states)
         widths = self._widths()
         z0, x0, z, xBC, dt = projected.reshape(batch, seqlen, sum(widths)).split(widths, dim=-1)
         with nullcontext() if self.use_mem_eff_path else dispatch.use_backend("python"):
-            if can_step(seqlen, layer_state, seq_meta):
+            if context_group is None and can_step(seqlen, layer_state, seq_meta):
                 y = self._step(z[:, 0], xBC[:, 0], dt[:, 0], layer_state, keep)[:, None]
             else:
-                y, layer_state = self._scan(z, xBC, dt, layer_state, seq_meta)
+                y, layer_state = self._scan(z, xBC, dt, layer_state, seq_meta, context_group)
             y = y.flatten(2)  # (B, L, H P)
             if self.rmsnorm:
                 y = self.norm(y, z)
@@ -358,9 +413,8 @@ class Mamba2(nn.Module):
         """One token: z (B, d_ssm), xBC (B, d_ssm + 2 G N), dt (B, H); returns y (B, H, P)."""
         conv_state, ssm_state = layer_state
         rows = stepped_rows(keep)
-        xBC = ops.dw_causal_conv_step(
-            xBC, conv_state, self.conv1d.weight, self.conv1d.bias, "silu", state_indices=rows
-        )
+        weight, bias = conv_parameters(self.conv1d)
+        xBC = ops.dw_causal_conv_step(xBC, conv_state, weight, bias, "silu", state_indices=rows)
         x, B, C = self._heads_and_groups(xBC)
         dt_bias, softplus = self.dt_bias, True
         if self.dt_limit != NO_LIMIT:
@@ -374,23 +428,24 @@ class Mamba2(nn.Module):
             ssm_state, x, dt, A, B, C, D, gate, dt_bias, softplus, state_indices=rows
         )
 
-    def _scan(self, z, xBC, dt, layer_state, seq_meta):
+    def _scan(self, z, xBC, dt, layer_state, seq_meta, context_group):
         """Any number of tokens, as in ``_step`` with L after B; returns (y, new state or None)."""
+        over_time = operators("Mamba2", context_group)
         conv_inputs = xBC.transpose(1, 2)  # a view: the operators take any strides
-        arguments = (conv_inputs, self.conv1d.weight, self.conv1d.bias, "silu")
+        arguments = (conv_inputs, *conv_parameters(self.conv1d), "silu")
         conv_state = ssm_state = conv_last = None
         if layer_state is None:
-            xBC = ops.dw_causal_conv(*arguments, seq_meta=seq_meta)
+            xBC = over_time.dw_causal_conv(*arguments, seq_meta=seq_meta)
         else:
             conv_state, ssm_state = layer_state
-            xBC, conv_last = ops.dw_causal_conv(
+            xBC, conv_last = over_time.dw_causal_conv(
                 *arguments,
                 initial_state=conv_state[..., 1:],
                 return_final_state=True,
                 seq_meta=seq_meta,
             )
         x, B, C = self._heads_and_groups(xBC.transpose(1, 2))
-        scanned = ops.ssd_chunk_scan(
+        scanned = over_time.ssd_chunk_scan(
             x,
             dt,
             self._decay_rates(x.dtype),
@@ -409,7 +464,7 @@ class Mamba2(nn.Module):
         if layer_state is None:
             return scanned, None
         y, ssm_last = scanned
-        oldest = oldest_input(conv_state, conv_inputs, seq_meta)
+        oldest = oldest_input(conv_state, conv_inputs, seq_meta, context_group)
         conv_last = torch.cat([oldest.to(conv_last.dtype), conv_last], dim=-1)
         return y, replaced(layer_state, (conv_last, ssm_last))
 

@@ -242,7 +242,9 @@ def stepped_rows(keep: Tensor | None) -> Tensor | None:
     return torch.where(keep[:, 0], row, -1)
 
 
-def oldest_input(conv_state: Tensor, conv_inputs: Tensor, seq_meta: SeqMeta | None) -> Tensor:
+def oldest_input(
+    conv_state: Tensor, conv_inputs: Tensor, seq_meta: SeqMeta | None, context_group=None
+) -> Tensor:
     """Return the input W steps back: the one state column that no later output reads.
 
     It is kept equal to that of single steps where that costs nothing.
@@ -251,12 +253,13 @@ def oldest_input(conv_state: Tensor, conv_inputs: Tensor, seq_meta: SeqMeta | No
         conv_state: (S, D, W), state before this call.
         conv_inputs: (B, D, L), inputs of this call.
         seq_meta: packing and padding, behind which the column is 0.
+        context_group: ranks that share the inputs, behind which it is 0 too.
 
     Returns:
         (S, D, 1).
     """
     width, seqlen = conv_state.shape[-1], conv_inputs.shape[-1]
-    if seq_meta is not None:
+    if seq_meta is not None or context_group is not None:
         return torch.zeros_like(conv_state[..., :1])
     if seqlen >= width:
         return conv_inputs[..., seqlen - width : seqlen - width + 1]

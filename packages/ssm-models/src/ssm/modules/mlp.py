@@ -8,6 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssm import ops
+from ssm.distributed.collectives import check_group
+from ssm.distributed.layout import Section
+from ssm.modules.tensor_parallel import check_split, column_linear, row_linear
 
 
 class GatedMLP(nn.Module):
@@ -24,12 +27,16 @@ class GatedMLP(nn.Module):
         multiple_of: the inner width is rounded up to a multiple of this.
         device: where the parameters live.
         dtype: of the parameters.
+        process_group: ranks among which the inner width is split; one rank is as None.
+        sequence_parallel: with several ranks, whether input and output hold only this rank's part
+            of the tokens, along axis 0; else they are whole on every rank.
 
     Shape:
         (..., in_features) -> (..., out_features), dtype of the input.
 
     Raises:
-        ValueError: a width is not positive.
+        TypeError: process_group is no process group.
+        ValueError: a width is not positive, or the ranks cannot split it evenly.
     """
 
     def __init__(
@@ -42,6 +49,9 @@ class GatedMLP(nn.Module):
         multiple_of: int = 128,
         device=None,
         dtype=None,
+        *,
+        process_group=None,
+        sequence_parallel: bool = True,
     ) -> None:
         super().__init__()
         if out_features is None:
@@ -59,8 +69,15 @@ class GatedMLP(nn.Module):
         hidden_features = -(-hidden_features // multiple_of) * multiple_of
         self.activation = activation
         factory = {"device": device, "dtype": dtype}
-        self.fc1 = nn.Linear(in_features, 2 * hidden_features, bias=bias, **factory)
-        self.fc2 = nn.Linear(hidden_features, out_features, bias=bias, **factory)
+        split = sections = None
+        ranks = check_group("GatedMLP", "process_group", process_group)
+        if ranks > 1:
+            check_split("GatedMLP", "hidden_features, rounded,", hidden_features, ranks)
+            split, sections = (process_group, sequence_parallel), (Section(hidden_features, ranks),)
+        self.fc1 = column_linear(
+            in_features, 2 * hidden_features, bias, split, sections and sections * 2, **factory
+        )
+        self.fc2 = row_linear(hidden_features, out_features, bias, split, sections, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in_features) to (..., out_features)."""

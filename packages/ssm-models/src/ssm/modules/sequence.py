@@ -52,3 +52,41 @@ def sequence_meta(
             )
         mask = attention_mask[:, shape[1] - seqlen :].bool()
     return SeqMeta(seq_idx=seq_idx, cu_seqlens=cu_seqlens, mask=mask)
+
+
+def batch_and_seqlen(
+    owner: str, name: str, x: Tensor, width: int, seqlen: int | None, parts: int = 1
+) -> tuple[int, int]:
+    """Read B and L off an input that may have both in one axis.
+
+    Args:
+        owner: class name for messages.
+        name: of the input.
+        x: (B / parts, L, width), or (B L / parts, width) with seqlen.
+        width: of the last axis.
+        seqlen: L, or None.
+        parts: number of ranks that hold a part of axis 0 each.
+
+    Returns:
+        B and L over all parts.
+
+    Raises:
+        ValueError: the shape does not fit, or seqlen is not positive.
+        TypeError: seqlen is no int.
+    """
+    shape = tuple(x.shape)
+    if seqlen is None:
+        if len(shape) != 3 or shape[-1] != width:
+            raise ValueError(f"{owner}: {name} must have shape (B, L, {width}), got {shape}")
+        return shape[0] * parts, shape[1]
+    if isinstance(seqlen, bool) or not isinstance(seqlen, int):
+        raise TypeError(f"{owner}: seqlen must be an int, got {seqlen!r}")
+    if seqlen < 1:
+        raise ValueError(f"{owner}: seqlen must be positive, got {seqlen}")
+    if len(shape) != 2 or shape[-1] != width or shape[0] * parts % seqlen:
+        tokens = "B L" if parts == 1 else f"B L / {parts}"
+        raise ValueError(
+            f"{owner}: {name} must have shape ({tokens}, {width}) with L = {seqlen} "
+            f"if seqlen is given, got {shape}"
+        )
+    return shape[0] * parts // seqlen, seqlen
