@@ -4,8 +4,12 @@ Judge: the same call on the whole sequence, gradients of parameters and states s
 ranks. float64 to 1e-10.
 """
 
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 
 from ssm import ops
@@ -17,10 +21,11 @@ from ssm.modules.attention import MHA
 from ssm.modules.mamba1 import Mamba1
 from ssm.modules.mamba2 import Mamba2
 from ssm.seq_meta import SeqMeta
+from ssm.training import TrainOptions, train
 
 RANKS = dict.fromkeys(
     (
-        *("conv", "selective_scan", "ssd_chunk_scan", "float32"),
+        *("conv", "selective_scan", "ssd_chunk_scan"),
         *("mixers", "mixer_states", "language_model", "model_states"),
     ),
     (2, 3),
@@ -198,7 +203,7 @@ def case_ssd_chunk_scan(group):
 
 
 def case_float32(group):
-    for cut, layout in every(group):
+    for cut, layout in [(CUTS[2][0], LAYOUTS["packed"]), (CUTS[2][1], LAYOUTS["whole"])]:
         check(scan, scan_tensors(torch.float32), SCAN_AXES, 2, group, cut, layout)
         check(ssd, ssd_tensors(torch.float32), SSD_AXES, 1, group, cut, layout)
 
@@ -277,10 +282,10 @@ def case_language_model(group):
     """The loss of a hybrid, whose labels are shifted across the boundaries, and all gradients."""
     ids = torch.randint(16, (BATCH, LENGTH + 1))
     inputs, targets = ids[:, :-1], ids[:, 1:]
-    for cut, layout in every(group):
-        for keep_activations in (True, False):
+    for number, (cut, layout) in enumerate(every(group)):
+        for recompute in (False, True) if number < 2 else (False,):
             lm = model()
-            if not keep_activations:
+            if recompute:
                 lm.gradient_checkpointing_enable()
             mine = part(cut, group)
             weight = torch.ones(BATCH, LENGTH, dtype=torch.float64)
@@ -331,6 +336,41 @@ def case_determinism(group):
         assert torch.equal(every_last[0], every_last[1])
     for first, second in zip(*found, strict=True):
         assert torch.equal(first, second)
+
+
+def case_training(group):
+    """The same steps as one process; a stopped and resumed run is bitwise one that was not."""
+    tokens = torch.randint(16, (200,))
+    settings = {"steps": 4, "batch": 2, "seqlen": LENGTH, "warmup": 1, "lr": 1e-2}
+    options = TrainOptions(**settings, checkpoint_every=2)
+    whole, parallel, resumed = model(), model(), model()
+    with torch.no_grad():
+        for parameter in parallel.parameters():
+            parameter.mul_(1 + rank_of(group))  # the first rank's values count
+    want = train(whole, tokens, TrainOptions(**settings))
+    got = train(parallel, tokens, options, context_group=group)
+    close(torch.tensor([got.loss, got.grad_norm]), torch.tensor([want.loss, want.grad_norm]), 1e-9)
+    for ours, theirs in zip(parallel.parameters(), whole.parameters(), strict=True):
+        close(ours.detach(), theirs.detach(), 1e-9)
+
+    def stop(progress):
+        if progress.step == 3:
+            raise KeyboardInterrupt
+
+    folder = shared_folder(group)
+    arguments = {"out": folder, "context_group": group}
+    with pytest.raises(KeyboardInterrupt):
+        train(model(), tokens, options, report=stop, **arguments)
+    train(resumed, tokens, options, resume=True, **arguments)
+    for ours, theirs in zip(resumed.parameters(), parallel.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def shared_folder(group):
+    """Return a folder that the first rank makes and all know."""
+    names = [tempfile.mkdtemp() if rank_of(group) == 0 else None]
+    dist.broadcast_object_list(names, group=group)
+    return Path(names[0])
 
 
 def refuses(kind, text, function, *args, **kwargs):

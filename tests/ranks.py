@@ -82,6 +82,7 @@ def cases_of(modules: list[str], ranks: int) -> list[str]:
 def main(modules: str, ranks: str, folder: str, rank: str) -> None:
     """Run the cases as one rank; stop at the first that fails, as the others will wait."""
     torch.set_num_threads(1)
+    tempfile.tempdir = folder  # so that what a case leaves goes with it
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",

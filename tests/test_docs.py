@@ -35,6 +35,7 @@ OUR_PROGRAMS = {"ssm-models": ("-m", "ssm.cli"), "ssm-kernels": ("-m", "ssm_kern
 OTHER_PROGRAMS = {
     *("apt", "cat", "cd", "clang-format", "cmake", "cp", "curl", "dnf", "export", "g++", "git"),
     *("ls", "mkdir", "meson", "nvcc", "pip", "pre-commit", "pytest", "python", "python3", "ruff"),
+    "torchrun",
 }
 
 
@@ -243,7 +244,7 @@ def docstring_faults(name: str, thing, forward=None) -> list[str]:
     return faults
 
 
-MODULES = ["ssm.ops", "ssm.modules", "ssm.models", "ssm_kernels"]
+MODULES = ["ssm.ops", "ssm.modules", "ssm.models", "ssm.distributed", "ssm_kernels"]
 
 
 @pytest.mark.parametrize("module_name", MODULES)

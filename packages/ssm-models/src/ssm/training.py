@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssm.distributed.collectives import rank_of, summed
+from ssm.distributed.context import copy_parameters, own_steps, sum_gradients
 from ssm.utils.files import write_file
 from ssm.utils.weights import load_torch_file, save_pretrained
 
@@ -101,6 +103,7 @@ def train(
     resume: bool = False,
     save_dtype: torch.dtype | None = None,
     report: Callable[[Progress], None] | None = None,
+    context_group=None,
 ) -> Progress | None:
     """Train a language model on a sequence of tokens.
 
@@ -117,6 +120,9 @@ def train(
         resume: continue from out/training.pt.
         save_dtype: of the model files in out; None keeps the model dtype. Training is not rounded.
         report: called after every step.
+        context_group: ranks that take a part of every sequence each (see docs/distributed.md). All
+            train with the same arguments, from the parameters of the first rank, which alone
+            measures and writes.
 
     Returns:
         The last report; None if the resumed run was complete already.
@@ -144,16 +150,19 @@ def train(
     if out is not None:
         # A place that cannot be written must be known before the work, not after it.
         out.mkdir(parents=True, exist_ok=True)
+    is_first = rank_of(context_group) == 0
+    if context_group is not None:
+        copy_parameters(model, context_group)
     model.train()
     progress = None
     for step in range(first, options.steps):
         start = time.perf_counter()
-        loss, grad_norm, lr = _step(model, optimizer, tokens, options, step)
+        loss, grad_norm, lr = _step(model, optimizer, tokens, options, step, context_group)
         seconds = time.perf_counter() - start
         done = step + 1
         last = done == options.steps
         val_loss = None
-        if val_tokens is not None and (last or _is_due(done, options.eval_every)):
+        if is_first and val_tokens is not None and (last or _is_due(done, options.eval_every)):
             val_loss = evaluate(model, val_tokens)
         speed = options.batch * options.seqlen / seconds
         progress = Progress(done, loss, lr, grad_norm, speed, val_loss)
@@ -161,7 +170,7 @@ def train(
             report(progress)
         if not math.isfinite(loss):
             raise ValueError(f"train: loss must stay finite, got {loss} at step {done}")
-        if out is not None and (last or _is_due(done, options.checkpoint_every)):
+        if is_first and out is not None and (last or _is_due(done, options.checkpoint_every)):
             _save(out, model, optimizer, options, digest, done, save_dtype)
     return progress
 
@@ -236,16 +245,26 @@ def sample_batch(tokens: Tensor, options: TrainOptions, step: int) -> tuple[Tens
     return windows[:, :-1], windows[:, 1:]
 
 
-def _step(model, optimizer, tokens, options, step):
+def _step(model, optimizer, tokens, options, step, context_group):
     device = next(model.parameters()).device
     inputs, targets = (part.to(device) for part in sample_batch(tokens, options, step))
     lr = learning_rate(step, options)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    logits = model(inputs).logits
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    if context_group is None:
+        logits = model(inputs).logits
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        loss.backward()
+    else:
+        # Targets were shifted before the cut: the last one of a part is the next part's first.
+        part = own_steps(options.seqlen, context_group)
+        logits = model(inputs[:, part], context_group=context_group).logits.flatten(0, 1).float()
+        loss = F.cross_entropy(logits, targets[:, part].flatten(), reduction="sum")
+        loss = loss / targets.numel()
+        loss.backward()
+        sum_gradients(model, context_group)
+        loss = summed(loss, context_group)
     limit = options.grad_clip or math.inf
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
     optimizer.step()

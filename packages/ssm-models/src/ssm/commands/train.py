@@ -9,6 +9,8 @@ import sys
 import torch
 
 from ssm.commands.options import DTYPES
+from ssm.commands.ranks import group_of
+from ssm.distributed.collectives import rank_of
 from ssm.models.config import MambaConfig
 from ssm.models.lm import MambaLMHeadModel
 from ssm.text import BYTE_VOCAB_SIZE, ByteVocabulary, read_bytes
@@ -57,21 +59,54 @@ def add(commands) -> None:
         help="of the weights written to DIR; training itself is in float32",
     )
     parser.add_argument("--sample-bytes", type=int, default=300, help="length of the final sample")
+    parser.add_argument(
+        "--context-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that share each sequence (started here, or by torchrun)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON lines")
     parser.set_defaults(run=run)
 
 
 def run(arguments) -> None:
     """Train on a text file, write checkpoints, end with a sample."""
+    ranks = arguments.context_parallel
+    if ranks < 1:
+        raise ValueError(f"train: context-parallel must be positive, got {ranks}")
+    # What can be refused is, before other processes are started.
+    job = _prepare(arguments)
+    with group_of(ranks, _run_other, arguments) as group:
+        last = _train(arguments, *job, group)
+        if rank_of(group):
+            return
+    _finish(arguments, *job, last)
+
+
+def _run_other(arguments, group) -> None:
+    """Train as a rank that this command has started."""
+    _train(arguments, *_prepare(arguments), group)
+
+
+def _prepare(arguments):
+    """Return (model, tokens, held-out tokens or None, options)."""
     tokens, val_tokens = _split(arguments)
     options = TrainOptions(
         **{name: getattr(arguments, name) for name in TrainOptions.__dataclass_fields__}
     )
     torch.manual_seed(arguments.seed)
-    model = MambaLMHeadModel(make_config(arguments))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    reporter = Reporter(options, arguments.json)
-    reporter.header(parameters, tokens.numel(), 0 if val_tokens is None else val_tokens.numel())
+    return MambaLMHeadModel(make_config(arguments)), tokens, val_tokens, options
+
+
+def _train(arguments, model, tokens, val_tokens, options, group):
+    """Train; the first rank reports. Returns the last report, None if there was nothing to do."""
+    reporter = None
+    if not rank_of(group):
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        reporter = Reporter(options, arguments.json)
+        held_out = 0 if val_tokens is None else val_tokens.numel()
+        reporter.header(parameters, tokens.numel(), held_out)
     last = train(
         model,
         tokens,
@@ -81,8 +116,15 @@ def run(arguments) -> None:
         resume=arguments.resume,
         save_dtype=getattr(torch, arguments.dtype),
         report=reporter,
+        context_group=group,
     )
-    reporter.finish()
+    if reporter is not None:
+        reporter.finish()
+    return last
+
+
+def _finish(arguments, model, tokens, val_tokens, options, last) -> None:
+    """Show the held-out loss and a sample."""
     val_loss = None if last is None else last.val_loss
     if val_loss is None and val_tokens is not None:
         val_loss = evaluate(model, val_tokens)

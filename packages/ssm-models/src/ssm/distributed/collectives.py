@@ -41,7 +41,14 @@ def check_group(owner: str, name: str, group) -> int:
 
 
 def rank_of(group) -> int:
-    """Return the number of this process in a group; 0 for None."""
+    """Return the number of this process in a group.
+
+    Args:
+        group: process group, or None.
+
+    Returns:
+        From 0; 0 for None.
+    """
     return 0 if group is None else dist.get_rank(group)
 
 
@@ -64,7 +71,15 @@ def gathered(x: Tensor, group) -> Tensor:
 
 
 def summed(x: Tensor, group) -> Tensor:
-    """Return the sum over all ranks, the same bits on each, without gradient; x is kept."""
+    """Return the sum over all ranks, the same bits on each, without gradient.
+
+    Args:
+        x: any shape, the same on all ranks; kept as it is.
+        group: ranks.
+
+    Returns:
+        A new tensor.
+    """
     total = x.detach().clone(memory_format=torch.contiguous_format)
     if group.size() > 1:
         dist.all_reduce(total, group=group)
@@ -88,12 +103,28 @@ def parts_summed(x: Tensor, group) -> Tensor:
 
 
 def concatenated(x: Tensor, group) -> Tensor:
-    """Return (ranks * n, ...) from x (n, ...) of every rank, without gradient."""
+    """Join the tensors of all ranks along axis 0, without gradient.
+
+    Args:
+        x: (n, ...).
+        group: ranks.
+
+    Returns:
+        (ranks * n, ...).
+    """
     return gathered(x, group).flatten(0, 1)
 
 
 def own_part(x: Tensor, group) -> Tensor:
-    """Return the part of axis 0 (ranks * n) that belongs to this rank, without gradient."""
+    """Return the part of axis 0 that belongs to this rank, without gradient.
+
+    Args:
+        x: (ranks * n, ...).
+        group: ranks.
+
+    Returns:
+        (n, ...).
+    """
     count = x.shape[0] // group.size()
     return x.detach().narrow(0, rank_of(group) * count, count).clone()
 
@@ -149,7 +180,15 @@ def from_all(x: Tensor, group) -> Tensor:
 
 
 def through_all(x: Tensor, group) -> Tensor:
-    """Sum over the ranks for further work that the ranks share: ``to_all`` of ``from_all``."""
+    """Sum over the ranks for further work that the ranks share: ``to_all`` of ``from_all``.
+
+    Args:
+        x: a part of the sum.
+        group: ranks; None is one.
+
+    Returns:
+        The sum over the ranks.
+    """
     return _exchange(summed, summed, x, group)
 
 
@@ -180,12 +219,28 @@ def scatter_tokens(x: Tensor, group) -> Tensor:
 
 
 def take_tokens(x: Tensor, group) -> Tensor:
-    """Keep the tokens of this rank of a replicated x (ranks * n, ...); the gradient is joined."""
+    """Keep the tokens of this rank; the gradient is joined.
+
+    Args:
+        x: (ranks * n, ...), the same on all ranks.
+        group: ranks; None is one.
+
+    Returns:
+        (n, ...).
+    """
     return _exchange(own_part, concatenated, x, group)
 
 
 def join_tokens(x: Tensor, group) -> Tensor:
-    """Join the tokens (n, ...) of all ranks to a replicated tensor; the gradient is cut."""
+    """Join the tokens of all ranks for work that each rank does in whole; the gradient is cut.
+
+    Args:
+        x: (n, ...), tokens of this rank.
+        group: ranks; None is one.
+
+    Returns:
+        (ranks * n, ...), the same on all ranks.
+    """
     return _exchange(concatenated, own_part, x, group)
 
 

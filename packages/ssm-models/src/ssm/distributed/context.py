@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssm import ops
 from ssm.distributed.carry import carry, links
-from ssm.distributed.collectives import check_group, rank_of
+from ssm.distributed.collectives import check_group, rank_of, summed
 from ssm.seq_meta import SeqMeta
 
 
@@ -29,6 +30,41 @@ def own_steps(seqlen: int, group) -> slice:
     ranks = check_group("own_steps", "group", group)
     rank = rank_of(group)
     return slice(seqlen * rank // ranks, seqlen * (rank + 1) // ranks)
+
+
+def copy_parameters(model: nn.Module, group) -> None:
+    """Give the parameters and buffers of the first rank to all.
+
+    Args:
+        model: the same on all ranks but for the values.
+        group: ranks.
+    """
+    root = dist.get_global_rank(group, 0)
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            dist.broadcast(tensor.data, root, group=group)
+
+
+def sum_gradients(model: nn.Module, group) -> None:
+    """Replace the gradient of every parameter by its sum over the ranks, the same bits on each.
+
+    Behind ``backward`` of a loss that is this rank's share (not its mean) of the whole loss.
+
+    Args:
+        model: replicated; a parameter without a gradient counts as 0.
+        group: ranks.
+    """
+    by_kind: dict[tuple, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            by_kind.setdefault((parameter.dtype, parameter.device), []).append(parameter)
+    for parameters in by_kind.values():
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        # One exchange for all of them: most are small.
+        total = summed(torch.cat([gradient.flatten() for gradient in gradients]), group)
+        parts = total.split([p.numel() for p in parameters])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
 
 
 def operators(owner: str, group):

@@ -163,7 +163,14 @@ def initialise(module: nn.Module, name: str, function: Callable[[Tensor], object
 
 
 def shards_of(module: nn.Module) -> Iterator[tuple[str, Shard]]:
-    """Yield (name in the state dict, how it is split) for every split parameter."""
+    """List the split parameters.
+
+    Args:
+        module: built with a process group.
+
+    Yields:
+        (name in the state dict, how it is split).
+    """
     for prefix, child in module.named_modules():
         for name, shard in getattr(child, "shards", {}).items():
             yield f"{prefix}.{name}" if prefix else name, shard

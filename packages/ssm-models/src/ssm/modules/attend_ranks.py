@@ -58,7 +58,15 @@ def parts_of(batch: int, seqlen: int, device, seq_meta: SeqMeta | None, group) -
 
 
 def positions_in(x: Tensor, parts: Parts) -> Tensor:
-    """Count the tokens of its sequence before each step of this rank: (B or 1, L) int64."""
+    """Count the tokens of its sequence before each step of this rank.
+
+    Args:
+        x: (B, L, ...), of which the shape and the device are read.
+        parts: from ``parts_of``.
+
+    Returns:
+        (B or 1, L) int64.
+    """
     stop = parts.start + x.shape[1]
     if parts.layout is None:
         return torch.arange(parts.start, stop, device=x.device)[None]
