@@ -133,6 +133,14 @@ def case_own_seeds(group):
         if name not in split:
             both = gathered(tensor, group)
             assert torch.equal(both[0], both[-1]), name
+    sizes = {"multiple_of": 2, "bias": True}
+    for kind, settings in ((GatedMLP, sizes), (MHA, {"num_heads": 2})):
+        torch.manual_seed(rank_of(group))
+        layer = kind(D_MODEL, process_group=group, **settings)
+        torch.manual_seed(0)
+        alone = kind(D_MODEL, **settings)
+        for name, tensor in gather_state_dict(layer).items():
+            assert torch.equal(tensor, alone.state_dict()[name]), name
     heads = gathered(parallel.A_log.detach(), group)
     assert not torch.equal(heads[0], heads[1])
 
