@@ -98,7 +98,7 @@ HELPERS = {
 }
 
 # <operator>_<noun>.h: what the forward and the backward of one operator share.
-SHARED_NOUNS = ("tile", "filter", "shape", "gemm", "adjoint")
+SHARED_NOUNS = ("tile", "filter", "shape", "group", "gemm", "adjoint")
 
 TORCH = r"^\s*(import|from) torch\b"
 PYTHON_IN_CPP = r"nanobind|Python\.h|torch/"

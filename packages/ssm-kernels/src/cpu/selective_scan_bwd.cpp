@@ -90,94 +90,137 @@ struct BackwardPlan {
     }
 };
 
-// Forward and backward over the steps [begin, end) for kStates states of one vector of channels.
-template <class T, int kStates, bool kConstB, bool kConstC>
+// Forward and backward over the steps [begin, end) for kStates states of kVectors vectors of
+// channels. Several vectors share each visit to the sums of dB and dC, which do not fit in the
+// first-level cache.
+template <class T, int kStates, int kVectors, bool kConstB, bool kConstC>
 SSM_INLINE void differentiate_states(const ScanTile<T>& tile, const GradTile<T>& grad,
-                                     const BlockSums<T>& sums, const T* entry, std::int64_t dstate,
-                                     std::int64_t first, std::int64_t lane, std::int64_t begin,
-                                     std::int64_t end) {
-    constexpr int lanes = kLanes<T>;
-    alignas(64) T decays[kScanSteps * kStates * lanes];
-    alignas(64) T before[kScanSteps * kStates * lanes];
-    const std::int64_t at = first * kScanChannels + lane;
-    Vec<T> h[kStates], sum_c[kStates];
-    for (int n = 0; n < kStates; ++n) {
-        h[n] = load<T>(entry + at + n * kScanChannels);
-        sum_c[n] = zero<T>();
+                                     const BlockSums<T>& sums, const T* entry, const NextTile& next,
+                                     std::int64_t dstate, std::int64_t first, std::int64_t lane,
+                                     std::int64_t begin, std::int64_t end) {
+    constexpr int lanes = kLanes<T>, kPairs = kStates * kVectors;
+    alignas(64) T decays[kScanSteps * kPairs * lanes];
+    alignas(64) T before[kScanSteps * kPairs * lanes];
+    // Pair p is state p / kVectors of vector p % kVectors.
+    const auto at = [&](int p) {
+        return (first + p / kVectors) * kScanChannels + lane + p % kVectors * lanes;
+    };
+    Vec<T> h[kPairs], sum_c[kPairs];
+    for (int p = 0; p < kPairs; ++p) {
+        h[p] = load<T>(entry + at(p));
+        sum_c[p] = zero<T>();
     }
     for (std::int64_t t = begin; t < end; ++t) {
+        if (lane == 0) NextTile::request(next, static_cast<int>(first / kStates), t);
         const std::int64_t i = t * kScanChannels + lane;
-        const Vec<T> dt = load<T>(tile.dt + i), dtu = load<T>(tile.dtu + i),
-                     dy = load<T>(grad.dy + i);
-        Vec<T> y = load<T>(tile.y + i);
+        Vec<T> a[kPairs], y[kVectors], dtu[kVectors], dy[kVectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+            y[v] = load<T>(tile.y + i + v * lanes);
+            dtu[v] = load<T>(tile.dtu + i + v * lanes);
+            dy[v] = load<T>(grad.dy + i + v * lanes);
+        }
+#pragma GCC unroll 4
+        for (int p = 0; p < kPairs; ++p)
+            a[p] = load<T>(tile.dt + i + p % kVectors * lanes) * load<T>(tile.A + at(p));
+        exp2<kPairs>(a);
 #pragma GCC unroll 4
         for (int n = 0; n < kStates; ++n) {
-            const Vec<T> a = exp2<T>(dt * load<T>(tile.A + at + n * kScanChannels));
-            store<T>(decays + (t * kStates + n) * lanes, a);
-            store<T>(before + (t * kStates + n) * lanes, h[n]);
-            h[n] = a * h[n] + dtu * input_vector<kConstB>(tile.B, dstate, t, first + n, lane);
-            y += h[n] * input_vector<kConstC>(tile.C, dstate, t, first + n, lane);
-            if constexpr (kConstC) {
-                sum_c[n] += dy * h[n];
-            } else {
-                T* const dC = grad.lane_dC + ((first + n) * kScanSteps + t) * lanes;
-                store<T>(dC, load<T>(dC) + dy * h[n]);
+            Vec<T> dC = zero<T>();
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v) {
+                const int p = n * kVectors + v;
+                const std::int64_t column = lane + v * lanes;
+                store<T>(decays + (t * kPairs + p) * lanes, a[p]);
+                store<T>(before + (t * kPairs + p) * lanes, h[p]);
+                h[p] = a[p] * h[p] +
+                       dtu[v] * input_vector<kConstB>(tile.B, dstate, t, first + n, column);
+                y[v] += h[p] * input_vector<kConstC>(tile.C, dstate, t, first + n, column);
+                if constexpr (kConstC)
+                    sum_c[p] += dy[v] * h[p];
+                else
+                    dC += dy[v] * h[p];
+            }
+            if constexpr (!kConstC) {
+                T* const sum = grad.lane_dC + ((first + n) * kScanSteps + t) * lanes;
+                store<T>(sum, load<T>(sum) + dC);
             }
         }
-        store<T>(tile.y + i, y);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) store<T>(tile.y + i + v * lanes, y[v]);
     }
-    Vec<T> dh[kStates], sum_a[kStates], sum_b[kStates];
-    for (int n = 0; n < kStates; ++n) {
-        dh[n] = load<T>(sums.dh + at + n * kScanChannels);
-        sum_a[n] = zero<T>();
-        sum_b[n] = zero<T>();
+    Vec<T> dh[kPairs], sum_a[kPairs], sum_b[kPairs];
+    for (int p = 0; p < kPairs; ++p) {
+        dh[p] = load<T>(sums.dh + at(p));
+        sum_a[p] = zero<T>();
+        sum_b[p] = zero<T>();
     }
     for (std::int64_t t = end - 1; t >= begin; --t) {
         const std::int64_t i = t * kScanChannels + lane;
-        const Vec<T> dt = load<T>(tile.dt + i), dtu = load<T>(tile.dtu + i),
-                     dy = load<T>(grad.dy + i);
-        Vec<T> ddt = load<T>(grad.ddt + i), ddtu = load<T>(grad.ddtu + i);
+        Vec<T> ddt[kVectors], ddtu[kVectors], dt[kVectors], dtu[kVectors], dy[kVectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+            dt[v] = load<T>(tile.dt + i + v * lanes);
+            dtu[v] = load<T>(tile.dtu + i + v * lanes);
+            dy[v] = load<T>(grad.dy + i + v * lanes);
+            ddt[v] = load<T>(grad.ddt + i + v * lanes);
+            ddtu[v] = load<T>(grad.ddtu + i + v * lanes);
+        }
 #pragma GCC unroll 4
         for (int n = 0; n < kStates; ++n) {
-            dh[n] += dy * input_vector<kConstC>(tile.C, dstate, t, first + n, lane);
-            ddtu += dh[n] * input_vector<kConstB>(tile.B, dstate, t, first + n, lane);
-            if constexpr (kConstB) {
-                sum_b[n] += dh[n] * dtu;
-            } else {
-                T* const dB = grad.lane_dB + ((first + n) * kScanSteps + t) * lanes;
-                store<T>(dB, load<T>(dB) + dh[n] * dtu);
+            Vec<T> dB = zero<T>();
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v) {
+                const int p = n * kVectors + v;
+                const std::int64_t column = lane + v * lanes;
+                dh[p] += dy[v] * input_vector<kConstC>(tile.C, dstate, t, first + n, column);
+                ddtu[v] += dh[p] * input_vector<kConstB>(tile.B, dstate, t, first + n, column);
+                if constexpr (kConstB)
+                    sum_b[p] += dh[p] * dtu[v];
+                else
+                    dB += dh[p] * dtu[v];
+                dh[p] *= load<T>(decays + (t * kPairs + p) * lanes);
+                const Vec<T> through_decay = dh[p] * load<T>(before + (t * kPairs + p) * lanes);
+                ddt[v] += through_decay * load<T>(tile.A + at(p));
+                sum_a[p] += through_decay * dt[v];
             }
-            dh[n] *= load<T>(decays + (t * kStates + n) * lanes);
-            const Vec<T> through_decay = dh[n] * load<T>(before + (t * kStates + n) * lanes);
-            ddt += through_decay * load<T>(tile.A + at + n * kScanChannels);
-            sum_a[n] += through_decay * dt;
+            if constexpr (!kConstB) {
+                T* const sum = grad.lane_dB + ((first + n) * kScanSteps + t) * lanes;
+                store<T>(sum, load<T>(sum) + dB);
+            }
         }
-        store<T>(grad.ddt + i, ddt);
-        store<T>(grad.ddtu + i, ddtu);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+            store<T>(grad.ddt + i + v * lanes, ddt[v]);
+            store<T>(grad.ddtu + i + v * lanes, ddtu[v]);
+        }
     }
-    for (int n = 0; n < kStates; ++n) {
-        const std::int64_t i = at + n * kScanChannels;
-        store<T>(sums.dh + i, dh[n]);
-        store<T>(sums.dA + i, load<T>(sums.dA + i) + sum_a[n]);
-        if constexpr (kConstB) store<T>(sums.dB + i, load<T>(sums.dB + i) + sum_b[n]);
-        if constexpr (kConstC) store<T>(sums.dC + i, load<T>(sums.dC + i) + sum_c[n]);
+    for (int p = 0; p < kPairs; ++p) {
+        const std::int64_t i = at(p);
+        store<T>(sums.dh + i, dh[p]);
+        store<T>(sums.dA + i, load<T>(sums.dA + i) + sum_a[p]);
+        if constexpr (kConstB) store<T>(sums.dB + i, load<T>(sums.dB + i) + sum_b[p]);
+        if constexpr (kConstC) store<T>(sums.dC + i, load<T>(sums.dC + i) + sum_c[p]);
     }
 }
 
 template <class T, bool kConstB, bool kConstC>
 void differentiate_segment(const ScanTile<T>& tile, const GradTile<T>& grad,
-                           const BlockSums<T>& sums, const T* entry, std::int64_t dstate,
-                           std::int64_t width, std::int64_t begin, std::int64_t end) {
-    for (std::int64_t lane = 0; lane < width; lane += kLanes<T>) {
-        std::int64_t n = 0;
-        // Four states: their decays and states over 32 steps stay in the first-level cache.
-        for (; n + 4 <= dstate; n += 4)
-            differentiate_states<T, 4, kConstB, kConstC>(tile, grad, sums, entry, dstate, n, lane,
-                                                         begin, end);
-        for (; n < dstate; ++n)
-            differentiate_states<T, 1, kConstB, kConstC>(tile, grad, sums, entry, dstate, n, lane,
-                                                         begin, end);
-    }
+                           const BlockSums<T>& sums, const T* entry, const NextTile& next,
+                           std::int64_t dstate, std::int64_t width, std::int64_t begin,
+                           std::int64_t end) {
+    // Four pairs: their decays and states over 32 steps stay in the first-level cache.
+    const auto run = [&]<int kStates, int kVectors>(std::int64_t n, std::int64_t lane)
+                         __attribute__((always_inline)) {
+                             for (; n + kStates <= dstate; n += kStates)
+                                 differentiate_states<T, kStates, kVectors, kConstB, kConstC>(
+                                     tile, grad, sums, entry, next, dstate, n, lane, begin, end);
+                             return n;
+                         };
+    std::int64_t lane = 0;
+    for (; lane + 2 * kLanes<T> <= width; lane += 2 * kLanes<T>)
+        run.template operator()<1, 2>(run.template operator()<2, 2>(0, lane), lane);
+    if (lane < width) run.template operator()<1, 1>(run.template operator()<4, 1>(0, lane), lane);
 }
 
 // Moves tile.h over [begin, end) without outputs: the entry of the next segment of the same tile.
@@ -206,15 +249,26 @@ void load_output_gradient(const SelectiveScanArgs& args, const SelectiveScanGrad
                           std::int64_t t0, std::int64_t steps) {
     load_tile(grad.dy, kScanChannels, sequence_plane(grads.dy, block, t0), steps, block.width);
     if (args.z.ndim < 0) return;
-    load_tile(tile.z, kScanChannels, sequence_plane(args.z, block, t0), steps, block.width);
-    for (std::int64_t t = 0; t < steps; ++t)
-        for (std::int64_t i = t * kScanChannels; i < t * kScanChannels + block.padded_width;
-             i += kLanes<T>) {
-            const Vec<T> dy = load<T>(grad.dy + i), z = load<T>(tile.z + i);
-            const Vec<T> gate = sigmoid<T>(z);
-            store<T>(grad.dz + i, dy * gate * (T(1) + z * (T(1) - gate)));  // times y later
-            store<T>(grad.dy + i, dy * gate * z);
+    const Rows<const T> z =
+        rows_of(sequence_plane(args.z, block, t0), tile.z, kScanChannels, steps, block.width);
+    const auto at = [&]<int kCount>(std::int64_t t,
+                                    std::int64_t lane) __attribute__((always_inline)) {
+        Vec<T> x[kCount], gate[kCount];
+        for (int i = 0; i < kCount; ++i)
+            gate[i] = x[i] = load<T>(z.data + (t + i) * z.pitch + lane);
+        sigmoid<T, kCount>(gate);
+        for (int i = 0; i < kCount; ++i) {
+            const std::int64_t to = (t + i) * kScanChannels + lane;
+            const Vec<T> dy = load<T>(grad.dy + to) * gate[i];
+            store<T>(grad.dz + to, dy * (T(1) + x[i] * (T(1) - gate[i])));  // times y later
+            store<T>(grad.dy + to, dy * x[i]);
         }
+    };
+    for (std::int64_t lane = 0; lane < block.padded_width; lane += kLanes<T>) {
+        std::int64_t t = 0;
+        for (; t + 4 <= steps; t += 4) at.template operator()<4>(t, lane);
+        for (; t < steps; ++t) at.template operator()<1>(t, lane);
+    }
 }
 
 // From the gradients of dt and dt u to those of the inputs, in the places of ddtu (du) and ddt.
@@ -226,18 +280,28 @@ void finish_segment(const SelectiveScanArgs& args, const ScanTile<T>& tile, cons
     for (std::int64_t lane = 0; lane < width; lane += kLanes<T>) {
         const Vec<T> skip = load<T>(tile.D + lane);
         Vec<T> sum_d = load<T>(sums.dD + lane), sum_bias = load<T>(sums.dbias + lane);
-        for (std::int64_t i = begin * kScanChannels + lane; i < end * kScanChannels;
-             i += kScanChannels) {
-            const Vec<T> u = load<T>(tile.u + i), dy = load<T>(grad.dy + i),
-                         ddtu = load<T>(grad.ddtu + i);
-            Vec<T> ddt = load<T>(grad.ddt + i) * ln2 + u * ddtu;
-            if (args.softplus) ddt *= sigmoid<T>(load<T>(tile.raw + i));
-            sum_bias += ddt;
-            sum_d += dy * u;
-            store<T>(grad.ddt + i, ddt);
-            store<T>(grad.ddtu + i, skip * dy + load<T>(tile.dt + i) * ddtu);
-            if (args.z.ndim >= 0) store<T>(grad.dz + i, load<T>(grad.dz + i) * load<T>(tile.y + i));
-        }
+        const auto at = [&]<int kCount>(std::int64_t t) __attribute__((always_inline)) {
+            Vec<T> slope[kCount];
+            for (int i = 0; i < kCount; ++i)
+                slope[i] = load<T>(tile.raw + (t + i) * kScanChannels + lane);
+            if (args.softplus) sigmoid<T, kCount>(slope);
+            for (int k = 0; k < kCount; ++k) {
+                const std::int64_t i = (t + k) * kScanChannels + lane;
+                const Vec<T> u = load<T>(tile.u + i), dy = load<T>(grad.dy + i),
+                             ddtu = load<T>(grad.ddtu + i);
+                Vec<T> ddt = load<T>(grad.ddt + i) * ln2 + u * ddtu;
+                if (args.softplus) ddt *= slope[k];
+                sum_bias += ddt;
+                sum_d += dy * u;
+                store<T>(grad.ddt + i, ddt);
+                store<T>(grad.ddtu + i, skip * dy + load<T>(tile.dt + i) * ddtu);
+                if (args.z.ndim >= 0)
+                    store<T>(grad.dz + i, load<T>(grad.dz + i) * load<T>(tile.y + i));
+            }
+        };
+        std::int64_t t = begin;
+        for (; t + 4 <= end; t += 4) at.template operator()<4>(t);
+        for (; t < end; ++t) at.template operator()<1>(t);
         store<T>(sums.dD + lane, sum_d);
         store<T>(sums.dbias + lane, sum_bias);
     }
@@ -255,7 +319,8 @@ template <class T>
 void differentiate_tile(const SelectiveScanArgs& args, const SelectiveScanGrads& grads,
                         const Runs& runs, const ScanShape& shape, const ScanBlock& block,
                         const ScanTile<T>& tile, const GradTile<T>& grad, const BlockSums<T>& sums,
-                        std::int64_t t0, std::int64_t steps, const Run* after) {
+                        const NextTile& next, std::int64_t t0, std::int64_t steps,
+                        const Run* after) {
     const Run* const first_run = runs.runs + runs.row_begin[block.row];
     const Run* const end_run = runs.runs + runs.row_begin[block.row + 1];
     const std::int64_t dstate = shape.dstate, states = dstate * kScanChannels;
@@ -290,7 +355,7 @@ void differentiate_tile(const SelectiveScanArgs& args, const SelectiveScanGrads&
                           dstate, block.width);
         }
         for (T* area : {grad.ddt, grad.ddtu}) clear_rows(area, begin, end);
-        differentiate(tile, grad, sums, grad.entry + (run - begin_run) * states, dstate,
+        differentiate(tile, grad, sums, grad.entry + (run - begin_run) * states, next, dstate,
                       block.padded_width, begin, end);
         finish_segment(args, tile, grad, sums, block.padded_width, begin, end);
         if (grads.dinitial_state.ndim >= 0 && run->begin >= t0 && run->state_in >= 0)
@@ -306,14 +371,8 @@ void reduce_lanes(T* partial, const T* lane_sums, std::int64_t dstate, std::int6
     constexpr int lanes = kLanes<T>;
     for (std::int64_t n = 0; n < dstate; ++n)
         for (std::int64_t t = 0; t < steps; t += lanes) {
-            Vec<T> square[lanes];
-            for (int i = 0; i < lanes; ++i)
-                square[i] = load<T>(lane_sums + (n * kScanSteps + t + i) * lanes);
-            transpose_square<T>(square);
-            for (int width = lanes / 2; width > 0; width /= 2)
-                for (int i = 0; i < width; ++i) square[i] += square[i + width];
             T line[lanes];
-            store<T>(line, square[0]);
+            store<T>(line, sum_lanes(lane_sums + (n * kScanSteps + t) * lanes, lanes));
             std::memcpy(partial + n * seqlen + t0 + t, line,
                         sizeof(T) * static_cast<std::size_t>(min(lanes, steps - t)));
         }
@@ -358,8 +417,11 @@ void differentiate_split(const SelectiveScanArgs& args, const SelectiveScanGrads
             tile.load_parameters(args, shape, block);
             tile.load_inputs(args, block, t0, steps);
             load_output_gradient(args, grads, tile, grad, block, t0, steps);
+            const NextTile next(
+                {&args.u, &args.delta, &grads.dy, &grads.du, &grads.ddelta, &args.z, &grads.dz},
+                block, t0 - kScanSteps, shape.seqlen);
             differentiate_tile(args, grads, runs, shape, block, tile, grad,
-                               plan.block_sums(row, index), t0, steps, after);
+                               plan.block_sums(row, index), next, t0, steps, after);
             store_tile(sequence_plane(grads.du, block, t0), grad.ddtu, kScanChannels, steps,
                        block.width);
             store_tile(sequence_plane(grads.ddelta, block, t0), grad.ddt, kScanChannels, steps,

@@ -1,5 +1,5 @@
-// Selective scan, forward. A task owns one row and up to 32 channels of it; lanes are channels, so
-// a state element of all lanes is one vector and no sum crosses lanes.
+// Selective scan, forward. A task owns one row and some blocks of 32 channels of it; lanes are
+// channels, so a state element of all lanes is one vector and no sum crosses lanes.
 // docs/ops/selective_scan.md#algorithm
 #include "../op/scratch.h"
 #include "parallel.h"
@@ -12,13 +12,16 @@ namespace {
 // Advances kStates states of one vector of channels over the steps [begin, end) of a tile and adds
 // their part of the output.
 template <class T, int kStates, bool kConstB, bool kConstC>
-SSM_INLINE void scan_states(const ScanTile<T>& tile, std::int64_t dstate, std::int64_t first,
-                            std::int64_t lane, std::int64_t begin, std::int64_t end) {
+SSM_INLINE void scan_states(const ScanTile<T>& tile, const NextTile& next, std::int64_t dstate,
+                            std::int64_t first, std::int64_t lane, std::int64_t begin,
+                            std::int64_t end) {
     T* const state = tile.h + first * kScanChannels + lane;
     const T* const rate = tile.A + first * kScanChannels + lane;
     Vec<T> h[kStates];
     for (int n = 0; n < kStates; ++n) h[n] = load<T>(state + n * kScanChannels);
     for (std::int64_t t = begin; t < end; ++t) {
+        if (first + lane == 0)
+            for (int i = 0; i < next.count; ++i) NextTile::request(next, i, t);
         const Vec<T> dt = load<T>(tile.dt + t * kScanChannels + lane);
         const Vec<T> dtu = load<T>(tile.dtu + t * kScanChannels + lane);
         // Two sums, since one would chain kStates dependent additions.
@@ -45,19 +48,19 @@ SSM_INLINE void scan_states(const ScanTile<T>& tile, std::int64_t dstate, std::i
 }
 
 template <class T, bool kConstB, bool kConstC>
-void scan_run(const ScanTile<T>& tile, std::int64_t dstate, std::int64_t width, std::int64_t begin,
-              std::int64_t end) {
+void scan_run(const ScanTile<T>& tile, const NextTile& next, std::int64_t dstate,
+              std::int64_t width, std::int64_t begin, std::int64_t end) {
     for (std::int64_t lane = 0; lane < width; lane += kLanes<T>) {
         std::int64_t n = 0;
         // Sixteen states fill 32 registers, four fill 16. A constant B or C is rare and stays
         // small.
         if constexpr (kVectorBytes == 64 && !kConstB && !kConstC)
             for (; n + 16 <= dstate; n += 16)
-                scan_states<T, 16, kConstB, kConstC>(tile, dstate, n, lane, begin, end);
+                scan_states<T, 16, kConstB, kConstC>(tile, next, dstate, n, lane, begin, end);
         for (; n + 4 <= dstate; n += 4)
-            scan_states<T, 4, kConstB, kConstC>(tile, dstate, n, lane, begin, end);
+            scan_states<T, 4, kConstB, kConstC>(tile, next, dstate, n, lane, begin, end);
         for (; n < dstate; ++n)
-            scan_states<T, 1, kConstB, kConstC>(tile, dstate, n, lane, begin, end);
+            scan_states<T, 1, kConstB, kConstC>(tile, next, dstate, n, lane, begin, end);
     }
 }
 
@@ -102,45 +105,69 @@ void clear_gaps(const ScanTile<T>& tile, const Run* run, const Run* end_run, std
     clear(done, steps);
 }
 
+// One tile of one block. `run` is the first run of the row that ends behind the tile's begin.
 template <class T>
-void scan_block(const SelectiveScanArgs& args, const Runs& runs, const ScanShape& shape,
-                const ScanBlock& block, T* memory) {
-    const ScanTile<T> tile(memory, shape.dstate, Keep::outputs);
-    tile.clear();
-    tile.load_parameters(args, shape, block);
+void scan_tile(const SelectiveScanArgs& args, const Runs& runs, const ScanShape& shape,
+               const ScanBlock& block, const ScanTile<T>& tile, const NextTile& next,
+               const Run* run, std::int64_t t0, std::int64_t steps) {
     const auto scan =
         args.B.ndim == 2
             ? (args.C.ndim == 2 ? &scan_run<T, true, true> : &scan_run<T, true, false>)
             : (args.C.ndim == 2 ? &scan_run<T, false, true> : &scan_run<T, false, false>);
-    const Run* run = runs.runs + runs.row_begin[block.row];
+    const Run* const first_run = run;
     const Run* const end_run = runs.runs + runs.row_begin[block.row + 1];
+    tile.load_inputs(args, block, t0, steps);
+    if (args.checkpoints.ndim >= 0)
+        store_tile(checkpoint_plane(args.checkpoints, block, t0), tile.h, kScanChannels,
+                   shape.dstate, block.width);
+    for (; run < end_run && run->begin < t0 + steps; ++run) {
+        const std::int64_t begin = max(run->begin - t0, 0), end = min(run->end - t0, steps);
+        if (run->begin >= t0) tile.enter(args, shape, block, run->state_in);
+        scan(tile, next, shape.dstate, block.padded_width, begin, end);
+        if (run->end > t0 + steps) break;
+        if (args.last_state.ndim >= 0 && run->state_out != Run::kNone)
+            store_tile(channel_state_plane(args.last_state, run->state_out, block.channel), tile.h,
+                       kScanChannels, shape.dstate, block.width);
+    }
+    const Plane y = sequence_plane(args.y, block, t0);
+    // The gate's last store may be that of the whole tile.
+    const bool direct = args.z.ndim >= 0 && runs.covers_all && is_dense<T>(y, block.width);
+    if (args.z.ndim >= 0)
+        gate(args, tile, block, t0, steps,
+             direct ? Rows<T>{static_cast<T*>(y.data), y.row_stride}
+                    : Rows<T>{tile.y, kScanChannels});
+    if (direct) return;
+    if (!runs.covers_all) clear_gaps(tile, first_run, end_run, t0, steps);
+    store_tile(y, tile.y, kScanChannels, steps, block.width);
+}
+
+// Adjacent blocks of one row go through each stretch of time together: a page of the inputs holds
+// only a few steps of all channels.
+template <class T>
+void scan_blocks(const SelectiveScanArgs& args, const Runs& runs, const ScanShape& shape,
+                 std::int64_t row, std::int64_t first, std::int64_t count, T* memory) {
+    ScanBlock blocks[ScanShape::kMostBlocks];
+    ScanTile<T> tiles[ScanShape::kMostBlocks];
+    for (std::int64_t i = 0; i < count; ++i) {
+        blocks[i] = shape.block(row, first + i, kLanes<T>);
+        tiles[i] = ScanTile<T>(memory + i * ScanTile<T>::elements(shape.dstate, Keep::outputs),
+                               shape.dstate, Keep::outputs);
+        tiles[i].clear();
+        tiles[i].load_parameters(args, shape, blocks[i]);
+        if (blocks[i].width == blocks[0].width) tiles[i].share_steps(tiles[0], args);
+    }
+    const Run* run = runs.runs + runs.row_begin[row];
+    const Run* const end_run = runs.runs + runs.row_begin[row + 1];
     for (std::int64_t t0 = 0; t0 < shape.seqlen; t0 += kScanSteps) {
         const std::int64_t steps = min(kScanSteps, shape.seqlen - t0);
-        tile.load_groups(args, shape, block, t0, steps);
-        tile.load_inputs(args, block, t0, steps);
-        if (args.checkpoints.ndim >= 0)
-            store_tile(checkpoint_plane(args.checkpoints, block, t0), tile.h, kScanChannels,
-                       shape.dstate, block.width);
-        const Run* const first_run = run;
-        for (; run < end_run && run->begin < t0 + steps; ++run) {
-            const std::int64_t begin = max(run->begin - t0, 0), end = min(run->end - t0, steps);
-            if (run->begin >= t0) tile.enter(args, shape, block, run->state_in);
-            scan(tile, shape.dstate, block.padded_width, begin, end);
-            if (run->end > t0 + steps) break;
-            if (args.last_state.ndim >= 0 && run->state_out != Run::kNone)
-                store_tile(channel_state_plane(args.last_state, run->state_out, block.channel),
-                           tile.h, kScanChannels, shape.dstate, block.width);
+        for (std::int64_t i = 0; i < count; ++i) {
+            if (i == 0 || tiles[i].dt != tiles[0].dt)
+                tiles[i].load_groups(args, shape, blocks[i], t0, steps);
+            const NextTile next({&args.u, &args.delta, &args.z, &args.y}, blocks[i], t0 + steps,
+                                shape.seqlen);
+            scan_tile(args, runs, shape, blocks[i], tiles[i], next, run, t0, steps);
         }
-        const Plane y = sequence_plane(args.y, block, t0);
-        // The gate's last store may be that of the whole tile.
-        const bool direct = args.z.ndim >= 0 && runs.covers_all && is_dense<T>(y, block.width);
-        if (args.z.ndim >= 0)
-            gate(args, tile, block, t0, steps,
-                 direct ? Rows<T>{static_cast<T*>(y.data), y.row_stride}
-                        : Rows<T>{tile.y, kScanChannels});
-        if (direct) continue;
-        if (!runs.covers_all) clear_gaps(tile, first_run, end_run, t0, steps);
-        store_tile(y, tile.y, kScanChannels, steps, block.width);
+        while (run < end_run && run->end <= t0 + steps) ++run;
     }
 }
 
@@ -151,14 +178,19 @@ void scan_rows(const SelectiveScanArgs& args, const Runs& runs, int threads) {
     if (args.last_state.ndim >= 0 && (shape.seqlen == 0 || !runs.covers_all))
         copy_states<T>(args.initial_state, args.last_state, threads);
     if (shape.seqlen == 0) return;
-    const std::int64_t elements = ScanTile<T>::elements(shape.dstate, Keep::outputs);
+    const std::int64_t most = shape.blocks_per_task();
+    const std::int64_t elements = most * ScanTile<T>::elements(shape.dstate, Keep::outputs);
+    const std::int64_t per_group = (shape.blocks_per_group + most - 1) / most;
     const Scratch scratch(sizeof(T) * static_cast<std::size_t>(elements * threads));
-    parallel_for(shape.batch * shape.blocks_per_row(), threads, [&](std::int64_t task, int thread) {
-        const ScanBlock block =
-            shape.block(task / shape.blocks_per_row(), task % shape.blocks_per_row(), kLanes<T>);
-        scan_block<T>(args, runs, shape, block,
-                      static_cast<T*>(scratch.data()) + elements * thread);
-    });
+    parallel_for(shape.batch * shape.groups * per_group, threads,
+                 [&](std::int64_t task, int thread) {
+                     const std::int64_t group = task / per_group % shape.groups;
+                     const std::int64_t first = task % per_group * most;
+                     scan_blocks<T>(args, runs, shape, task / per_group / shape.groups,
+                                    group * shape.blocks_per_group + first,
+                                    min(most, shape.blocks_per_group - first),
+                                    static_cast<T*>(scratch.data()) + elements * thread);
+                 });
 }
 
 }  // namespace

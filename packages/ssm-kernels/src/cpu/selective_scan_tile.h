@@ -4,6 +4,7 @@
 #include <ssm/selective_scan.h>
 
 #include <cstddef>
+#include <initializer_list>
 
 #include "../op/runs.h"
 #include "parallel.h"
@@ -49,6 +50,12 @@ struct ScanShape {
     static std::int64_t groups_of(const TensorView& view) {
         return view.ndim == 2 ? 1 : view.shape[1];
     }
+    static constexpr std::int64_t kMostBlocks = 4;
+    /// Blocks of the forward's tasks: several, but not so many that few tasks remain.
+    std::int64_t blocks_per_task() const {
+        const std::int64_t wanted = batch * blocks_per_row() / 8;
+        return max(1, min(min(wanted, kMostBlocks), blocks_per_group));
+    }
     std::int64_t blocks_per_row() const { return groups * blocks_per_group; }
 
     /// Block `index` of a row, groups in order.
@@ -66,6 +73,26 @@ SSM_INLINE Plane sequence_plane(const TensorView& view, const ScanBlock& block, 
         view, block.row * view.stride[0] + block.channel * view.stride[1] + t0 * view.stride[2],
         view.stride[2], view.stride[1]);
 }
+
+/// What a block reads and writes of its next tile: asked for while this one is computed, a few
+/// lines per step.
+struct NextTile {
+    Plane planes[8];
+    int count = 0;
+    std::int64_t steps, width;
+
+    /// The steps from t0 on of the tensors that are given; none if that is outside [0, seqlen).
+    NextTile(std::initializer_list<const TensorView*> views, const ScanBlock& block,
+             std::int64_t t0, std::int64_t seqlen)
+        : steps(t0 < 0 ? 0 : min(kScanSteps, seqlen - t0)), width(block.width) {
+        for (const TensorView* view : views)
+            if (view->ndim >= 0 && steps > 0) planes[count++] = sequence_plane(*view, block, t0);
+    }
+
+    SSM_INLINE void request(const NextTile& next, int plane, std::int64_t line) {
+        if (plane < next.count) request_line(next.planes[plane], line, next.steps, next.width);
+    }
+};
 
 /// (D, N), or (S, D, N) at one sequence: rows are states, columns are channels.
 SSM_INLINE Plane channel_state_plane(const TensorView& view, std::int64_t sequence,
@@ -139,6 +166,7 @@ struct ScanTile {
         return (keep == Keep::inputs ? 6 : 3) * kArea + (4 * dstate + 3) * kScanChannels;
     }
 
+    ScanTile() = default;
     ScanTile(T* memory, std::int64_t dstate, Keep keep) : begin(memory) {
         const auto take = [&memory](std::int64_t count) {
             T* const area = memory;
@@ -164,6 +192,18 @@ struct ScanTile {
     }
 
     void clear() const { std::memset(begin, 0, sizeof(T) * static_cast<std::size_t>(end - begin)); }
+
+    /// Uses what another block's tile has for the steps, and the B and C of their group.
+    void share_steps(const ScanTile& other, const SelectiveScanArgs& args) {
+        dt = other.dt;
+        dtu = other.dtu;
+        y = other.y;
+        u = other.u;
+        raw = other.raw;
+        z = other.z;
+        if (args.B.ndim == 4) B = other.B;
+        if (args.C.ndim == 4) C = other.C;
+    }
 
     void load_parameters(const SelectiveScanArgs& args, const ScanShape& shape,
                          const ScanBlock& block) const {

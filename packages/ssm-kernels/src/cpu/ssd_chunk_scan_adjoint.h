@@ -54,20 +54,6 @@ struct AdjointTile {
     }
 };
 
-/// sums[row] = sum of the first vector of each row of `rows`, kChunk rows of kLanes numbers.
-template <class T>
-void sum_rows(T* sums, const T* rows) {
-    constexpr int lanes = kLanes<T>;
-    for (std::int64_t first = 0; first < kChunk; first += lanes) {
-        Vec<T> square[lanes];
-        for (int i = 0; i < lanes; ++i) square[i] = load<T>(rows + (first + i) * lanes);
-        transpose_square<T>(square);
-        for (int width = lanes / 2; width > 0; width /= 2)
-            for (int i = 0; i < width; ++i) square[i] += square[i + width];
-        store<T>(sums + first, square[0]);
-    }
-}
-
 /// What a product of rows with a state gives to dB or dC: gradient_t += size decay (state rows),
 /// with a factor per step; `sizes` may be null. dots = the steps' sums over states of `matrix_t`
 /// times the product, without the sizes.
@@ -175,7 +161,11 @@ void differentiate_pairs(const AdjointTile<T>& tile, const GroupTile<T>& group, 
         store<T>(tile.gX + at, product * size[j]);
         store<T>(lines + j * kLanes<T>, load<T>(lines + j * kLanes<T>) + product);
     });
-    sum_rows(direct, lines);
+    const auto sum_rows = [&](T* sums) {
+        for (std::int64_t t = 0; t < kChunk; t += kLanes<T>)
+            store<T>(sums + t, sum_lanes(lines + t * kLanes<T>, kLanes<T>));
+    };
+    sum_rows(direct);
     // The decay of step k stands in the decays from every j < k to every i >= k. Summing that
     // rectangle, which gains a row per step, takes no differences.
     constexpr int kVectors = kChunk / kLanes<T>;
@@ -190,7 +180,7 @@ void differentiate_pairs(const AdjointTile<T>& tile, const GroupTile<T>& group, 
         }
         store<T>(lines + k * kLanes<T>, line);
     }
-    sum_rows(crossing, lines);
+    sum_rows(crossing);
 }
 
 /// ddt of one head from the gradients of its step sizes; adds up that of dt_bias.

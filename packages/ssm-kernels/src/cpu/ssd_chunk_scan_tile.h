@@ -29,16 +29,14 @@ void store_state(Plane plane, const T* state, const SsdShape& shape) {
     }
 }
 
-/// Asks for the steps of a head in the chunk from `begin` on, into the second-level cache: rows of
-/// several pages' distance, which the processor does not foresee.
+/// Asks for the steps of a head in the chunk from `begin` on.
 SSM_INLINE void request_steps(const TensorView& view, const SsdShape& shape, std::int64_t row,
                               std::int64_t head, std::int64_t begin) {
+    const std::int64_t steps = min(kChunk, shape.seqlen - begin);
+    if (steps <= 0) return;
     const Plane plane = steps_plane(view, row, head, begin);
-    const std::int64_t bytes = dtype_bytes(view.dtype);
-    for (std::int64_t t = 0; t < min(kChunk, shape.seqlen - begin); ++t)
-        for (std::int64_t at = 0; at < shape.headdim * bytes; at += 64)
-            __builtin_prefetch(
-                static_cast<const char*>(plane.data) + t * plane.row_stride * bytes + at, 0, 2);
+    for (std::int64_t t = 0; t < max(steps, shape.headdim); ++t)
+        request_line(plane, t, steps, shape.headdim);
 }
 
 /// The state with which a sequence starts.

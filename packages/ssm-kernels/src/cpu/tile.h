@@ -160,6 +160,27 @@ SSM_INLINE void transpose_square(Vec<T>* rows) {
     if constexpr (n > 8) transpose_round<T, 8>(rows, lanes);
 }
 
+// One round of the sum below: lanes of a where bit kBlock is 0, of b where it is 1, each plus its
+// partner across that bit.
+template <class T, int kBlock, int... kIndex>
+SSM_INLINE Vec<T> fold_lanes(Vec<T> a, Vec<T> b, std::integer_sequence<int, kIndex...>) {
+    constexpr int n = kLanes<T>;
+    return __builtin_shufflevector(a, b, ((kIndex & kBlock) ? n + kIndex - kBlock : kIndex)...) +
+           __builtin_shufflevector(a, b, ((kIndex & kBlock) ? n + kIndex : kIndex + kBlock)...);
+}
+
+/// A vector of the sums over the lanes of kLanes rows; lane i is that of row i.
+template <class T, int kBlock = 1>
+SSM_INLINE Vec<T> sum_lanes(const T* rows, std::int64_t pitch) {
+    if constexpr (kBlock == kLanes<T>) {
+        return load<T>(rows);
+    } else {
+        return fold_lanes<T, kBlock>(sum_lanes<T, 2 * kBlock>(rows, pitch),
+                                     sum_lanes<T, 2 * kBlock>(rows + kBlock * pitch, pitch),
+                                     std::make_integer_sequence<int, kLanes<T>>{});
+    }
+}
+
 template <class T>
 SSM_INLINE void copy_row(T* __restrict to, const T* __restrict from, std::int64_t count) {
     std::int64_t i = 0;
@@ -378,6 +399,21 @@ static inline void store_tile(const Plane& plane, const T* tile, std::int64_t pi
             for (std::int64_t c = 0; c < columns; ++c)
                 narrow(data + r * row_stride + c * column_stride, tile[r * pitch + c]);
     });
+}
+
+/// Asks for row `index` of a rectangle that is read or written next, or for that column where
+/// columns are adjacent elements, into the second-level cache: rows may lie pages apart, which the
+/// processor does not foresee. (Always inlined: GCC takes a function of nothing but prefetches for
+/// one without effects.)
+SSM_INLINE void request_line(const Plane& plane, std::int64_t index, std::int64_t rows,
+                             std::int64_t columns) {
+    const bool by_row = plane.column_stride == 1;
+    if ((!by_row && plane.row_stride != 1) || index >= (by_row ? rows : columns)) return;
+    const std::int64_t bytes = dtype_bytes(plane.dtype);
+    const char* const line = static_cast<const char*>(plane.data) +
+                             index * (by_row ? plane.row_stride : plane.column_stride) * bytes;
+    for (std::int64_t at = 0; at < (by_row ? columns : rows) * bytes; at += 64)
+        __builtin_prefetch(line + at, 0, 2);
 }
 
 }  // namespace ssm::cpu::SSM_ISA
