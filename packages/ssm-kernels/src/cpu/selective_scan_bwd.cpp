@@ -372,7 +372,7 @@ void reduce_lanes(T* partial, const T* lane_sums, std::int64_t dstate, std::int6
     for (std::int64_t n = 0; n < dstate; ++n)
         for (std::int64_t t = 0; t < steps; t += lanes) {
             T line[lanes];
-            store<T>(line, sum_lanes(lane_sums + (n * kScanSteps + t) * lanes, lanes));
+            store<T>(line, sum_lanes_of(lane_sums + (n * kScanSteps + t) * lanes));
             std::memcpy(partial + n * seqlen + t0 + t, line,
                         sizeof(T) * static_cast<std::size_t>(min(lanes, steps - t)));
         }

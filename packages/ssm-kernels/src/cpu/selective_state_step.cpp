@@ -12,49 +12,10 @@ namespace ssm::cpu::SSM_ISA {
 
 namespace {
 
-constexpr std::int64_t kMostChannels = 128;    // of one task
-constexpr std::int64_t kTaskStates = 8192;     // state elements of one task, as far as possible
-constexpr std::int64_t kSerialStates = 65536;  // below, waking a thread costs more than it gains
-
-/// Shuffles of two vectors that bring together what sum_rows adds next. A table, because masks put
-/// together in a register cost more than all the additions.
-template <class T, int kBlock>
-struct SumShuffle {
-    typedef std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t> Index;
-    typedef Index Mask __attribute__((vector_size(kVectorBytes)));
-    alignas(kVectorBytes) Index low[kLanes<T>];
-    alignas(kVectorBytes) Index high[kLanes<T>];
-
-    constexpr SumShuffle() : low(), high() {
-        constexpr int n = kLanes<T>;
-        for (int i = 0; i < n; ++i) {
-            const bool upper = (i & kBlock) != 0;
-            low[i] = upper ? n + i - kBlock : i;
-            high[i] = upper ? n + i : i + kBlock;
-        }
-    }
-    static Mask mask(const Index* indices) {
-        Mask m;
-        std::memcpy(&m, indices, sizeof m);
-        return m;
-    }
-};
-
-/// Lane i of the result is the sum of the lanes of rows[i].
-template <class T, int kBlock = 1>
-SSM_INLINE Vec<T> sum_rows(Vec<T>* rows) {
-    if constexpr (kBlock == kLanes<T>) {
-        return rows[0];
-    } else {
-        static constexpr SumShuffle<T, kBlock> shuffle;
-        const auto low = shuffle.mask(shuffle.low), high = shuffle.mask(shuffle.high);
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes<T>; i += 2 * kBlock)
-            rows[i] = __builtin_shuffle(rows[i], rows[i + kBlock], low) +
-                      __builtin_shuffle(rows[i], rows[i + kBlock], high);
-        return sum_rows<T, 2 * kBlock>(rows);
-    }
-}
+constexpr std::int64_t kMostChannels = 128;      // of one task
+constexpr std::int64_t kTaskStates = 8192;       // state elements of one task, as far as possible
+constexpr std::int64_t kSerialStates = 65536;    // below, waking a thread costs more than it gains
+constexpr std::int64_t kCachedStates = 1 << 19;  // up to here the cores keep their states in cache
 
 /// A square of channels at one token. Rows of h and A are whole vectors long.
 template <class T>
@@ -89,7 +50,7 @@ SSM_INLINE Vec<T> advance_square(const Square<T>& at, std::int64_t dstate) {
         const Vec<T> b = load<T>(at.B), c = load<T>(at.C);
 #pragma GCC unroll 16
         for (int i = 0; i < n; ++i) sums[i] = c * advance_state<T, kTied>(at, i, 0, b);
-        return sum_rows<T>(sums);
+        return sum_lanes<T>(sums);
     }
     // Few channels at a time: each is a stream through memory.
 #pragma GCC unroll 16
@@ -103,7 +64,7 @@ SSM_INLINE Vec<T> advance_square(const Square<T>& at, std::int64_t dstate) {
         }
         for (int i = 0; i < group; ++i) sums[first + i] = sum[i];
     }
-    return sum_rows<T>(sums);
+    return sum_lanes<T>(sums);
 }
 
 template <class T>
@@ -333,30 +294,34 @@ void step_rows(const SelectiveStateStepArgs& args, int wanted_threads) {
     const int threads = shape.states() <= kSerialStates ? 1 : wanted_threads;
     const std::int64_t elements = StepTile<T>::elements(shape);
     const Scratch scratch(sizeof(T) * static_cast<std::size_t>(elements * threads));
-    parallel_for(
-        shape.batch * shape.heads * shape.blocks, threads, [&](std::int64_t task, int thread) {
-            const StepTile<T> tile(static_cast<T*>(scratch.data()) + elements * thread, shape);
-            const std::int64_t row = task / (shape.heads * shape.blocks);
-            const std::int64_t channel = task % shape.blocks * shape.channels;
-            const std::int64_t width = min(shape.channels, shape.headdim - channel);
-            const StepBlock<T> block{args,
-                                     shape,
-                                     tile,
-                                     row,
-                                     task / shape.blocks % shape.heads,
-                                     channel,
-                                     width,
-                                     width % kLanes<T> == 0};
-            const std::int64_t state_row =
-                args.state_indices.ndim < 0
-                    ? row
-                    : static_cast<const std::int32_t*>(
-                          args.state_indices.data)[row * args.state_indices.stride[0]];
-            if (state_row < 0)
-                write_zeros(block);
-            else
-                step_block(block, state_row);
-        });
+    const auto step = [&](std::int64_t task, int thread) {
+        const StepTile<T> tile(static_cast<T*>(scratch.data()) + elements * thread, shape);
+        const std::int64_t row = task / (shape.heads * shape.blocks);
+        const std::int64_t channel = task % shape.blocks * shape.channels;
+        const std::int64_t width = min(shape.channels, shape.headdim - channel);
+        const StepBlock<T> block{args,
+                                 shape,
+                                 tile,
+                                 row,
+                                 task / shape.blocks % shape.heads,
+                                 channel,
+                                 width,
+                                 width % kLanes<T> == 0};
+        const std::int64_t state_row =
+            args.state_indices.ndim < 0
+                ? row
+                : static_cast<const std::int32_t*>(
+                      args.state_indices.data)[row * args.state_indices.stride[0]];
+        if (state_row < 0)
+            write_zeros(block);
+        else
+            step_block(block, state_row);
+    };
+    const std::int64_t tasks = shape.batch * shape.heads * shape.blocks;
+    if (shape.states() <= kCachedStates)
+        parallel_for_shares(tasks, threads, step);
+    else
+        parallel_for(tasks, threads, step);
 }
 
 }  // namespace

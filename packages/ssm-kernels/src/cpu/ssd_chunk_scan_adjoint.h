@@ -163,7 +163,7 @@ void differentiate_pairs(const AdjointTile<T>& tile, const GroupTile<T>& group, 
     });
     const auto sum_rows = [&](T* sums) {
         for (std::int64_t t = 0; t < kChunk; t += kLanes<T>)
-            store<T>(sums + t, sum_lanes(lines + t * kLanes<T>, kLanes<T>));
+            store<T>(sums + t, sum_lanes_of(lines + t * kLanes<T>));
     };
     sum_rows(direct);
     // The decay of step k stands in the decays from every j < k to every i >= k. Summing that

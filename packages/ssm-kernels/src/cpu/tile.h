@@ -169,16 +169,24 @@ SSM_INLINE Vec<T> fold_lanes(Vec<T> a, Vec<T> b, std::integer_sequence<int, kInd
            __builtin_shufflevector(a, b, ((kIndex & kBlock) ? n + kIndex : kIndex + kBlock)...);
 }
 
-/// A vector of the sums over the lanes of kLanes rows; lane i is that of row i.
+/// A vector of the sums over the lanes of kLanes rows: lane i is that of rows[i]. Uses up `rows`.
 template <class T, int kBlock = 1>
-SSM_INLINE Vec<T> sum_lanes(const T* rows, std::int64_t pitch) {
+SSM_INLINE Vec<T> sum_lanes(Vec<T>* rows) {
     if constexpr (kBlock == kLanes<T>) {
-        return load<T>(rows);
+        return rows[0];
     } else {
-        return fold_lanes<T, kBlock>(sum_lanes<T, 2 * kBlock>(rows, pitch),
-                                     sum_lanes<T, 2 * kBlock>(rows + kBlock * pitch, pitch),
-                                     std::make_integer_sequence<int, kLanes<T>>{});
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes<T>; i += 2 * kBlock)
+            rows[i] = fold_lanes<T, kBlock>(rows[i], rows[i + kBlock],
+                                            std::make_integer_sequence<int, kLanes<T>>{});
+        return sum_lanes<T, 2 * kBlock>(rows);
     }
+}
+template <class T>
+SSM_INLINE Vec<T> sum_lanes_of(const T* rows) {
+    Vec<T> square[kLanes<T>];
+    for (int i = 0; i < kLanes<T>; ++i) square[i] = load<T>(rows + i * kLanes<T>);
+    return sum_lanes<T>(square);
 }
 
 template <class T>
