@@ -196,91 +196,108 @@ SSM_INLINE void copy_row(T* __restrict to, const T* __restrict from, std::int64_
     for (; i < count; ++i) to[i] = from[i];
 }
 
-/// Converts `count` adjacent elements.
+typedef std::uint32_t Words __attribute__((vector_size(kVectorBytes)));
+
+// Whether a vector of T is made of adjacent elements of E by widen_lanes(), and back.
 template <class T, class E>
-SSM_INLINE void widen_row(T* __restrict to, const E* __restrict from, std::int64_t count) {
-    if constexpr (std::is_same_v<T, E>) return copy_row(to, from, count);
-    std::int64_t i = 0;
-#if defined(__F16C__)
-    if constexpr (std::is_same_v<T, float> && std::is_same_v<E, Float16>)
-        for (; i + 8 <= count; i += 8)
-            _mm256_storeu_ps(
-                to + i,
-                _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
-#endif
-    for (; i < count; ++i) to[i] = static_cast<T>(widen(from[i]));
-}
-template <class T, class E>
-SSM_INLINE void narrow_row(E* __restrict to, const T* __restrict from, std::int64_t count) {
-    if constexpr (std::is_same_v<T, E>) return copy_row(to, from, count);
-    std::int64_t i = 0;
-#if defined(__F16C__)
-    if constexpr (std::is_same_v<T, float> && std::is_same_v<E, Float16>)
-        for (; i + 8 <= count; i += 8)
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
-                             _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
-#endif
-    for (; i < count; ++i) narrow(to + i, from[i]);
-}
+constexpr bool kHasLanes = false;
+
+#if defined(__x86_64__)
+template <>
+constexpr bool kHasLanes<float, BFloat16> = true;
 
 #if defined(__AVX512F__)
-// Word i of the source becomes the upper half of lane i, and back: one permutation each way.
-SSM_INLINE __m512i upper_halves() {
-    return _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0,
-                            4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
-}
-SSM_INLINE __m512i packed_halves() {
-    return _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29, 27, 25, 23, 21,
-                            19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
-}
-SSM_INLINE Vec<float> widen_lanes(const BFloat16* from) {
-    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    return (Vec<float>)_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, upper_halves(),
+typedef __m256i Halves;  // as many 16-bit elements as a vector has lanes
+
+SSM_INLINE Vec<float> widen_halves(Halves halves) {
+    // Word i of the source becomes the upper half of lane i.
+    const __m512i places = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7,
+                                            0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
+    return (Vec<float>)_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, places,
                                                       _mm512_castsi256_si512(halves));
 }
-SSM_INLINE void narrow_lanes(BFloat16* to, Vec<float> v) {
-    const __m512i bits = (__m512i)v;
-    const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
-    const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
-    const __m512i half =
-        _mm512_mask_blend_epi32(odd, _mm512_set1_epi32(0x7fff), _mm512_set1_epi32(0x8000));
-    const __m512i near = _mm512_add_epi32(bits, half);
-    const __m512i kept = _mm512_mask_or_epi32(near, nan, bits, _mm512_set1_epi32(0x400000));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                        _mm512_castsi512_si256(_mm512_permutexvar_epi16(packed_halves(), kept)));
+/// The upper halves of the lanes of a, then of b.
+SSM_INLINE Words upper_halves(Words a, Words b) {
+    const __m512i places =
+        _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
+                         25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    return (Words)_mm512_permutex2var_epi16((__m512i)a, places, (__m512i)b);
 }
-SSM_INLINE Vec<float> widen_lanes(const Float16* from) {
-    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    return (Vec<float>)_mm512_cvtph_ps(halves);
-}
-SSM_INLINE void narrow_lanes(Float16* to, Vec<float> v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                        _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+SSM_INLINE bool any_nan(Vec<float> a, Vec<float> b) {
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q) != 0;
 }
 #elif defined(__AVX2__)
-SSM_INLINE Vec<float> widen_lanes(const BFloat16* from) {
-    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+typedef __m128i Halves;
+
+SSM_INLINE Vec<float> widen_halves(Halves halves) {
     return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
 }
-SSM_INLINE void narrow_lanes(BFloat16* to, Vec<float> v) {
-    const __m256i bits = (__m256i)v;
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i near = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-    const __m256 nan = _mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q);
-    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
-    const __m256i kept = _mm256_blendv_epi8(near, quiet, (__m256i)nan);
-    const __m256i words = _mm256_srli_epi32(kept, 16);
-    _mm_storeu_si128(
-        reinterpret_cast<__m128i*>(to),
-        _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+SSM_INLINE Words upper_halves(Words a, Words b) {
+    const __m256i words = _mm256_packus_epi32((__m256i)(a >> 16), (__m256i)(b >> 16));
+    return (Words)_mm256_permute4x64_epi64(words, 0xd8);
 }
+SSM_INLINE bool any_nan(Vec<float> a, Vec<float> b) {
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_UNORD_Q)) != 0;
+}
+#else
+typedef double Halves;  // the one type of 8 bytes that lives in a vector register
+
+SSM_INLINE Vec<float> widen_halves(Halves halves) {
+    return (Vec<float>)_mm_unpacklo_epi16(_mm_setzero_si128(),
+                                          _mm_castpd_si128(_mm_set_sd(halves)));
+}
+SSM_INLINE Words upper_halves(Words a, Words b) {
+    return (Words)_mm_packs_epi32(_mm_srai_epi32((__m128i)a, 16), _mm_srai_epi32((__m128i)b, 16));
+}
+SSM_INLINE bool any_nan(Vec<float> a, Vec<float> b) {
+    return _mm_movemask_ps(_mm_cmpunord_ps((__m128)a, (__m128)b)) != 0;
+}
+#endif
+
+SSM_INLINE Vec<float> widen_lanes(const BFloat16* from) {
+    Halves halves;
+    std::memcpy(&halves, from, sizeof halves);
+    return widen_halves(halves);
+}
+/// Two vectors as one of 16-bit elements: for both NaN is looked for once.
+SSM_INLINE Words narrow_pair(Vec<float> a, Vec<float> b) {
+    Words low = (Words)a, high = (Words)b;
+    low += 0x7fffu + (low >> 16 & 1u);  // to nearest even
+    high += 0x7fffu + (high >> 16 & 1u);
+    if (__builtin_expect(any_nan(a, b), 0)) {
+        low = a != a ? (Words)a | 0x400000u : low;
+        high = b != b ? (Words)b | 0x400000u : high;
+    }
+    return upper_halves(low, high);
+}
+SSM_INLINE void narrow_lanes(BFloat16* to, Vec<float> v) {
+    const Words bits = (Words)v, near = bits + (0x7fffu + (bits >> 16 & 1u));
+    const Words word = v != v ? bits | 0x400000u : near;
+    const Words halves = upper_halves(word, word);
+    std::memcpy(to, &halves, sizeof(Halves));
+}
+#endif
+
+#if defined(__AVX2__)
+template <>
+constexpr bool kHasLanes<float, Float16> = true;
+
 SSM_INLINE Vec<float> widen_lanes(const Float16* from) {
-    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    Halves halves;
+    std::memcpy(&halves, from, sizeof halves);
+#if defined(__AVX512F__)
+    return (Vec<float>)_mm512_cvtph_ps(halves);
+#else
     return (Vec<float>)_mm256_cvtph_ps(halves);
+#endif
 }
 SSM_INLINE void narrow_lanes(Float16* to, Vec<float> v) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
-                     _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#if defined(__AVX512F__)
+    const Halves halves = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+    const Halves halves = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#endif
+    std::memcpy(to, &halves, sizeof halves);
 }
 #endif
 
@@ -289,13 +306,11 @@ template <class T, class E>
 SSM_INLINE Vec<T> widen_vector(const E* from) {
     if constexpr (std::is_same_v<T, E>) {
         return load<T>(from);
-#if defined(__AVX2__)
-    } else if constexpr (std::is_same_v<T, float> && sizeof(E) == 2) {
+    } else if constexpr (kHasLanes<T, E>) {
         return widen_lanes(from);
-#endif
     } else {
         T line[kLanes<T>];
-        widen_row(line, from, kLanes<T>);
+        for (int i = 0; i < kLanes<T>; ++i) line[i] = static_cast<T>(widen(from[i]));
         return load<T>(line);
     }
 }
@@ -305,15 +320,31 @@ template <class T, class E>
 SSM_INLINE void narrow_vector(E* to, Vec<T> v) {
     if constexpr (std::is_same_v<T, E>) {
         store<T>(to, v);
-#if defined(__AVX2__)
-    } else if constexpr (std::is_same_v<T, float> && sizeof(E) == 2) {
+    } else if constexpr (kHasLanes<T, E>) {
         narrow_lanes(to, v);
-#endif
     } else {
         T line[kLanes<T>];
         store<T>(line, v);
-        narrow_row(to, line, kLanes<T>);
+        for (int i = 0; i < kLanes<T>; ++i) narrow(to + i, line[i]);
     }
+}
+
+/// Converts `count` adjacent elements.
+template <class T, class E>
+SSM_INLINE void widen_row(T* __restrict to, const E* __restrict from, std::int64_t count) {
+    if constexpr (std::is_same_v<T, E>) return copy_row(to, from, count);
+    std::int64_t i = 0;
+    if constexpr (kHasLanes<T, E>)
+        for (; i + kLanes<T> <= count; i += kLanes<T>) store<T>(to + i, widen_lanes(from + i));
+    for (; i < count; ++i) to[i] = static_cast<T>(widen(from[i]));
+}
+template <class T, class E>
+SSM_INLINE void narrow_row(E* __restrict to, const T* __restrict from, std::int64_t count) {
+    if constexpr (std::is_same_v<T, E>) return copy_row(to, from, count);
+    std::int64_t i = 0;
+    if constexpr (kHasLanes<T, E>)
+        for (; i + kLanes<T> <= count; i += kLanes<T>) narrow_lanes(to + i, load<T>(from + i));
+    for (; i < count; ++i) narrow(to + i, from[i]);
 }
 
 /// tile[row * pitch + column] = plane(row, column), as T.
