@@ -75,6 +75,7 @@ HELPERS = {
         "ceiling",
         "gate",
         "kernels",
+        "pack",
         "parallel",
         "rows",
         "simd",

@@ -30,12 +30,12 @@ struct GroupShape : RowShape {
 /// Writes s = x silu(z) to `line` and returns the sum of s, or of its squares.
 template <class T, class E>
 T gate_values(const E* x, const E* z, T* line, std::int64_t size, bool squares) {
-    Sums<T> sums;
-    sweep<T>(size, [&](std::int64_t i, int slot, auto part) __attribute__((always_inline)) {
-        const Vec<T> v = take<T>(z + i, part);
-        const Vec<T> s = take<T>(x + i, part) * (v * sigmoid_factor(v));
-        put<T>(line + i, s, part);
-        sums.part[slot] += squares ? s * s : s;
+    Sums<T, kGates> sums;
+    sweep<T, kGates>(size, [&](std::int64_t i, auto piece) __attribute__((always_inline)) {
+        const auto v = take<T>(z + i, piece);
+        const auto s = take<T>(x + i, piece) * (v * sigmoid_factor(v));
+        put<T>(line + i, s, piece);
+        sums.add(squares ? s * s : s);
     });
     return sums.total();
 }
@@ -43,20 +43,20 @@ T gate_values(const E* x, const E* z, T* line, std::int64_t size, bool squares) 
 /// Returns the sum of s, or of its squares.
 template <class T, class E>
 T sum_values(const E* s, std::int64_t size, bool squares) {
-    Sums<T> sums;
-    sweep<T>(size, [&](std::int64_t i, int slot, auto part) __attribute__((always_inline)) {
-        const Vec<T> v = take<T>(s + i, part);
-        sums.part[slot] += squares ? v * v : v;
+    Sums<T, kSums> sums;
+    sweep<T, kSums>(size, [&](std::int64_t i, auto piece) __attribute__((always_inline)) {
+        const auto v = take<T>(s + i, piece);
+        sums.add(squares ? v * v : v);
     });
     return sums.total();
 }
 
 template <class T, class E>
 T squared_deviations(const E* s, T mean, std::int64_t size) {
-    Sums<T> sums;
-    sweep<T>(size, [&](std::int64_t i, int slot, auto part) __attribute__((always_inline)) {
-        const Vec<T> d = inside<T>(take<T>(s + i, part) - mean, part);
-        sums.part[slot] += d * d;
+    Sums<T, kSums> sums;
+    sweep<T, kSums>(size, [&](std::int64_t i, auto piece) __attribute__((always_inline)) {
+        const auto d = inside(take<T>(s + i, piece) - mean, piece);
+        sums.add(d * d);
     });
     return sums.total();
 }
@@ -79,18 +79,16 @@ Statistics<T> statistics(const E* s, T total, std::int64_t size, bool is_rms, T 
 /// y = ((s - mean) rstd weight + bias) silu(z), or without z; bias may be null.
 template <bool kGate, class T, class S, class E>
 void scale_group(const S* s, const Statistics<T>& of, const T* weight, const T* bias, const E* z,
-                 E* y, std::int64_t size, bool past_caches, const Ahead& ahead) {
-    sweep<T>(size, [&](std::int64_t i, int, auto part) __attribute__((always_inline)) {
-        ahead.fetch(i);
-        Vec<T> v = (take<T>(s + i, part) - of.mean) * of.rstd * take<T>(weight + i, part);
-        if (bias != nullptr) v += take<T>(bias + i, part);
+                 E* y, std::int64_t size, bool past_caches, const Ahead<E>& ahead) {
+    sweep<T, kGates>(size, [&](std::int64_t i, auto piece) __attribute__((always_inline)) {
+        ahead.template fetch<T>(i, piece);
+        auto v = (take<T>(s + i, piece) - of.mean) * of.rstd * take<T>(weight + i, piece);
+        if (bias != nullptr) v = v + take<T>(bias + i, piece);
         if constexpr (kGate) {
-            const Vec<T> gate = take<T>(z + i, part);
-            v *= gate * sigmoid_factor(gate);
+            const auto gate = take<T>(z + i, piece);
+            v = v * (gate * sigmoid_factor(gate));
         }
-        if constexpr (std::is_same_v<decltype(part), Whole>)
-            if (past_caches) return stream<T>(y + i, v);
-        put<T>(y + i, v, part);
+        put_past<T>(y + i, v, piece, past_caches);
     });
 }
 
@@ -178,88 +176,83 @@ struct Line {
     T constant;
 };
 
-template <class T, class E>
-Line<T> line_of(const GroupGrad<T, E>& at, const Sums<T>& gx, const Sums<T>& g) {
+template <class T, class E, int kWidth>
+Line<T> line_of(const GroupGrad<T, E>& at, const Sums<T, kWidth>& gx, const Sums<T, kWidth>& g) {
     const T share = at.of.rstd / static_cast<T>(at.size);
     return {-at.of.rstd * share * gx.total(), at.is_rms ? T(0) : -share * g.total()};
 }
 
 /// The gradient of xhat weight + bias, added to dweight and dbias; returns that of xhat.
-template <class T, class E, class Piece>
-SSM_INLINE Vec<T> project(const GroupGrad<T, E>& at, std::int64_t i, Piece part, Vec<T> d,
-                          Vec<T> xhat) {
+template <class T, class E, class Piece, int kCount>
+SSM_INLINE Pack<T, kCount> project(const GroupGrad<T, E>& at, std::int64_t i, Piece piece,
+                                   const Pack<T, kCount>& d, const Pack<T, kCount>& xhat) {
     if (at.dweight != nullptr)
-        put<T>(at.dweight + i, take<T>(at.dweight + i, part) + d * xhat, part);
-    if (at.dbias != nullptr) put<T>(at.dbias + i, take<T>(at.dbias + i, part) + d, part);
-    return d * take<T>(at.weight + i, part);
-}
-
-template <class T, class E, class Piece>
-SSM_INLINE void put_past(E* to, Vec<T> v, Piece part, bool past_caches) {
-    if constexpr (std::is_same_v<Piece, Whole>)
-        if (past_caches) return stream<T>(to, v);
-    put<T>(to, v, part);
+        put<T>(at.dweight + i, take<T>(at.dweight + i, piece) + d * xhat, piece);
+    if (at.dbias != nullptr) put<T>(at.dbias + i, take<T>(at.dbias + i, piece) + d, piece);
+    return d * take<T>(at.weight + i, piece);
 }
 
 /// y = (xhat weight + bias) silu(z), or y = xhat weight + bias without z.
 template <bool kGate, class T, class E>
-void grad_norm_first(const GroupGrad<T, E>& given, const Ahead& next_x, const Ahead& next_dy) {
+void grad_norm_first(const GroupGrad<T, E>& given, const Ahead<E>& next_x,
+                     const Ahead<E>& next_dy) {
     // A copy that nothing can point to: stores do not make it be read again.
     const GroupGrad<T, E> at = given;
-    Sums<T> gx, g;
-    sweep<T>(at.size, [&](std::int64_t i, int slot, auto part) __attribute__((always_inline)) {
-        const Vec<T> xhat = inside<T>((take<T>(at.x + i, part) - at.of.mean) * at.of.rstd, part);
-        Vec<T> d = take<T>(at.dy + i, part);
+    Sums<T, kGates> gx, g;
+    sweep<T, kGates>(at.size, [&](std::int64_t i, auto piece) __attribute__((always_inline)) {
+        const auto xhat = inside((take<T>(at.x + i, piece) - at.of.mean) * at.of.rstd, piece);
+        auto d = take<T>(at.dy + i, piece);
         if constexpr (kGate) {
-            const Vec<T> z = take<T>(at.z + i, part);
-            const Vec<T> s = sigmoid_factor(z), q = z * s;
-            Vec<T> v = xhat * take<T>(at.weight + i, part);
-            if (at.bias != nullptr) v += take<T>(at.bias + i, part);
-            put_past<T>(at.dz + i, d * v * silu_slope<T>(q, s), part, at.stream_dz);
-            d *= q;
+            const auto z = take<T>(at.z + i, piece);
+            const auto s = sigmoid_factor(z), q = z * s;
+            auto v = xhat * take<T>(at.weight + i, piece);
+            if (at.bias != nullptr) v = v + take<T>(at.bias + i, piece);
+            put_past<T>(at.dz + i, d * v * silu_slope(q, s), piece, at.stream_dz);
+            d = d * q;
         }
-        const Vec<T> scaled = project(at, i, part, d, xhat);
-        put<T>(at.scaled + i, scaled, part);
-        gx.part[slot] += scaled * xhat;
-        g.part[slot] += scaled;
+        const auto scaled = project(at, i, piece, d, xhat);
+        put<T>(at.scaled + i, scaled, piece);
+        gx.add(scaled * xhat);
+        g.add(scaled);
     });
     const Line<T> line = line_of(at, gx, g);
-    sweep<T>(at.size, [&](std::int64_t i, int, auto part) __attribute__((always_inline)) {
-        next_x.fetch(i);
-        next_dy.fetch(i);
-        Vec<T> v = take<T>(at.scaled + i, part) * at.of.rstd + line.constant;
-        v += (take<T>(at.x + i, part) - at.of.mean) * line.slope;
-        put_past<T>(at.dx + i, v, part, at.stream_dx);
+    sweep<T, kStores>(at.size, [&](std::int64_t i, auto piece) __attribute__((always_inline)) {
+        next_x.template fetch<T>(i, piece);
+        next_dy.template fetch<T>(i, piece);
+        auto v = take<T>(at.scaled + i, piece) * at.of.rstd + line.constant;
+        v = v + (take<T>(at.x + i, piece) - at.of.mean) * line.slope;
+        put_past<T>(at.dx + i, v, piece, at.stream_dx);
     });
 }
 
 /// y = xhat weight + bias, where xhat normalises s = x silu(z).
 template <class T, class E>
-void grad_gate_first(const GroupGrad<T, E>& given, const Ahead& next_x, const Ahead& next_dy) {
+void grad_gate_first(const GroupGrad<T, E>& given, const Ahead<E>& next_x,
+                     const Ahead<E>& next_dy) {
     // A copy that nothing can point to: stores do not make it be read again.
     const GroupGrad<T, E> at = given;
-    Sums<T> gx, g;
-    sweep<T>(at.size, [&](std::int64_t i, int slot, auto part) __attribute__((always_inline)) {
-        const Vec<T> z = take<T>(at.z + i, part);
-        const Vec<T> s = sigmoid_factor(z);
-        put<T>(at.sigmoid + i, s, part);
-        const Vec<T> gated = take<T>(at.x + i, part) * (z * s);
-        const Vec<T> xhat = inside<T>((gated - at.of.mean) * at.of.rstd, part);
-        const Vec<T> scaled = project(at, i, part, take<T>(at.dy + i, part), xhat);
-        put<T>(at.scaled + i, scaled, part);
-        gx.part[slot] += scaled * xhat;
-        g.part[slot] += scaled;
+    Sums<T, kGates> gx, g;
+    sweep<T, kGates>(at.size, [&](std::int64_t i, auto piece) __attribute__((always_inline)) {
+        const auto z = take<T>(at.z + i, piece);
+        const auto s = sigmoid_factor(z);
+        put<T>(at.sigmoid + i, s, piece);
+        const auto gated = take<T>(at.x + i, piece) * (z * s);
+        const auto xhat = inside((gated - at.of.mean) * at.of.rstd, piece);
+        const auto scaled = project(at, i, piece, take<T>(at.dy + i, piece), xhat);
+        put<T>(at.scaled + i, scaled, piece);
+        gx.add(scaled * xhat);
+        g.add(scaled);
     });
     const Line<T> line = line_of(at, gx, g);
-    sweep<T>(at.size, [&](std::int64_t i, int, auto part) __attribute__((always_inline)) {
-        next_x.fetch(i);
-        next_dy.fetch(i);
-        const Vec<T> x = take<T>(at.x + i, part), s = take<T>(at.sigmoid + i, part);
-        const Vec<T> q = take<T>(at.z + i, part) * s;
-        Vec<T> v = take<T>(at.scaled + i, part) * at.of.rstd + line.constant;
-        v += (x * q - at.of.mean) * line.slope;
-        put_past<T>(at.dx + i, v * q, part, at.stream_dx);
-        put_past<T>(at.dz + i, v * x * silu_slope<T>(q, s), part, at.stream_dz);
+    sweep<T, kGates>(at.size, [&](std::int64_t i, auto piece) __attribute__((always_inline)) {
+        next_x.template fetch<T>(i, piece);
+        next_dy.template fetch<T>(i, piece);
+        const auto x = take<T>(at.x + i, piece), s = take<T>(at.sigmoid + i, piece);
+        const auto q = take<T>(at.z + i, piece) * s;
+        auto v = take<T>(at.scaled + i, piece) * at.of.rstd + line.constant;
+        v = v + (x * q - at.of.mean) * line.slope;
+        put_past<T>(at.dx + i, v * q, piece, at.stream_dx);
+        put_past<T>(at.dz + i, v * x * silu_slope(q, s), piece, at.stream_dz);
     });
 }
 
@@ -316,7 +309,8 @@ void backward(const GatedNormArgs& args, const GatedNormGrads& grads, int wanted
                 const std::int64_t index = row * shape.groups + group;
                 at.of = {args.is_rms ? T(0) : *statistic<T>(args.mean, index),
                          *statistic<T>(args.rstd, index)};
-                const Ahead ahead_x = next_x.at(group * size), ahead_dy = next_dy.at(group * size);
+                const Ahead<E> ahead_x = next_x.at(group * size),
+                               ahead_dy = next_dy.at(group * size);
                 if (gate_first)
                     grad_gate_first(at, ahead_x, ahead_dy);
                 else if (at.z != nullptr)

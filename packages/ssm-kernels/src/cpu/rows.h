@@ -5,12 +5,14 @@
 
 #include <initializer_list>
 
+#include "pack.h"
 #include "parallel.h"
 #include "tile.h"
 
 namespace ssm::cpu::SSM_ISA {
 
-constexpr int kSums = 4;  // independent sums, so that additions overlap
+constexpr int kSums = 4;    // vectors that are summed together, so that additions overlap
+constexpr int kStores = 2;  // vectors that are stored together: longer bursts stall on the memory
 constexpr std::int64_t kTaskElements = 16384;
 constexpr std::int64_t kSerialElements = 32768;  // below, waking a thread costs more than it gains
 constexpr std::int64_t kPartials = 64;           // partial sums of the gradients of weights
@@ -18,112 +20,6 @@ constexpr std::int64_t kPartialElements = 1 << 22;
 constexpr std::int64_t kReduceColumns = 512;
 // Outputs that cannot stay in any cache bypass them: the read for ownership is a third of a copy.
 constexpr std::int64_t kStreamBytes = 16 << 20;
-
-// A whole vector, or the `width` elements that are left at the end of a row.
-struct Whole {};
-struct Part {
-    std::int64_t width;
-};
-
-template <class T, class E>
-SSM_INLINE Vec<T> take(const E* from, Whole) {
-    return widen_vector<T>(from);
-}
-template <class T, class E>
-SSM_INLINE Vec<T> take(const E* from, Part part) {
-    E lanes[kLanes<T>] = {};
-    for (std::int64_t i = 0; i < part.width; ++i) lanes[i] = from[i];
-    return widen_vector<T>(lanes);
-}
-template <class T, class E>
-SSM_INLINE void put(E* to, Vec<T> v, Whole) {
-    narrow_vector<T>(to, v);
-}
-template <class T, class E>
-SSM_INLINE void put(E* to, Vec<T> v, Part part) {
-    E lanes[kLanes<T>];
-    narrow_vector<T>(lanes, v);
-    for (std::int64_t i = 0; i < part.width; ++i) to[i] = lanes[i];
-}
-/// v with zeros in the lanes beyond the row's end.
-template <class T>
-SSM_INLINE Vec<T> inside(Vec<T> v, Whole) {
-    return v;
-}
-template <class T>
-SSM_INLINE Vec<T> inside(Vec<T> v, Part part) {
-    for (std::int64_t i = part.width; i < kLanes<T>; ++i) v[i] = T(0);
-    return v;
-}
-
-// Calls body(index, slot, Whole or Part) for the vectors of a row; slots go round 0..kSums-1.
-template <class T, class Body>
-SSM_INLINE void sweep(std::int64_t dim, const Body& body) {
-    constexpr std::int64_t n = kLanes<T>;
-    std::int64_t i = 0;
-    for (; i + kSums * n <= dim; i += kSums * n) {
-#pragma GCC unroll 4
-        for (int slot = 0; slot < kSums; ++slot) body(i + slot * n, slot, Whole{});
-    }
-    // Slots stay constants here as well, or the sums would live in memory.
-#pragma GCC unroll 4
-    for (int slot = 0; slot < kSums - 1; ++slot) {
-        if (i + n > dim) break;
-        body(i, slot, Whole{});
-        i += n;
-    }
-    if (i < dim) body(i, kSums - 1, Part{dim - i});
-}
-
-template <class T>
-struct Sums {
-    Vec<T> part[kSums] = {};
-    T total() const { return reduce_add<T>((part[0] + part[1]) + (part[2] + part[3])); }
-};
-
-#if defined(__x86_64__)
-SSM_INLINE void stream_bytes(void* to, __m128i v) {
-    _mm_stream_si128(static_cast<__m128i*>(to), v);
-}
-#if defined(__AVX2__)
-SSM_INLINE void stream_bytes(void* to, __m256i v) {
-    _mm256_stream_si256(static_cast<__m256i*>(to), v);
-}
-#endif
-#if defined(__AVX512F__)
-SSM_INLINE void stream_bytes(void* to, __m512i v) {
-    _mm512_stream_si512(static_cast<__m512i*>(to), v);
-}
-#endif
-#endif
-
-template <int kBytes>
-struct StreamOf {
-    typedef long long type __attribute__((vector_size(kBytes)));
-};
-
-/// A store that leaves the caches alone, where the instruction set has one of that width; `to` is
-/// aligned to what a vector of T takes as E.
-template <class T, class E>
-SSM_INLINE void stream(E* to, Vec<T> v) {
-    constexpr int bytes = kLanes<T> * static_cast<int>(sizeof(E));
-#if defined(__x86_64__)
-    if constexpr (bytes >= 16) {
-        E lanes[kLanes<T>];
-        narrow_vector<T>(lanes, v);
-        typename StreamOf<bytes>::type rounded;
-        std::memcpy(&rounded, lanes, sizeof rounded);
-        return stream_bytes(to, rounded);
-    }
-#endif
-    narrow_vector<T>(to, v);
-}
-
-SSM_INLINE void end_streams() {
-#if defined(__x86_64__)
-    _mm_sfence();
-#endif
-}
 
 // Offset of a row in a view whose leading axes may not merge into one.
 SSM_INLINE std::int64_t row_offset(const TensorView& view, std::int64_t row) {
@@ -151,10 +47,10 @@ struct Lines {
     std::int64_t offset;  // of the first column
     bool direct;
 
-    Lines(const TensorView& tensor, E* scratch_line, std::int64_t columns,
+    Lines(const TensorView& tensor, void* scratch_line, std::int64_t columns,
           std::int64_t first_column = 0)
         : view(tensor),
-          line(scratch_line),
+          line(static_cast<E*>(scratch_line)),
           dim(columns),
           offset(tensor.ndim >= 0 ? first_column * tensor.stride[tensor.ndim - 1] : 0),
           direct(tensor.ndim >= 0 && tensor.dtype == kElement<E> &&
@@ -200,25 +96,32 @@ struct Lines {
 
 /// What is read next: fetched while a pass works in the first-level cache, which would otherwise
 /// leave the memory idle.
+template <class E>
 struct Ahead {
-    const char* from;
-    std::int64_t element_bytes;  // 0 where there is nothing to fetch: then one line again and again
+    const E* from;
+    std::int64_t mask;  // 0 where there is nothing to fetch: then one place again and again
 
-    template <class E>
     Ahead(const Lines<E>& rows, std::int64_t row, std::int64_t end) {
-        const TensorView& view = rows.view;
-        const bool fetches = rows.given() && row < end && view.stride[view.ndim - 1] == 1;
-        from = fetches ? static_cast<const char*>(rows.plane(row).data)
-                       : reinterpret_cast<const char*>(&rows);
-        element_bytes = fetches ? dtype_bytes(view.dtype) : 0;
+        const bool fetches = rows.direct && row < end;
+        from = fetches ? rows.place(row) : rows.line;
+        mask = fetches ? -1 : 0;
     }
     /// The same, from another column on.
     Ahead at(std::int64_t column) const {
         Ahead there = *this;
-        there.from += column * element_bytes;
+        there.from += column & mask;
         return there;
     }
-    void fetch(std::int64_t i) const { __builtin_prefetch(from + i * element_bytes); }
+    template <class T, int kCount>
+    void fetch(std::int64_t i, Whole<kCount>) const {
+        const E* const first = from + (i & mask);
+        for (int at = 0; at < kCount * kLanes<T>; at += 64 / sizeof(E))
+            __builtin_prefetch(first + at);
+    }
+    template <class T>
+    void fetch(std::int64_t i, Part) const {
+        __builtin_prefetch(from + (i & mask));
+    }
 };
 
 /// A vector of parameters as a dense array of the compute type; null where it is not given.

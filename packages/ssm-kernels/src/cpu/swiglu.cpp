@@ -44,12 +44,10 @@ struct Cut {
 
 template <class T, class E>
 void gate_row(const E* gate, const E* up, E* y, std::int64_t dim, bool past_caches) {
-    sweep<T>(dim, [&](std::int64_t i, int, auto part) __attribute__((always_inline)) {
-        const Vec<T> g = take<T>(gate + i, part);
-        const Vec<T> v = g * take<T>(up + i, part) * sigmoid_factor(g);
-        if constexpr (std::is_same_v<decltype(part), Whole>)
-            if (past_caches) return stream<T>(y + i, v);
-        put<T>(y + i, v, part);
+    sweep<T, kGates>(dim, [&](std::int64_t i, auto piece) __attribute__((always_inline)) {
+        const auto g = take<T>(gate + i, piece);
+        const auto v = g * take<T>(up + i, piece) * sigmoid_factor(g);
+        put_past<T>(y + i, v, piece, past_caches);
     });
 }
 
@@ -80,19 +78,12 @@ void forward(const SwigluArgs& args, int threads) {
 template <class T, class E>
 void gate_row_grads(const E* gate, const E* up, const E* dy, E* dgate, E* dup, std::int64_t dim,
                     bool stream_dgate, bool stream_dup) {
-    sweep<T>(dim, [&](std::int64_t i, int, auto part) __attribute__((always_inline)) {
-        const Vec<T> g = take<T>(gate + i, part), d = take<T>(dy + i, part);
-        const Vec<T> s = sigmoid_factor(g);
-        const Vec<T> q = g * s;
-        const Vec<T> to_up = d * q;
-        const Vec<T> to_gate = d * take<T>(up + i, part) * silu_slope<T>(q, s);
-        if constexpr (std::is_same_v<decltype(part), Whole>) {
-            stream_dgate ? stream<T>(dgate + i, to_gate) : put<T>(dgate + i, to_gate, part);
-            stream_dup ? stream<T>(dup + i, to_up) : put<T>(dup + i, to_up, part);
-        } else {
-            put<T>(dgate + i, to_gate, part);
-            put<T>(dup + i, to_up, part);
-        }
+    sweep<T, kGates>(dim, [&](std::int64_t i, auto piece) __attribute__((always_inline)) {
+        const auto g = take<T>(gate + i, piece), d = take<T>(dy + i, piece);
+        const auto s = sigmoid_factor(g), q = g * s;
+        put_past<T>(dup + i, d * q, piece, stream_dup);
+        const auto to_gate = d * take<T>(up + i, piece) * silu_slope(q, s);
+        put_past<T>(dgate + i, to_gate, piece, stream_dgate);
     });
 }
 
