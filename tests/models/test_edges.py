@@ -4,6 +4,11 @@ import pytest
 import torch
 
 from ssm import ops
+from ssm.models.config import MambaConfig
+from ssm.models.lm import MambaLMHeadModel
+from ssm.modules.attention import MHA
+from ssm.modules.mamba1 import Mamba1
+from ssm.modules.mamba2 import Mamba2
 from ssm.ops.python import reference
 from ssm.seq_meta import SeqMeta
 from ssm.utils.dispatch import use_backend
@@ -136,3 +141,135 @@ def test_more_threads_than_work(backend):
             assert torch.equal(ops.dw_causal_conv(x, weight), want)
         finally:
             torch.set_num_threads(threads)
+
+
+def _ssd(**changed):
+    """Return valid arguments of ssd_chunk_scan, some of them replaced."""
+    x, dt, matrix = torch.ones(2, 7, 4, 3), torch.ones(2, 7, 4), torch.ones(2, 7, 2, 5)
+    given = {"X": x, "dt": dt, "A": -torch.ones(4), "B": matrix, "C": matrix, "chunk_size": 4}
+    return {**given, **changed}
+
+
+def _step(**changed):
+    """Return valid arguments of selective_state_step, some of them replaced."""
+    x, matrix = torch.ones(2, 4), torch.ones(2, 3)
+    given = {"state": torch.ones(2, 4, 3), "x": x, "dt": x, "A": -torch.ones(4, 3)}
+    return {**given, "B": matrix, "C": matrix, **changed}
+
+
+def _norm(**changed):
+    """Return valid arguments of gated_norm, some of them replaced."""
+    return {"x": torch.ones(2, 6), "weight": torch.ones(6), **changed}
+
+
+ROW = torch.ones(4)
+META = SeqMeta(mask=torch.ones(2, 7, dtype=torch.bool))
+MALFORMED = {
+    "ssd_chunk_scan: dt must be a torch.Tensor, got NoneType": ("ssd_chunk_scan", _ssd(dt=None)),
+    "ssd_chunk_scan: A must be a torch.Tensor, got ndarray": (
+        "ssd_chunk_scan",
+        _ssd(A=ROW.numpy()),
+    ),
+    "ssd_chunk_scan: D must be on cpu, got meta": ("ssd_chunk_scan", _ssd(D=ROW.to("meta"))),
+    "ssd_chunk_scan: D must be dense, got sparse_coo": ("ssd_chunk_scan", _ssd(D=ROW.to_sparse())),
+    "ssd_chunk_scan: dt_bias must have dtype float64, float32, bfloat16 or float16, got int64": (
+        "ssd_chunk_scan",
+        _ssd(dt_bias=ROW.long()),
+    ),
+    "ssd_chunk_scan: dt must have shape (B, L, H) = (2, 6, 4), got (2, 7, 4)": (
+        "ssd_chunk_scan",
+        _ssd(X=torch.ones(2, 6, 4, 3), seq_meta=META),
+    ),
+    "ssd_chunk_scan: dt_limit must be (low, high), got (0.0, None)": (
+        "ssd_chunk_scan",
+        _ssd(dt_limit=(0.0, None)),
+    ),
+    "selective_state_step: state must not overlap itself, got stride 0 along axis 0": (
+        "selective_state_step",
+        _step(state=torch.ones(1, 4, 3).expand(2, 4, 3)),
+    ),
+    "selective_state_step: state_indices must be a torch.Tensor, got ndarray": (
+        "selective_state_step",
+        _step(state_indices=torch.tensor([1, 0], dtype=torch.int32).numpy()),
+    ),
+    "gated_norm: group_size must be at least 1, got 0": ("gated_norm", _norm(group_size=0)),
+    "gated_norm: group_size must be at least 1, got -1": ("gated_norm", _norm(group_size=-1)),
+    "gated_norm: group_size must be an int, got bool": ("gated_norm", _norm(group_size=True)),
+    "gated_norm: eps must be a float, got NoneType": ("gated_norm", _norm(eps=None)),
+    "gated_norm: eps must be positive, got nan": ("gated_norm", _norm(eps=float("nan"))),
+    "gated_norm: z must be a torch.Tensor, got int": ("gated_norm", _norm(z=3)),
+}
+
+
+@BACKENDS
+@pytest.mark.parametrize("with_gradients", [False, True])
+@pytest.mark.parametrize("sentence", MALFORMED)
+def test_refusals_are_one_sentence_on_every_backend(sentence, with_gradients, backend):
+    op, given = MALFORMED[sentence]
+    given = {
+        name: t.detach().requires_grad_()
+        if with_gradients and name in ("X", "x") and isinstance(t, torch.Tensor)
+        else t
+        for name, t in given.items()
+    }
+    with use_backend(backend), pytest.raises((TypeError, ValueError)) as caught:
+        getattr(ops, op)(**given)
+    assert str(caught.value) == sentence
+
+
+@BACKENDS
+def test_state_that_is_a_negated_view(backend):
+    state = torch.randn(2, 4, 3)
+    view = torch.complex(torch.zeros_like(state), -state).conj().imag
+    assert view.is_neg()
+    y = ops.selective_state_step(**_step(state=view.clone()))
+    with use_backend(backend):
+        assert torch.allclose(ops.selective_state_step(**_step(state=view)), y)
+
+
+@BACKENDS
+def test_flags_may_be_any_truth_value(backend):
+    x = torch.randn(2, 6)
+    with use_backend(backend):
+        y = ops.gated_norm(x, torch.ones(6), is_rms=0, norm_before_gate=1)
+        torch.testing.assert_close(y, ops.gated_norm(x, torch.ones(6), is_rms=False))
+
+
+@pytest.mark.parametrize(
+    ("input_ids", "sentence"),
+    [
+        ([[1]], "must be a torch.Tensor, got list"),
+        (torch.ones(1, 2), "must have dtype int64 or int32, got float32"),
+        (torch.tensor([[0, 16]]), "must lie in [0, 16), got 16"),
+        (torch.tensor([[-1, 0]], dtype=torch.int32), "must lie in [0, 16), got -1"),
+    ],
+)
+def test_tokens_that_a_model_refuses(input_ids, sentence):
+    model = MambaLMHeadModel(MambaConfig(d_model=8, n_layer=1, vocab_size=16))
+    state = model.allocate_state(1)
+    held = [t.clone() for layer in state.key_value_memory_dict.values() for t in layer]
+    with pytest.raises((TypeError, ValueError)) as caught:
+        model(input_ids, state=state)
+    assert str(caught.value) == f"MambaLMHeadModel: input_ids {sentence}"
+    left = [t for layer in state.key_value_memory_dict.values() for t in layer]
+    assert state.seqlen_offset == 0
+    assert all(map(torch.equal, left, held))
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (Mamba1(8, layer_idx=0), "hidden_states"),
+        (Mamba2(8, headdim=4, layer_idx=0), "hidden_states"),
+        (MHA(8, 2, layer_idx=0, causal=True), "x"),
+    ],
+)
+def test_what_is_no_tensor_or_state(module, name):
+    owner = type(module).__name__
+    with pytest.raises(TypeError) as caught:
+        module(None)
+    assert str(caught.value) == f"{owner}: {name} must be a torch.Tensor, got NoneType"
+    with pytest.raises(TypeError) as caught:
+        module(torch.randn(1, 2, 8), inference_params="state")
+    sentence = "inference_params must have a key_value_memory_dict, got str"
+    assert str(caught.value) == f"{owner}: {sentence}"

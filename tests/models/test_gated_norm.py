@@ -197,7 +197,7 @@ def test_rejects_with_the_sentences_of_the_reference():
 
 
 def test_rejects_what_is_not_a_tensor():
-    with pytest.raises(TypeError, match=f"{OP}: weight must be an array or tensor"):
+    with pytest.raises(TypeError, match=f"{OP}: weight must be a torch.Tensor, got list"):
         ops.gated_norm(torch.ones(2, 3), [1.0])
     with pytest.raises(TypeError, match=f"{OP}: x must be a torch.Tensor, got list"):
         ops.gated_norm([1.0], torch.ones(3))

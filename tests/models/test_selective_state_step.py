@@ -180,7 +180,7 @@ def test_rejects_with_the_sentences_of_the_reference(name):
 
 def test_rejects_what_is_not_a_tensor():
     arguments = make_tensors(BY_NAME["odd"], dtype=torch.float32)
-    with pytest.raises(TypeError, match=f"{OP}: A must be an array or tensor"):
+    with pytest.raises(TypeError, match=f"{OP}: A must be a torch.Tensor, got list"):
         ops.selective_state_step(**{**arguments, "A": [1.0]})
     with pytest.raises(TypeError, match=f"{OP}: x must be a torch.Tensor, got list"):
         ops.selective_state_step(**{**arguments, "x": [1.0]})

@@ -105,7 +105,14 @@ class MixerModel(nn.Module):
         Returns:
             (B, L, d_model), behind the final norm.
         """
-        hidden_states = self.embedding(input_ids)
+        try:
+            hidden_states = self.embedding(input_ids)
+        except IndexError:  # looked at afterwards: in decoding, a look costs as much as the rows
+            rows = self.embedding.num_embeddings
+            wrong = input_ids[(input_ids < 0) | (input_ids >= rows)][0].item()
+            raise ValueError(
+                f"MambaLMHeadModel: input_ids must lie in [0, {rows}), got {wrong}"
+            ) from None
         if seq_meta is not None:
             keep = seq_meta.positions(*input_ids.shape, input_ids.device) >= 0
             # A NaN in padding would reach the gradients of the norms as 0 * NaN.
@@ -236,10 +243,19 @@ class MambaLMHeadModel(nn.Module):
             A named tuple with ``logits`` (B, L or num_last_tokens, V), model dtype.
 
         Raises:
-            ValueError: a shape or a combination of arguments does not fit, or the state is that of
-                another model or batch; nothing is changed then.
-            TypeError: an argument that no mixer knows, or state is no State.
+            ValueError: a shape, a token or a combination of arguments does not fit, or the state
+                is that of another model or batch; nothing is changed then.
+            TypeError: input_ids are no tensor, an argument that no mixer knows, or state is no
+                State.
         """
+        if not isinstance(input_ids, Tensor):
+            got = type(input_ids).__name__
+            raise TypeError(f"MambaLMHeadModel: input_ids must be a torch.Tensor, got {got}")
+        if input_ids.dtype not in (torch.int64, torch.int32):
+            dtype = str(input_ids.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"MambaLMHeadModel: input_ids must have dtype int64 or int32, got {dtype}"
+            )
         if input_ids.dim() != 2:
             raise ValueError(
                 f"MambaLMHeadModel: input_ids must have shape (B, L), got {tuple(input_ids.shape)}"

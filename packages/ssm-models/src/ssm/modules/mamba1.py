@@ -21,7 +21,7 @@ from ssm.modules.memory import (
     stepped_rows,
 )
 from ssm.modules.precision import DeltaProjection, at_least_fp32, project
-from ssm.modules.sequence import sequence_meta
+from ssm.modules.sequence import check_input, sequence_meta
 from ssm.seq_meta import SeqMeta
 from ssm.state import State
 from ssm.utils import dispatch
@@ -172,6 +172,7 @@ class Mamba1(nn.Module):
         """
         if kwargs:
             raise TypeError(f"Mamba1: got an unexpected keyword argument {next(iter(kwargs))!r}")
+        check_input("Mamba1", "hidden_states", hidden_states)
         if hidden_states.dim() != 3 or hidden_states.shape[-1] != self.d_model:
             raise ValueError(
                 f"Mamba1: hidden_states must have shape (B, L, {self.d_model}), "

@@ -73,7 +73,7 @@ def check_memory(layer: nn.Module, inference_params, state: State | None, rows: 
     Raises:
         ValueError: both are given, the layer has no index, or its entry is that of another batch or
             layer.
-        TypeError: state is no State.
+        TypeError: state is no State, or inference_params are none.
     """
     owner, key = type(layer).__name__, key_of(layer)
     if inference_params is not None and state is not None:
@@ -83,6 +83,9 @@ def check_memory(layer: nn.Module, inference_params, state: State | None, rows: 
     source = inference_params if state is None else state
     if source is None:
         return
+    if not hasattr(source, "key_value_memory_dict"):
+        got = type(source).__name__
+        raise TypeError(f"{owner}: inference_params must have a key_value_memory_dict, got {got}")
     if layer.layer_idx is None and state is None:
         raise ValueError(f"{owner}: layer_idx must be set for inference_params, got None")
     states = source.key_value_memory_dict.get(key)

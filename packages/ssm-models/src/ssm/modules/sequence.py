@@ -54,6 +54,21 @@ def sequence_meta(
     return SeqMeta(seq_idx=seq_idx, cu_seqlens=cu_seqlens, mask=mask)
 
 
+def check_input(owner: str, name: str, x: object) -> None:
+    """Refuse the input of a module if it is no tensor.
+
+    Args:
+        owner: class name for messages.
+        name: of the input.
+        x: its value.
+
+    Raises:
+        TypeError: x is no tensor.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{owner}: {name} must be a torch.Tensor, got {type(x).__name__}")
+
+
 def batch_and_seqlen(
     owner: str, name: str, x: Tensor, width: int, seqlen: int | None, parts: int = 1
 ) -> tuple[int, int]:
@@ -72,8 +87,9 @@ def batch_and_seqlen(
 
     Raises:
         ValueError: the shape does not fit, or seqlen is not positive.
-        TypeError: seqlen is no int.
+        TypeError: x is no tensor, or seqlen no int.
     """
+    check_input(owner, name, x)
     shape = tuple(x.shape)
     if seqlen is None:
         if len(shape) != 3 or shape[-1] != width:

@@ -3,7 +3,13 @@
 import ssm_kernels
 import torch
 
-from ssm.ops.compiled.library import define, differentiate, is_eager, refuse_second_gradient
+from ssm.ops.compiled.library import (
+    define,
+    differentiate,
+    is_eager,
+    refuse_as,
+    refuse_second_gradient,
+)
 from ssm.ops.python import check
 
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? seq_idx"
@@ -117,6 +123,7 @@ differentiate("dw_causal_conv_fwd", _setup_context, _backward)
 refuse_second_gradient("dw_causal_conv_bwd")
 
 
+@refuse_as(check.dw_causal_conv)
 def dw_causal_conv(
     x,
     weight,
@@ -139,5 +146,7 @@ def dw_causal_conv(
         per_sequence = seq_meta.state_per_sequence
     inputs = (x, weight, bias, initial_state)
     call = _forward if is_eager(*inputs) else _fwd
-    y, final_state = call(*inputs, seq_idx, silu, per_sequence, num_states, return_final_state)
+    y, final_state = call(
+        *inputs, seq_idx, silu, per_sequence, num_states, bool(return_final_state)
+    )
     return (y, final_state) if return_final_state else y

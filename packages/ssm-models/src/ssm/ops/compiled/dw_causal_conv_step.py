@@ -4,8 +4,8 @@ import ssm_kernels
 import torch
 
 from ssm.ops.compiled.dw_causal_conv import is_silu
-from ssm.ops.compiled.library import define, is_eager
-from ssm.ops.python import reference
+from ssm.ops.compiled.library import define, is_eager, is_negated, refuse_as
+from ssm.ops.python import check, reference
 
 
 def _forward(x, conv_state, weight, bias, cache_seqlens, state_indices, silu):
@@ -38,16 +38,18 @@ _fwd = define(
 )
 
 
+@refuse_as(check.dw_causal_conv_step)
 def dw_causal_conv_step(
     x, conv_state, weight, bias=None, activation="silu", *, cache_seqlens=None, state_indices=None
 ):
     """Run the step on compiled kernels; contract: ``ssm.ops.python.reference``."""
     inputs = (x, conv_state, weight, bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    wants_grad = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in inputs)
+    if wants_grad or is_negated(conv_state):
         # A step has no backward of its own; decoding runs without gradients.
         return reference.dw_causal_conv_step(
             *inputs, activation, cache_seqlens=cache_seqlens, state_indices=state_indices
         )
     silu = is_silu("dw_causal_conv_step", activation)
-    call = _forward if is_eager(*inputs) else _fwd
+    call = _forward if is_eager(*inputs, cache_seqlens, state_indices) else _fwd
     return call(*inputs, cache_seqlens, state_indices, silu)

@@ -9,7 +9,14 @@ import math
 import ssm_kernels
 import torch
 
-from ssm.ops.compiled.library import define, differentiate, is_eager, refuse_second_gradient
+from ssm.ops.compiled.library import (
+    define,
+    differentiate,
+    is_eager,
+    refuse_as,
+    refuse_second_gradient,
+)
+from ssm.ops.python import check
 from ssm.ops.python.arithmetic import acc_dtype
 
 _MOST_AXES = 6  # that the kernels take
@@ -167,6 +174,7 @@ differentiate("fused_layer_norm_fwd", _setup_context, _backward)
 refuse_second_gradient("fused_layer_norm_bwd")
 
 
+@refuse_as(check.fused_layer_norm)
 def fused_layer_norm(
     x,
     weight,
@@ -195,6 +203,8 @@ def fused_layer_norm(
     if prenorm:
         given = x if residual is None else residual
         sum_dtype = acc_dtype(x) if residual_in_fp32 else given.dtype
+    check.check_positive("fused_layer_norm", "eps", eps)
+    is_rms = bool(is_rms)
     inputs = (x, weight, bias, residual)
     save = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in inputs)
     # Without a residual x is the sum already. With gradients it still goes through the operator,

@@ -8,7 +8,14 @@ import math
 import ssm_kernels
 import torch
 
-from ssm.ops.compiled.library import define, differentiate, is_eager, refuse_second_gradient
+from ssm.ops.compiled.library import (
+    define,
+    differentiate,
+    is_eager,
+    refuse_as,
+    refuse_second_gradient,
+)
+from ssm.ops.python import check
 from ssm.ops.python.arithmetic import acc_dtype
 
 _MOST_AXES = 6  # that the kernels take
@@ -144,6 +151,7 @@ differentiate("gated_norm_fwd", _setup_context, _backward)
 refuse_second_gradient("gated_norm_bwd")
 
 
+@refuse_as(check.gated_norm)
 def gated_norm(
     x,
     weight,
@@ -156,6 +164,8 @@ def gated_norm(
     norm_before_gate=True,
 ):
     """Run the gated norm on compiled kernels; contract: ``ssm.ops.python.reference``."""
+    if group_size is not None:
+        check.check_int("gated_norm", "group_size", group_size, 1)
     if isinstance(x, torch.Tensor) and x.ndim > _MOST_AXES:
         if z is not None and z.shape == x.shape:
             z = z.flatten(0, -2)
@@ -171,7 +181,8 @@ def gated_norm(
         )
         return y.view(x.shape)
     inputs = (x, weight, bias, z)
-    options = (is_rms, eps, group_size, norm_before_gate)
+    check.check_positive("gated_norm", "eps", eps)
+    options = (bool(is_rms), eps, group_size, bool(norm_before_gate))
     if is_eager(*inputs):
         return _direct(*inputs, *options)
     save = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in inputs)

@@ -1,5 +1,7 @@
 """Registration of compiled operators with torch, so that compile, export and autograd see them."""
 
+import functools
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -26,20 +28,78 @@ def is_eager(*tensors: torch.Tensor | None) -> bool:
         one is of a tensor subclass or a lazily negated view: then the call must
         go through the registered operator.
 
+    Raises:
+        TypeError: an argument is no tensor.
+        ValueError: tensors are on several devices. :func:`refuse_as` says which, in both cases.
+
     Source:
         A step of decoding is shorter than the dispatcher's way through Python.
     """
-    if (
-        _is_compiling()
-        or _dispatch_depth()
-        or _transform_level() is not None
-        or (_is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in tensors))
-    ):
+    if _is_compiling() or _dispatch_depth() or _transform_level() is not None:
+        return False
+    if _is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in tensors):
+        # With one on the meta device, torch would call the fake kernel and return no data.
+        if len({getattr(t, "device", None) for t in tensors if t is not None}) > 1:
+            raise ValueError("tensors must be on one device, got several")
         return False
     if not _PLAIN.issuperset(map(type, tensors)):
-        # A subclass has rules of its own; what is no tensor at all, the kernels refuse by name.
-        return not any(isinstance(t, torch.Tensor) and type(t) not in _PLAIN for t in tensors)
+        # A subclass has rules of its own. Kernels would take the arrays of other libraries.
+        if not all(t is None or isinstance(t, torch.Tensor) for t in tensors):
+            raise TypeError("tensors must be torch.Tensor, got something else")
+        return False
     return not any(t is not None and t.is_neg() for t in tensors)
+
+
+def is_negated(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is a lazily negated view, to which a kernel cannot write.
+
+    Args:
+        tensor: what a kernel is to update in place.
+
+    Source:
+        torch.Tensor.is_neg, which cannot be traced; traced code has no such views.
+    """
+    return not _is_compiling() and isinstance(tensor, torch.Tensor) and tensor.is_neg()
+
+
+def refuse_as(check: Callable) -> Callable:
+    """Make an operator refuse what is wrong with the sentences of its reference.
+
+    Nothing is checked beforehand: kernels, allocations and torch's dispatcher refuse in words of
+    their own, and only then ``check`` is asked for the sentence.
+
+    Args:
+        check: of ``ssm.ops.python.check``. Its parameters are named as those of the operator.
+
+    Returns:
+        A decorator. What ``check`` finds nothing wrong with, is raised as it was.
+
+    Source:
+        This project's design: an operator says the same on every backend.
+    """
+    names = tuple(inspect.signature(check).parameters)
+
+    def decorate(function: Callable) -> Callable:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def served(*args, **kwargs):
+            if _is_compiling():
+                return function(*args, **kwargs)
+            try:
+                return function(*args, **kwargs)
+            except Exception:
+                given = signature.bind(*args, **kwargs)
+                given.apply_defaults()
+                try:
+                    check(*(given.arguments[name] for name in names))
+                except (TypeError, ValueError) as error:
+                    raise error from None
+                raise
+
+        return served
+
+    return decorate
 
 
 def define(schema: str, kernel: Callable, fake: Callable) -> Callable:

@@ -3,7 +3,13 @@
 import ssm_kernels
 import torch
 
-from ssm.ops.compiled.library import define, differentiate, is_eager, refuse_second_gradient
+from ssm.ops.compiled.library import (
+    define,
+    differentiate,
+    is_eager,
+    refuse_as,
+    refuse_second_gradient,
+)
 from ssm.ops.python import check
 from ssm.ops.python.arithmetic import acc_dtype
 
@@ -119,6 +125,7 @@ differentiate("selective_scan_fwd", _setup_context, _backward)
 refuse_second_gradient("selective_scan_bwd")
 
 
+@refuse_as(check.selective_scan)
 def selective_scan(
     u,
     delta,

@@ -7,8 +7,8 @@ gradients, and what asks for them anyway gets the right ones, slowly.
 import ssm_kernels
 import torch
 
-from ssm.ops.compiled.library import define, is_eager
-from ssm.ops.python import reference
+from ssm.ops.compiled.library import define, is_eager, is_negated, refuse_as
+from ssm.ops.python import check, reference
 
 
 def _step(state, x, dt, A, B, C, D, z, dt_bias, state_indices, softplus):
@@ -45,6 +45,7 @@ _op = define(
 )
 
 
+@refuse_as(check.selective_state_step)
 def selective_state_step(
     state, x, dt, A, B, C, D=None, z=None, dt_bias=None, softplus=True, *, state_indices=None
 ):
@@ -53,7 +54,8 @@ def selective_state_step(
     With a gradient to compute, the reference serves instead.
     """
     inputs = (state, x, dt, A, B, C, D, z, dt_bias)
-    if torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in inputs):
+    wants_grad = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in inputs)
+    if wants_grad or is_negated(state):
         return reference.selective_state_step(*inputs, softplus, state_indices=state_indices)
-    call = _step if is_eager(*inputs) else _op
+    call = _step if is_eager(*inputs, state_indices) else _op
     return call(*inputs, state_indices, bool(softplus))

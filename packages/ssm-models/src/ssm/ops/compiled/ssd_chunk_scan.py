@@ -3,7 +3,13 @@
 import ssm_kernels
 import torch
 
-from ssm.ops.compiled.library import define, differentiate, is_eager, refuse_second_gradient
+from ssm.ops.compiled.library import (
+    define,
+    differentiate,
+    is_eager,
+    refuse_as,
+    refuse_second_gradient,
+)
 from ssm.ops.python import check
 from ssm.ops.python.arithmetic import acc_dtype
 
@@ -122,6 +128,7 @@ differentiate("ssd_chunk_scan_fwd", _setup_context, _backward)
 refuse_second_gradient("ssd_chunk_scan_bwd")
 
 
+@refuse_as(check.ssd_chunk_scan)
 def ssd_chunk_scan(
     X,
     dt,

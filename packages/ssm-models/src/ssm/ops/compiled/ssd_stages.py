@@ -9,7 +9,7 @@ import math
 import ssm_kernels
 import torch
 
-from ssm.ops.compiled.library import define, is_eager
+from ssm.ops.compiled.library import define, is_eager, refuse_as
 from ssm.ops.python import check, reference
 from ssm.ops.python.arithmetic import acc_dtype
 
@@ -61,6 +61,7 @@ _cumsum_op = define(
 )
 
 
+@refuse_as(check.ssd_chunk_cumsum)
 def ssd_chunk_cumsum(
     dt,
     A,
@@ -87,7 +88,7 @@ def ssd_chunk_cumsum(
     check.check_tensor("ssd_chunk_cumsum", "dt", dt, {"B, L, H": ("B", "L", "H")})
     check.check_int("ssd_chunk_cumsum", "chunk_size", chunk_size, 1)
     check.check_limit("ssd_chunk_cumsum", dt_limit)
-    call = _cumsum if is_eager(*inputs) else _cumsum_op
+    call = _cumsum if is_eager(*inputs, seq_idx) else _cumsum_op
     return call(dt, A, dt_bias, seq_idx, chunk_size, bool(softplus), *map(float, dt_limit))
 
 
@@ -113,12 +114,13 @@ _state_op = define(
 )
 
 
+@refuse_as(check.ssd_chunk_state)
 def ssd_chunk_state(x, B, dt, dA_cumsum, *, seq_idx=None):
     """Run stage 2 on compiled kernels; contract: ``ssm.ops.python.reference``."""
     inputs = (x, B, dt, dA_cumsum)
     if _served_by_reference(*inputs):
         return reference.ssd_chunk_state(*inputs, seq_idx=seq_idx)
-    return (_state if is_eager(*inputs) else _state_op)(*inputs, seq_idx)
+    return (_state if is_eager(*inputs, seq_idx) else _state_op)(*inputs, seq_idx)
 
 
 # From chunk to chunk ------------------------------------------------------------------------------
@@ -152,6 +154,7 @@ _passing_op = define(
 )
 
 
+@refuse_as(check.ssd_state_passing)
 def ssd_state_passing(states, dA_cumsum, *, initial_states=None, seq_idx=None):
     """Run stage 3 on compiled kernels; contract: ``ssm.ops.python.reference``."""
     inputs = (states, dA_cumsum, initial_states)
@@ -159,7 +162,7 @@ def ssd_state_passing(states, dA_cumsum, *, initial_states=None, seq_idx=None):
         return reference.ssd_state_passing(
             states, dA_cumsum, initial_states=initial_states, seq_idx=seq_idx
         )
-    return (_passing if is_eager(*inputs) else _passing_op)(*inputs, seq_idx)
+    return (_passing if is_eager(*inputs, seq_idx) else _passing_op)(*inputs, seq_idx)
 
 
 # C B^T --------------------------------------------------------------------------------------------
@@ -183,6 +186,7 @@ _bmm_op = define(
 )
 
 
+@refuse_as(check.ssd_bmm_chunk)
 def ssd_bmm_chunk(C, B, chunk_size):
     """Run stage 4 on compiled kernels; contract: ``ssm.ops.python.reference``."""
     if _served_by_reference(C, B):
@@ -214,9 +218,10 @@ _output_op = define(
 )
 
 
+@refuse_as(check.ssd_chunk_output)
 def ssd_chunk_output(CB, x, dt, dA_cumsum, C, states_in, *, D=None, z=None, seq_idx=None):
     """Run stage 5 on compiled kernels; contract: ``ssm.ops.python.reference``."""
     inputs = (CB, x, dt, dA_cumsum, C, states_in, D, z)
     if _served_by_reference(*inputs):
         return reference.ssd_chunk_output(*inputs[:6], D=D, z=z, seq_idx=seq_idx)
-    return (_output if is_eager(*inputs) else _output_op)(*inputs, seq_idx)
+    return (_output if is_eager(*inputs, seq_idx) else _output_op)(*inputs, seq_idx)

@@ -6,7 +6,14 @@ The backward reads the inputs again: nothing else is kept.
 import ssm_kernels
 import torch
 
-from ssm.ops.compiled.library import define, differentiate, is_eager, refuse_second_gradient
+from ssm.ops.compiled.library import (
+    define,
+    differentiate,
+    is_eager,
+    refuse_as,
+    refuse_second_gradient,
+)
+from ssm.ops.python import check
 
 _MOST_AXES = 6  # that the kernels take
 
@@ -64,6 +71,7 @@ differentiate("swiglu_fwd", _setup_context, _backward)
 refuse_second_gradient("swiglu_bwd")
 
 
+@refuse_as(check.swiglu)
 def swiglu(gate, up=None):
     """Run SwiGLU on compiled kernels; contract: ``ssm.ops.python.reference``."""
     if isinstance(gate, torch.Tensor) and gate.ndim > _MOST_AXES:

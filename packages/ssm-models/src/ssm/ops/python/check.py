@@ -1,5 +1,7 @@
 """Input checks of the reference operators: one sentence per rule, the sentences of the kernels."""
 
+from numbers import Real
+
 import torch
 
 from ssm.seq_meta import SeqMeta
@@ -69,12 +71,15 @@ def check_tensor(op, name, tensor, forms, device=None, dtypes=FLOATS, optional=F
 
     Raises:
         TypeError: not a tensor.
-        ValueError: rank, shape, dtype or device.
+        ValueError: layout, rank, shape, dtype or device.
     """
     if tensor is None and optional:
         return
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        got = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise ValueError(f"{op}: {name} must be dense, got {got}")
     check_shape(op, name, tensor, forms)
     if tensor.dtype not in dtypes:
         wanted = _either([_dtype(dtype) for dtype in dtypes])
@@ -94,6 +99,22 @@ def check_int(op: str, name: str, value: object, low: int) -> None:
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
     check_value(op, name, value >= low, f"be at least {low}", value)
+
+
+def check_positive(op: str, name: str, value: object) -> None:
+    """Check that a scalar argument is a number above 0."""
+    if not isinstance(value, (float, int, torch.SymFloat)):
+        raise TypeError(f"{op}: {name} must be a float, got {type(value).__name__}")
+    check_value(op, name, value > 0, "be positive", value)
+
+
+def check_writable(op: str, name: str, tensor: torch.Tensor) -> None:
+    """Check that no two elements along an axis of a tensor updated in place are the same."""
+    if not tensor.numel():
+        return
+    for axis, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        got = f"stride 0 along axis {axis}"
+        check_value(op, name, size < 2 or stride != 0, "not overlap itself", got)
 
 
 def check_seq_meta(op: str, seq_meta: object, batch: int) -> int:
@@ -122,6 +143,7 @@ def check_ids(op: str, seq_idx, batch: int, seqlen: int | str, device) -> None:
 def check_limit(op: str, dt_limit: object) -> None:
     """Check that ``dt_limit`` is a pair of which the first is not above the second."""
     is_pair = isinstance(dt_limit, (tuple, list)) and len(dt_limit) == 2
+    is_pair = is_pair and all(isinstance(bound, Real) for bound in dt_limit)
     check_value(op, "dt_limit", is_pair and dt_limit[0] <= dt_limit[1], "be (low, high)", dt_limit)
 
 
@@ -177,6 +199,7 @@ def selective_state_step(state, x, dt, A, B, C, D, z, dt_bias, state_indices) ->
     check_tensor(
         op, "state", state, {"R, D, N": ("R", "D", "N"), "R, H, P, N": ("R", "H", "P", "N")}
     )
+    check_writable(op, "state", state)
     nrows, *channels, dstate = state.shape
     names = "H, P" if len(channels) == 2 else "D"
     forms = {f"B, {names}": ("B", *channels), f"B, T, {names}": ("B", "T", *channels)}
@@ -343,6 +366,7 @@ def dw_causal_conv_step(
     check_tensor(op, "x", x, {"B, D": ("B", "D"), "B, D, T": ("B", "D", "T")})
     batch, dim = x.shape[:2]
     check_tensor(op, "conv_state", conv_state, {"R, D, K": ("R", dim, "K")}, x.device)
+    check_writable(op, "conv_state", conv_state)
     width, memory = _filter(op, x, weight, bias, activation), conv_state.shape[2]
     is_enough = memory >= width - 1
     check_value(op, "conv_state", is_enough, f"hold at least W - 1 = {width - 1} inputs", memory)
@@ -356,9 +380,10 @@ def dw_causal_conv_step(
 
 def _rows(op: str, name: str, tensor) -> None:
     """Check a main input of any rank but 0."""
-    if isinstance(tensor, torch.Tensor) and tensor.ndim == 0:
+    if isinstance(tensor, torch.Tensor) and not tensor.is_nested and tensor.ndim == 0:
         raise ValueError(f"{op}: {name} must have shape (..., D), got ()")
-    shape = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else ()
+    is_dense = isinstance(tensor, torch.Tensor) and not tensor.is_nested
+    shape = tuple(tensor.shape) if is_dense else ()
     check_tensor(op, name, tensor, {"..., D": shape})
 
 
@@ -370,7 +395,7 @@ def fused_layer_norm(x, weight, bias, residual, eps) -> None:
     check_tensor(op, "weight", weight, {"D,": (dim,)}, x.device)
     check_tensor(op, "bias", bias, {"D,": (dim,)}, x.device, optional=True)
     check_tensor(op, "residual", residual, {"..., D": tuple(x.shape)}, x.device, optional=True)
-    check_value(op, "eps", eps > 0, "be positive", eps)
+    check_positive(op, "eps", eps)
 
 
 def gated_norm(x, weight, bias, z, eps, group_size) -> None:
@@ -381,7 +406,7 @@ def gated_norm(x, weight, bias, z, eps, group_size) -> None:
     check_tensor(op, "weight", weight, {"D,": (dim,)}, x.device)
     check_tensor(op, "bias", bias, {"D,": (dim,)}, x.device, optional=True)
     check_tensor(op, "z", z, {"..., D": tuple(x.shape)}, x.device, optional=True)
-    check_value(op, "eps", eps > 0, "be positive", eps)
+    check_positive(op, "eps", eps)
     if group_size is not None:
         check_int(op, "group_size", group_size, 1)
         check_value(op, "group_size", dim % group_size == 0, f"divide D = {dim}", group_size)
