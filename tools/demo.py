@@ -23,6 +23,13 @@ COMPARED_PROMPT = 512
 REPEATS = 3
 
 
+def kind_of(config) -> str:
+    """Return what a model is, in words."""
+    layer = config.ssm_cfg.get("layer", "Mamba1")
+    attention = " with attention" if config.attn_layer_idx else ""
+    return f"{layer[:-1]}-{layer[-1]}{attention}"
+
+
 def write_text(model, vocabulary, length: int) -> tuple[str, float]:
     """Stream a sample to the terminal; return the text and the tokens per second."""
     decoder = vocabulary.decoder()
@@ -117,7 +124,8 @@ def main() -> int:
     model = MambaLMHeadModel.from_pretrained(str(arguments.model), dtype=torch.float32).eval()
     vocabulary = load_vocabulary(arguments.model, model.config.vocab_size)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"-- a Mamba-1 with {parameters / 1e6:.2f} million parameters, sampling byte by byte\n")
+    size = f"{parameters / 1e6:.2f} million parameters"
+    print(f"-- a {kind_of(model.config)}, {size}, sampling byte by byte\n")
     text, rate = write_text(model, vocabulary, arguments.bytes)
     backends = served_by(dispatch)
     print(f"\n-- served by {'; '.join(backends.values())}; {torch.get_num_threads()} threads")
