@@ -8,7 +8,8 @@ DIR/manifest.json with seeds, hashes and versions. Arguments are rounded to floa
 and gradients come from ``ssm.ops.python.reference`` in float64 on these rounded arguments and are
 rounded once. The same machine and the same versions give the same bytes.
 
-For each checkpoint DIR/models/<name>/ also its loss on DIR/models/sonnets.txt, held_out.json.
+For each checkpoint DIR/models/<name>/ also its loss on DIR/models/sonnets.txt, held_out.json, and
+what it writes by itself, greedy.json.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from tools.checkout import ROOT, find_packages
 
 SEED = 20240531
 HELD_OUT_TEXT = "sonnets.txt"
+PROMPT = "ROMEO:\n"
+GREEDY_TOKENS = 200
 # Goldens are read in every test run and live in the history for ever.
 FILE_LIMIT = 64 << 10
 TOTAL_LIMIT = 3 << 19
@@ -192,7 +195,7 @@ def refresh(folder: Path) -> dict:
 
 
 def refresh_models(folder: Path) -> None:
-    """Write held_out.json beside every checkpoint: its loss on a text it was not trained on."""
+    """Write held_out.json and greedy.json beside every checkpoint, both on the reference."""
     import torch
 
     from ssm.models.lm import MambaLMHeadModel
@@ -206,12 +209,42 @@ def refresh_models(folder: Path) -> None:
         tokens = vocabulary.encode(read_bytes(folder / "models" / HELD_OUT_TEXT))
         with dispatch.use_backend("python"):
             loss = evaluate(model, tokens)
+            text, logits = continue_greedily(model, vocabulary)
         found = {
             "text": HELD_OUT_TEXT,
             "nats_per_byte": round(loss, 6),
             "source": "ssm.training.evaluate on the reference operators in float64",
         }
         write(config.with_name("held_out.json"), (json.dumps(found, indent=1) + "\n").encode())
+        found = {
+            "prompt": PROMPT,
+            "text": text,
+            "source": "the likeliest byte each time, and the logits after the last, "
+            "on the reference operators in float64",
+            "logits": [round(logit, 6) for logit in logits.tolist()],
+        }
+        write(config.with_name("greedy.json"), (json.dumps(found, indent=1) + "\n").encode())
+
+
+def continue_greedily(model, vocabulary):
+    """Return the text that a model continues PROMPT with, and the logits (V,) after it.
+
+    Raises:
+        Fault: a byte is not the likeliest by a pass over the whole text, or the text is no UTF-8.
+    """
+    import torch
+
+    prompt = vocabulary.encode(PROMPT)
+    tokens = model.generate(prompt[None], max_new_tokens=GREEDY_TOKENS)[0]
+    text = tokens[len(prompt) :]
+    # What is kept must not depend on the state that the decoding carried.
+    with torch.inference_mode():
+        logits = model(tokens[None]).logits[0, len(prompt) - 1 :, : vocabulary.vocab_size]
+    if not torch.equal(logits[:-1].argmax(-1), text):
+        raise Fault("a checkpoint must write the same text step by step and whole, got two texts")
+    if not torch.equal(vocabulary.encode(vocabulary.decode(text)), text):
+        raise Fault("a checkpoint must continue the prompt with UTF-8, got other bytes")
+    return vocabulary.decode(text), logits[-1]
 
 
 def write(path: Path, data: bytes) -> None:
