@@ -270,6 +270,9 @@ def test_what_is_no_tensor_or_state(module, name):
         module(None)
     assert str(caught.value) == f"{owner}: {name} must be a torch.Tensor, got NoneType"
     with pytest.raises(TypeError) as caught:
+        module(torch.randn(1, 2, 8), attention_mask=[[1, 1]])
+    assert str(caught.value) == f"{owner}: attention_mask must be a torch.Tensor, got list"
+    with pytest.raises(TypeError) as caught:
         module(torch.randn(1, 2, 8), inference_params="state")
     sentence = "inference_params must have a key_value_memory_dict, got str"
     assert str(caught.value) == f"{owner}: {sentence}"

@@ -206,6 +206,26 @@ def test_load_refuses_what_is_no_whole_state(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in ("seqlen_offset", "rows") for value in ("-3", "null", "{}")),
+        *(("max_seqlen", value) for value in ("-3", "{}", "true")),
+        *(("layout", value) for value in ("null", "3")),
+        ("rows", "2"),
+    ],
+)
+def test_load_refuses_numbers_that_no_state_has(tmp_path, name, value):
+    path = tmp_path / "state"
+    counted().save(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    save_file(tensors, path, {**metadata, name: value})
+    with pytest.raises(ValueError, match=r"^State: .* must be a whole state file, got "):
+        State.load(path)
+
+
+@pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda s: s.gather([0, 3]), r"indices must lie in \[0, 3\), got 3"),

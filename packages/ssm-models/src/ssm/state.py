@@ -246,8 +246,18 @@ class State:
                 json.loads(metadata[name])
                 for name in ("seqlen_offset", "max_seqlen", "rows", "layout")
             )
+            counts = {"seqlen_offset": offset, "rows": rows, "max_seqlen": limit}
+            for name, value in counts.items():
+                is_free = name == "max_seqlen" and value is None
+                if not is_free and (type(value) is not int or value < 0):
+                    raise ValueError(f"{name} {value!r}")
+            if not isinstance(layout, dict):
+                raise ValueError(f"layout {layout!r}")
             if layout != _layout(tensors):
                 raise ValueError(f"tensors {_text(_layout(tensors))} for {_text(layout)}")
+            wrong = {len(tensor) for tensor in tensors.values()} - {rows}
+            if wrong:
+                raise ValueError(f"tensors of {wrong.pop()} rows for {rows}")
             state = cls(None, rows, limit, offset)
             state._assign(tensors)
         except (SafetensorError, OSError, ValueError, TypeError, LookupError) as error:

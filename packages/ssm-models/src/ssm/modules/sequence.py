@@ -33,6 +33,7 @@ def sequence_meta(
 
     Raises:
         ValueError: seq_meta beside another argument, or a mask of the wrong shape.
+        TypeError: the mask is no tensor.
     """
     given = [seq_idx, cu_seqlens, attention_mask]
     if seq_meta is not None:
@@ -45,6 +46,7 @@ def sequence_meta(
         return None
     mask = None
     if attention_mask is not None:
+        check_input(owner, "attention_mask", attention_mask)
         shape = tuple(attention_mask.shape)
         if len(shape) != 2 or shape[0] != batch or shape[1] < seqlen:
             raise ValueError(
