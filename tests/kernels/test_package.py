@@ -3,6 +3,7 @@
 Judge: a fresh process per question.
 """
 
+import mmap
 import os
 import re
 import subprocess
@@ -185,6 +186,29 @@ class _Library:
     def empty(shape, *, dtype, device):
         assert device == "cpu"
         return _Library.Array(np.empty(shape, dtype))
+
+
+def _is_on_huge_pages(array):
+    """Read whether the middle of an array lies in a mapping that huge pages are asked for."""
+    place, inside = array.ctypes.data + array.nbytes // 2, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= place < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return "hg" in line.split()
+    raise AssertionError("no mapping holds the array")
+
+
+def test_large_outputs_are_on_huge_pages():
+    if not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists():
+        pytest.skip("this system has no transparent huge pages")
+    # A mapping of its own, as an allocator makes one for so much.
+    memory = mmap.mmap(-1, 1 << 25, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    y = np.frombuffer(memory, np.float32).reshape(1024, -1)
+    assert not _is_on_huge_pages(y)
+    zeros = np.broadcast_to(np.float32(0), y.shape)
+    ssm_kernels.swiglu_fwd(zeros, zeros, y=y)
+    assert _is_on_huge_pages(y)
 
 
 def test_other_frameworks_are_served_through_their_namespace():
