@@ -66,6 +66,7 @@ HELPERS = {
         "device",
         "isa",
         "rows",
+        "huge_pages",
         "runs",
         "scratch",
         "visit",

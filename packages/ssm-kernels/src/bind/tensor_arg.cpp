@@ -1,10 +1,7 @@
 #include "tensor_arg.h"
 
+#include "../op/huge_pages.h"
 #include "dlpack.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace ssm::bind {
 
@@ -95,29 +92,15 @@ bool borrow_ndarray(nb::handle object, TensorArg& arg, Array& held) {
     return true;
 }
 
-// Asks for huge pages under a large dense output. An allocator takes so much memory afresh from the
-// system for each call, and without this its first write costs a page fault per 4096 bytes: more
-// than most kernels need for the page.
 void prefer_huge_pages(const TensorView& view) {
-#if defined(__linux__)
-    constexpr std::int64_t kFresh = 1 << 25, kPage = 1 << 21;
     std::int64_t count = 1, span = 1;
     for (int i = 0; i < view.ndim; ++i) {
         count *= view.shape[i];
         span += (view.shape[i] - 1) * view.stride[i];
     }
-    const std::int64_t bytes = count * (view.dtype == DType::f64   ? 8
-                                        : view.dtype == DType::f32 ? 4
-                                                                   : 2);
-    if (view.device.type != DeviceType::cpu || span != count || bytes < kFresh) return;
-    const auto begin = reinterpret_cast<std::uintptr_t>(view.data);
-    const std::uintptr_t first = (begin + kPage - 1) / kPage * kPage;
-    const std::uintptr_t last = (begin + static_cast<std::uintptr_t>(bytes)) / kPage * kPage;
-    // It may be refused, which changes nothing.
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-    (void)view;
-#endif
+    if (view.device.type != DeviceType::cpu || span != count) return;
+    const int size = view.dtype == DType::f64 ? 8 : view.dtype == DType::f32 ? 4 : 2;
+    ssm::prefer_huge_pages(view.data, static_cast<std::size_t>(count * size));
 }
 
 }  // namespace

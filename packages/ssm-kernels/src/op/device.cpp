@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "huge_pages.h"
 #include "scratch.h"
 
 namespace ssm {
@@ -37,7 +38,6 @@ Isa choose_isa() {
 
 std::atomic<int> thread_setting{0};
 
-constexpr std::size_t kKeptBytes = std::size_t{32} << 20;
 constexpr std::align_val_t kAlignment{64};
 
 struct KeptBlock {
@@ -97,8 +97,9 @@ const char* version() { return SSM_VERSION; }
 
 Scratch::Scratch(std::size_t bytes) : data_(nullptr), bytes_(bytes) {
     if (bytes == 0) return;
-    if (kept.lent || bytes > kKeptBytes) {
+    if (kept.lent || bytes >= kFreshBytes) {
         data_ = ::operator new(bytes, kAlignment);
+        prefer_huge_pages(data_, bytes);
         return;
     }
     if (kept.bytes < bytes) {

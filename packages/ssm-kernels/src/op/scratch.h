@@ -6,7 +6,7 @@
 namespace ssm {
 
 /// Cache-line aligned memory for one call. The calling thread keeps its block for the next call, so
-/// that repeated calls meet warm pages; blocks above 32 MiB go back to the system at once.
+/// that repeated calls meet warm pages; blocks of 32 MiB and more go back to the system at once.
 class Scratch {
   public:
     explicit Scratch(std::size_t bytes);  // throws std::bad_alloc
