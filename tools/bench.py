@@ -206,7 +206,7 @@ def time_table(op, case, direction, problem, work, rows, iters, synchronize) -> 
         "workload": case.name,
         "direction": direction,
         "sizes": case.sizes,
-        "options": case.options,
+        "options": {n: v if isinstance(v, bool) else str(v) for n, v in case.options.items()},
         "moved_bytes": work.moved,
         "fma": work.fma,
         "exp": work.exp,

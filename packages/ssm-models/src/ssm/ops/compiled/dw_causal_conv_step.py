@@ -44,12 +44,13 @@ def dw_causal_conv_step(
 ):
     """Run the step on compiled kernels; contract: ``ssm.ops.python.reference``."""
     inputs = (x, conv_state, weight, bias)
+    silu = is_silu("dw_causal_conv_step", activation)
+    if is_eager(*inputs, cache_seqlens, state_indices):
+        return _forward(*inputs, cache_seqlens, state_indices, silu)
     wants_grad = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in inputs)
     if wants_grad or is_negated(conv_state):
         # A step has no backward of its own; decoding runs without gradients.
         return reference.dw_causal_conv_step(
             *inputs, activation, cache_seqlens=cache_seqlens, state_indices=state_indices
         )
-    silu = is_silu("dw_causal_conv_step", activation)
-    call = _forward if is_eager(*inputs, cache_seqlens, state_indices) else _fwd
-    return call(*inputs, cache_seqlens, state_indices, silu)
+    return _fwd(*inputs, cache_seqlens, state_indices, silu)

@@ -54,8 +54,9 @@ def selective_state_step(
     With a gradient to compute, the reference serves instead.
     """
     inputs = (state, x, dt, A, B, C, D, z, dt_bias)
+    if is_eager(*inputs, state_indices):
+        return _step(*inputs, state_indices, bool(softplus))
     wants_grad = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in inputs)
     if wants_grad or is_negated(state):
         return reference.selective_state_step(*inputs, softplus, state_indices=state_indices)
-    call = _step if is_eager(*inputs, state_indices) else _op
-    return call(*inputs, state_indices, bool(softplus))
+    return _op(*inputs, state_indices, bool(softplus))
