@@ -79,6 +79,7 @@ HELPERS = {
         "pack",
         "parallel",
         "rows",
+        "sequences",
         "simd",
         "tile",
         "vmath",

@@ -2,9 +2,7 @@
 // lane axis, tiles in cache, and the inputs that lie around a step in its sequence.
 #pragma once
 
-#include "../op/runs.h"
-#include "parallel.h"
-#include "tile.h"
+#include "sequences.h"
 #include "vmath.h"
 
 namespace ssm::cpu::SSM_ISA {
@@ -130,22 +128,6 @@ static inline void copy_conv_states(const TensorView& from, const TensorView& to
                 store_steps<LaneAxis::channel>(to, sequence, channels, k, line, kLine, 1);
             }
     });
-}
-
-/// The first run of a row that ends after step t.
-SSM_INLINE const Run* first_run_after(const Runs& runs, std::int64_t row, std::int64_t t) {
-    const Run* low = runs.runs + runs.row_begin[row];
-    std::int64_t count = runs.row_begin[row + 1] - runs.row_begin[row];
-    while (count > 0) {
-        const std::int64_t half = count / 2;
-        if (low[half].end <= t) {
-            low += half + 1;
-            count -= half + 1;
-        } else {
-            count = half;
-        }
-    }
-    return low;
 }
 
 }  // namespace ssm::cpu::SSM_ISA

@@ -71,9 +71,9 @@ void norm_rows(const FusedLayerNormArgs& args, int wanted_threads) {
     parallel_for(tasks, threads, [&](std::int64_t task, int thread) {
         T* const line = memory + pitch * (2 + 5 * thread);
         const auto lines = [&](int k) { return static_cast<void*>(line + k * pitch); };
-        const Lines<E> x(args.x, lines(1), dim), y(args.y, lines(2), dim);
-        const Lines<R> residual(args.residual, lines(3), dim);
-        const Lines<S> sum(args.residual_out, lines(4), dim);
+        const RowLines<E> x(args.x, lines(1), dim), y(args.y, lines(2), dim);
+        const RowLines<R> residual(args.residual, lines(3), dim);
+        const RowLines<S> sum(args.residual_out, lines(4), dim);
         const std::int64_t end = min(shape.rows, (task + 1) * rows_per_task);
         for (std::int64_t row = task * rows_per_task; row < end; ++row) {
             const Ahead next_x(x, row + 1, end), next_residual(residual, row + 1, end);
@@ -185,10 +185,10 @@ void norm_grads(const FusedLayerNormArgs& args, const FusedLayerNormGrads& grads
     parallel_for(tasks, threads, [&](std::int64_t task, int thread) {
         T* const line = memory + pitch * (1 + 7 * thread);
         const auto lines = [&](int k) { return static_cast<void*>(line + k * pitch); };
-        const Lines<S> x(args.x, lines(1), dim), residual(args.residual, lines(2), dim);
-        const Lines<S> dsum(grads.dresidual_out, lines(3), dim);
-        const Lines<S> dresidual(grads.dresidual, lines(4), dim);
-        const Lines<E> dy(grads.dy, lines(5), dim), dx(grads.dx, lines(6), dim);
+        const RowLines<S> x(args.x, lines(1), dim), residual(args.residual, lines(2), dim);
+        const RowLines<S> dsum(grads.dresidual_out, lines(3), dim);
+        const RowLines<S> dresidual(grads.dresidual, lines(4), dim);
+        const RowLines<E> dy(grads.dy, lines(5), dim), dx(grads.dx, lines(6), dim);
         T* const dweight = has_dweight ? partials + pitch * task : nullptr;
         T* const dbias = has_dbias ? partials + pitch * (tasks + task) : nullptr;
         const std::size_t bytes = sizeof(T) * static_cast<std::size_t>(dim);

@@ -110,7 +110,7 @@ void forward(const GatedNormArgs& args, int wanted_threads) {
     parallel_for(tasks, threads, [&](std::int64_t task, int thread) {
         T* const lines = memory + pitch * (2 + 4 * thread);
         const auto line = [&](int k) { return reinterpret_cast<E*>(lines + k * pitch); };
-        const Lines<E> x(args.x, line(1), dim), z(args.z, line(2), dim), y(args.y, line(3), dim);
+        const RowLines<E> x(args.x, line(1), dim), z(args.z, line(2), dim), y(args.y, line(3), dim);
         const std::int64_t end = min(shape.rows, (task + 1) * rows_per_task);
         for (std::int64_t row = task * rows_per_task; row < end; ++row) {
             const Ahead next(x, row + 1, end);
@@ -278,8 +278,9 @@ void backward(const GatedNormArgs& args, const GatedNormGrads& grads, int wanted
     parallel_for(tasks, threads, [&](std::int64_t task, int thread) {
         T* const lines = memory + pitch * (2 + 7 * thread);
         const auto line = [&](int k) { return reinterpret_cast<E*>(lines + k * pitch); };
-        const Lines<E> x(args.x, line(2), dim), z(args.z, line(3), dim), dy(grads.dy, line(4), dim);
-        const Lines<E> dx(grads.dx, line(5), dim), dz(grads.dz, line(6), dim);
+        const RowLines<E> x(args.x, line(2), dim), z(args.z, line(3), dim),
+            dy(grads.dy, line(4), dim);
+        const RowLines<E> dx(grads.dx, line(5), dim), dz(grads.dz, line(6), dim);
         T* const dweight = has_dweight ? partials + pitch * task : nullptr;
         T* const dbias = has_dbias ? partials + pitch * (tasks + task) : nullptr;
         const std::size_t bytes = sizeof(T) * static_cast<std::size_t>(dim);

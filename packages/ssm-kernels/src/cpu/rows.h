@@ -40,15 +40,15 @@ constexpr DType kElement = std::is_same_v<E, double>     ? DType::f64
 /// The rows of one tensor as arrays of E: in place where they are that already, else through a line
 /// of scratch. A tensor of another type is converted, for which E must be a compute type.
 template <class E>
-struct Lines {
+struct RowLines {
     const TensorView& view;
     E* line;
     std::int64_t dim;
     std::int64_t offset;  // of the first column
     bool direct;
 
-    Lines(const TensorView& tensor, void* scratch_line, std::int64_t columns,
-          std::int64_t first_column = 0)
+    RowLines(const TensorView& tensor, void* scratch_line, std::int64_t columns,
+             std::int64_t first_column = 0)
         : view(tensor),
           line(static_cast<E*>(scratch_line)),
           dim(columns),
@@ -101,7 +101,7 @@ struct Ahead {
     const E* from;
     std::int64_t mask;  // 0 where there is nothing to fetch: then one place again and again
 
-    Ahead(const Lines<E>& rows, std::int64_t row, std::int64_t end) {
+    Ahead(const RowLines<E>& rows, std::int64_t row, std::int64_t end) {
         const bool fetches = rows.direct && row < end;
         from = fetches ? rows.place(row) : rows.line;
         mask = fetches ? -1 : 0;
@@ -128,7 +128,7 @@ struct Ahead {
 template <class T>
 const T* dense(const TensorView& view, T* line, std::int64_t dim) {
     if (view.ndim < 0) return nullptr;
-    return Lines<T>(view, line, dim).read(0);
+    return RowLines<T>(view, line, dim).read(0);
 }
 
 /// Calls visitor(compute type, element type), as null pointers, for tensors of which the first is

@@ -154,15 +154,14 @@ void scan_blocks(const SelectiveScanArgs& args, const Runs& runs, const ScanShap
                                shape.dstate, Keep::outputs);
         tiles[i].clear();
         tiles[i].load_parameters(args, shape, blocks[i]);
-        if (blocks[i].width == blocks[0].width) tiles[i].share_steps(tiles[0], args);
+        tiles[i].share_steps(tiles[0], args);
     }
     const Run* run = runs.runs + runs.row_begin[row];
     const Run* const end_run = runs.runs + runs.row_begin[row + 1];
     for (std::int64_t t0 = 0; t0 < shape.seqlen; t0 += kScanSteps) {
         const std::int64_t steps = min(kScanSteps, shape.seqlen - t0);
         for (std::int64_t i = 0; i < count; ++i) {
-            if (i == 0 || tiles[i].dt != tiles[0].dt)
-                tiles[i].load_groups(args, shape, blocks[i], t0, steps);
+            if (i == 0) tiles[i].load_groups(args, shape, blocks[i], t0, steps);
             const NextTile next({&args.u, &args.delta, &args.z, &args.y}, blocks[i], t0 + steps,
                                 shape.seqlen);
             scan_tile(args, runs, shape, blocks[i], tiles[i], next, run, t0, steps);

@@ -6,9 +6,7 @@
 #include <cstddef>
 #include <initializer_list>
 
-#include "../op/runs.h"
-#include "parallel.h"
-#include "tile.h"
+#include "sequences.h"
 #include "vmath.h"
 
 namespace ssm::cpu::SSM_ISA {
@@ -36,14 +34,7 @@ struct ScanShape {
           seqlen(args.u.shape[2]),
           dstate(args.A.shape[1]) {
         // B and C may have different group counts: the least common multiple cuts at both.
-        const std::int64_t b = groups_of(args.B), c = groups_of(args.C);
-        std::int64_t divisor = b, rest = c;
-        while (rest != 0) {
-            const std::int64_t next = divisor % rest;
-            divisor = rest;
-            rest = next;
-        }
-        groups = b / divisor * c;
+        groups = least_common_multiple(groups_of(args.B), groups_of(args.C));
         blocks_per_group = (dim / groups + kScanChannels - 1) / kScanChannels;
     }
 
@@ -303,29 +294,5 @@ struct ScanTile {
                       shape.dstate, block.width);
     }
 };
-
-/// to = from, or zero where `from` is absent: states of shape (S, D, N).
-template <class T>
-void copy_states(const TensorView& from, const TensorView& to, int threads) {
-    parallel_for(to.shape[0], threads, [&](std::int64_t sequence, int) {
-        T line[kScanChannels];
-        std::memset(line, 0, sizeof line);
-        for (std::int64_t d = 0; d < to.shape[1]; ++d)
-            for (std::int64_t n = 0; n < to.shape[2]; n += kScanChannels) {
-                const std::int64_t count = min(kScanChannels, to.shape[2] - n);
-                if (from.ndim >= 0)
-                    load_tile(line, 0,
-                              plane_at(from,
-                                       sequence * from.stride[0] + d * from.stride[1] +
-                                           n * from.stride[2],
-                                       0, from.stride[2]),
-                              1, count);
-                store_tile(
-                    plane_at(to, sequence * to.stride[0] + d * to.stride[1] + n * to.stride[2], 0,
-                             to.stride[2]),
-                    line, 0, 1, count);
-            }
-    });
-}
 
 }  // namespace ssm::cpu::SSM_ISA

@@ -18,10 +18,6 @@ constexpr std::int64_t kPanel = 2 * kLanes<T>;
 // the panel's two vectors and a broadcast no more than the registers that there are (32 or 16).
 constexpr std::int64_t kBlockRows = kVectorBytes == 64 ? 8 : 6;
 
-SSM_INLINE std::int64_t round_up(std::int64_t count, std::int64_t unit) {
-    return (count + unit - 1) / unit * unit;
-}
-
 /// Calls body.operator()<R>(first) for consecutive blocks of R <= kBlockRows rows that cover
 /// [0, rows). The blocks differ by one row at most: a last block of one row would wait for itself.
 template <class Body, int... kIndex>

@@ -1,7 +1,6 @@
 // What all heads of a group share in a chunk: B, C and their products.
 #pragma once
 
-#include "parallel.h"
 #include "ssd_chunk_scan_shape.h"
 
 namespace ssm::cpu::SSM_ISA {
@@ -63,7 +62,7 @@ struct PairProducts {
             const Run* const runs_end = runs.runs + runs.row_begin[row + 1];
             Segment segments[kChunk];
             const std::int64_t count =
-                cut_chunk(segments, first_run_behind(runs, row, begin), runs_end, begin,
+                cut_chunk(segments, first_run_after(runs, row, begin), runs_end, begin,
                           min(begin + kChunk, shape.seqlen));
             T* const B = local + thread * per_thread;
             for (const Segment* segment = segments; segment < segments + count; ++segment)

@@ -4,7 +4,7 @@
 
 #include <ssm/ssd_chunk_scan.h>
 
-#include "../op/runs.h"
+#include "sequences.h"
 #include "ssd_chunk_scan_gemm.h"
 
 namespace ssm::cpu::SSM_ISA {
@@ -29,14 +29,7 @@ struct SsdShape {
           dstate(args.B.shape[3]),
           padded_headdim(round_up(headdim, panel)) {
         // B and C may have different group counts: the least common multiple cuts at both.
-        const std::int64_t b = args.B.shape[2], c = args.C.shape[2];
-        std::int64_t divisor = b, rest = c;
-        while (rest != 0) {
-            const std::int64_t next = divisor % rest;
-            divisor = rest;
-            rest = next;
-        }
-        groups = b / divisor * c;
+        groups = least_common_multiple(args.B.shape[2], args.C.shape[2]);
         heads_per_group = heads / groups;
         // A block computes C B^T once for its heads and keeps their states in the second-level
         // cache; several blocks per group are several tasks.
@@ -114,22 +107,6 @@ static inline std::int64_t cut_chunk(Segment* segments, const Run* runs, const R
         segments[count - 1].leaves = run->end <= end && !returns;
     }
     return count;
-}
-
-/// The first run of a row that ends behind step t.
-static inline const Run* first_run_behind(const Runs& runs, std::int64_t row, std::int64_t t) {
-    const Run* first = runs.runs + runs.row_begin[row];
-    std::int64_t count = runs.row_begin[row + 1] - runs.row_begin[row];
-    while (count > 0) {
-        const std::int64_t half = count / 2;
-        if (first[half].end <= t) {
-            first += half + 1;
-            count -= half + 1;
-        } else {
-            count = half;
-        }
-    }
-    return first;
 }
 
 /// Calls body(t, count) for the stretches of skipped steps of a chunk.

@@ -49,28 +49,6 @@ void enter(T* state, const SsdChunkScanArgs& args, const SsdShape& shape, const 
         load_state(state, shape, state_plane(args.initial_states, run.state_in, head));
 }
 
-/// to = from, or zero where `from` is absent: states of shape (S, H, P, N).
-template <class T>
-void copy_states(const TensorView& from, const TensorView& to, int threads) {
-    parallel_for(to.shape[0] * to.shape[1], threads, [&](std::int64_t task, int) {
-        const std::int64_t sequence = task / to.shape[1], head = task % to.shape[1];
-        constexpr std::int64_t kLine = 64;
-        T line[kLine] = {};
-        for (std::int64_t p = 0; p < to.shape[2]; ++p)
-            for (std::int64_t n = 0; n < to.shape[3]; n += kLine) {
-                const std::int64_t count = min(kLine, to.shape[3] - n);
-                const auto part = [&](const TensorView& view) {
-                    return plane_at(view,
-                                    sequence * view.stride[0] + head * view.stride[1] +
-                                        p * view.stride[2] + n * view.stride[3],
-                                    0, view.stride[3]);
-                };
-                if (from.ndim >= 0) load_tile(line, 0, part(from), 1, count);
-                store_tile(part(to), line, 0, 1, count);
-            }
-    });
-}
-
 /// What belongs to the heads of a block: one value each, D one per channel.
 template <class T>
 struct HeadParameters {

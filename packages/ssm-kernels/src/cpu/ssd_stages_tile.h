@@ -86,7 +86,7 @@ static void multiply(T* out, std::int64_t out_pitch, const Factor<T>& a, const T
 /// The least multiple of the lanes that holds `count`.
 template <class T>
 SSM_INLINE std::int64_t padded(std::int64_t count) {
-    return (count + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+    return round_up(count, kLanes<T>);
 }
 
 /// load_tile, and zeros from `columns` to `pitch`.
@@ -107,10 +107,6 @@ SSM_INLINE void fill(T* to, std::int64_t count, T value) {
 template <class T>
 SSM_INLINE Vec<T> exp_any(Vec<T> x) {
     return exp2<T>(x * static_cast<T>(1.44269504088896340736));
-}
-template <class T>
-SSM_INLINE T exp_one(T x) {
-    return exp_any<T>(broadcast(x))[0];
 }
 
 /// One chunk of one row of the batch: its steps before L, and what its sequences say of each.

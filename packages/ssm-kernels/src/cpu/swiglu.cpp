@@ -62,9 +62,9 @@ void forward(const SwigluArgs& args, int threads) {
         E* const lines = static_cast<E*>(scratch.data()) + 3 * pitch * thread;
         cut.visit(task,
                   [&](std::int64_t row, std::int64_t end, std::int64_t column, std::int64_t count) {
-                      const Lines<E> gate(args.gate, lines, count, column);
-                      const Lines<E> up(args.up, lines + pitch, count, column);
-                      const Lines<E> y(args.y, lines + 2 * pitch, count, column);
+                      const RowLines<E> gate(args.gate, lines, count, column);
+                      const RowLines<E> up(args.up, lines + pitch, count, column);
+                      const RowLines<E> y(args.y, lines + 2 * pitch, count, column);
                       for (; row < end; ++row) {
                           E* const out = y.place(row);
                           gate_row<T>(gate.read(row), up.read(row), out, count, past_caches);
@@ -100,11 +100,11 @@ void backward(const SwigluArgs& args, const SwigluGrads& grads, int threads) {
         E* const lines = static_cast<E*>(scratch.data()) + 5 * pitch * thread;
         cut.visit(task,
                   [&](std::int64_t row, std::int64_t end, std::int64_t column, std::int64_t count) {
-                      const Lines<E> gate(args.gate, lines, count, column);
-                      const Lines<E> up(args.up, lines + pitch, count, column);
-                      const Lines<E> dy(grads.dy, lines + 2 * pitch, count, column);
-                      const Lines<E> dgate(grads.dgate, lines + 3 * pitch, count, column);
-                      const Lines<E> dup(grads.dup, lines + 4 * pitch, count, column);
+                      const RowLines<E> gate(args.gate, lines, count, column);
+                      const RowLines<E> up(args.up, lines + pitch, count, column);
+                      const RowLines<E> dy(grads.dy, lines + 2 * pitch, count, column);
+                      const RowLines<E> dgate(grads.dgate, lines + 3 * pitch, count, column);
+                      const RowLines<E> dup(grads.dup, lines + 4 * pitch, count, column);
                       for (; row < end; ++row) {
                           E *const to_gate = dgate.place(row), *const to_up = dup.place(row);
                           gate_row_grads<T>(gate.read(row), up.read(row), dy.read(row), to_gate,

@@ -25,6 +25,19 @@ struct Plane {
 SSM_INLINE std::int64_t min(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 SSM_INLINE std::int64_t max(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
 
+SSM_INLINE std::int64_t round_up(std::int64_t count, std::int64_t unit) {
+    return (count + unit - 1) / unit * unit;
+}
+SSM_INLINE std::int64_t least_common_multiple(std::int64_t a, std::int64_t b) {
+    std::int64_t divisor = a, rest = b;
+    while (rest != 0) {
+        const std::int64_t next = divisor % rest;
+        divisor = rest;
+        rest = next;
+    }
+    return a / divisor * b;
+}
+
 SSM_INLINE std::int64_t dtype_bytes(DType dtype) {
     switch (dtype) {
         case DType::f64:
