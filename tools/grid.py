@@ -75,12 +75,14 @@ HELPERS = {
     f"{KERNELS}/src/cpu": {
         "ceiling",
         "gate",
+        "gemm",
         "kernels",
         "pack",
         "parallel",
         "rows",
         "sequences",
         "simd",
+        "step_size",
         "tile",
         "vmath",
     },
@@ -101,7 +103,7 @@ HELPERS = {
 }
 
 # <operator>_<noun>.h: what the forward and the backward of one operator share.
-SHARED_NOUNS = ("tile", "filter", "shape", "group", "gemm", "adjoint")
+SHARED_NOUNS = ("tile", "filter", "shape", "group", "output", "adjoint")
 
 TORCH = r"^\s*(import|from) torch\b"
 PYTHON_IN_CPP = r"nanobind|Python\.h|torch/"

@@ -57,6 +57,14 @@ SSM_INLINE Vec<T> zero() {
     return Vec<T>{};
 }
 
+/// Lane numbers from `first` on.
+template <class T>
+SSM_INLINE Vec<T> lane_numbers(std::int64_t first) {
+    T numbers[kLanes<T>];
+    for (int i = 0; i < kLanes<T>; ++i) numbers[i] = static_cast<T>(first + i);
+    return load<T>(numbers);
+}
+
 /// Lane-wise choice; the mask is the result of a comparison.
 template <class T, class Mask>
 SSM_INLINE Vec<T> select(Mask mask, Vec<T> yes, Vec<T> no) {

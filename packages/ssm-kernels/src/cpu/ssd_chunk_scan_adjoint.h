@@ -189,11 +189,9 @@ void differentiate_sizes(const SsdChunkScanArgs& args, T* ddt, const T* raw, con
                          T* bias, std::int64_t steps) {
     const T low = static_cast<T>(args.dt_low), high = static_cast<T>(args.dt_high);
     for (std::int64_t t = 0; t < kChunk; t += kLanes<T>) {
-        const Vec<T> x = load<T>(raw + t), s = args.softplus ? softplus<T>(x) : x;
-        const Vec<T> slope = args.softplus ? sigmoid<T>(x) : broadcast(T(1));
-        // A clamped step size has no gradient; at the limits themselves it has.
-        const auto free = (s >= low) & (s <= high) & (lane_numbers<T>(t) < static_cast<T>(steps));
-        store<T>(ddt + t, free ? load<T>(dsize + t) * slope : zero<T>());
+        const Vec<T> gradient =
+            step_size_gradient<T>(load<T>(raw + t), load<T>(dsize + t), args.softplus, low, high);
+        store<T>(ddt + t, lane_numbers<T>(t) < static_cast<T>(steps) ? gradient : zero<T>());
     }
     for (std::int64_t t = 0; t < steps; ++t) *bias += ddt[t];
 }

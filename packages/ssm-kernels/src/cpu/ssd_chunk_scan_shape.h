@@ -4,8 +4,8 @@
 
 #include <ssm/ssd_chunk_scan.h>
 
+#include "gemm.h"
 #include "sequences.h"
-#include "ssd_chunk_scan_gemm.h"
 
 namespace ssm::cpu::SSM_ISA {
 

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "ssd_chunk_scan_group.h"
-#include "vmath.h"
+#include "step_size.h"
 
 namespace ssm::cpu::SSM_ISA {
 
@@ -122,20 +122,6 @@ void advance_state(T* state, const SsdShape& shape, const T* B, const T* V, T de
         });
 }
 
-/// Lane numbers from `first` on, to compare with a step.
-template <class T>
-SSM_INLINE Vec<T> lane_numbers(std::int64_t first) {
-    T numbers[kLanes<T>];
-    for (int i = 0; i < kLanes<T>; ++i) numbers[i] = static_cast<T>(first + i);
-    return load<T>(numbers);
-}
-
-/// 2^x for the logarithm of any decay, minus infinity included, which exp2 does not take.
-template <class T>
-SSM_INLINE Vec<T> decay_of(Vec<T> x) {
-    return exp2<T>(at_most(at_least(x, broadcast(T(-1e4))), broadcast(T(1e4))));
-}
-
 /// Step sizes of the heads of a block in a segment, and the logarithms of their decays.
 template <class T>
 struct StepSizes {
@@ -162,9 +148,7 @@ struct StepSizes {
             for (std::int64_t i = 0; i < kChunk; i += kLanes<T>) {
                 T* const place = raw + h * kChunk + i;
                 const Vec<T> x = load<T>(place) + heads.bias[h];
-                Vec<T> s = args.softplus ? softplus<T>(x) : x;
-                s = s < low ? broadcast(low) : s;
-                s = s > high ? broadcast(high) : s;
+                const Vec<T> s = step_size<T>(x, args.softplus, low, high);
                 const auto inside = lane_numbers<T>(i) < steps;
                 store<T>(place, x);
                 store<T>(size + h * kChunk + i, inside ? s : zero<T>());

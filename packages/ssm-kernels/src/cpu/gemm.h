@@ -1,4 +1,4 @@
-// Small matrix products in registers: the inner loops of the state-space dual scan.
+// Small matrix products in registers: the inner loops of the state-space dual scan and its stages.
 //
 // A block of the result is a few rows of one panel, which is two vectors wide. One operand is
 // broadcast element by element, the other is read as whole vectors.
