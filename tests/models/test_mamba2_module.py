@@ -66,6 +66,8 @@ def test_defaults_are_those_of_the_api():
         "D_has_hdim": False,
         "rmsnorm": True,
         "norm_before_gate": False,
+        "norm_eps": 1e-5,
+        "multipliers": None,
         "dt_min": 0.001,
         "dt_max": 0.1,
         "dt_init_floor": 0.0001,

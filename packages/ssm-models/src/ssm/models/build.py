@@ -16,10 +16,24 @@ from ssm.modules.attention import MHA
 from ssm.modules.block import Block
 from ssm.modules.mamba1 import Mamba1
 from ssm.modules.mamba2 import Mamba2
-from ssm.modules.mlp import GatedMLP
+from ssm.modules.mlp import MLP, GatedMLP
 from ssm.modules.norm import RMSNorm
+from ssm.modules.parallel import ParallelMixer
 
 MIXERS = {"Mamba1": Mamba1, "Mamba2": Mamba2}
+MLPS = {"GatedMLP": GatedMLP, "MLP": MLP}
+# What the model gives to its parts; a config may not.
+OURS = {
+    "layer_idx",
+    "device",
+    "dtype",
+    "process_group",
+    "sequence_parallel",
+    "hidden_features",
+    "out_features",
+    "ssm_cls",
+    "attention_cls",
+}
 
 
 def create_block(
@@ -51,37 +65,68 @@ def create_block(
     split = {}
     if process_group is not None:
         split = {"process_group": process_group, "sequence_parallel": sequence_parallel}
-    if layer_idx in config.attn_layer_idx:
-        mixer, arguments = MHA, {"causal": True, **config.attn_cfg}
-        _check_arguments("attn_cfg", mixer, arguments)
-        if not arguments["causal"]:
-            raise ValueError("MambaLMHeadModel: attn_cfg['causal'] must be True, got False")
-    else:
-        arguments = dict(config.ssm_cfg)
-        layer = arguments.pop("layer", "Mamba1")
-        if layer not in MIXERS:
-            names = ", ".join(MIXERS)
-            raise ValueError(
-                f"MambaLMHeadModel: ssm_cfg['layer'] must be one of {names}, got {layer!r}"
+    has_attention = layer_idx in config.attn_layer_idx
+    is_parallel = has_attention and config.parallel_cfg is not None
+    mixer_cls = mlp_cls = nn.Identity
+    if layer_idx not in config.mlp_layer_idx:
+        # Two states need two keys.
+        beside = layer_idx + config.n_layer if is_parallel else layer_idx
+        if has_attention:
+            mixer_cls = _attention_class(config, layer_idx=beside, **split, **factory)
+        if not has_attention or is_parallel:
+            attention_cls = mixer_cls
+            mixer_cls = _ssm_class(config, layer_idx=layer_idx, **split, **factory)
+        if is_parallel:
+            _check_arguments("parallel_cfg", ParallelMixer, config.parallel_cfg)
+            mixer_cls = partial(
+                ParallelMixer,
+                ssm_cls=mixer_cls,
+                attention_cls=attention_cls,
+                **config.parallel_cfg,
             )
-        mixer = MIXERS[layer]
-        if split and mixer is Mamba1:
-            raise ValueError(
-                "MambaLMHeadModel: ssm_cfg['layer'] must be 'Mamba2' with process_group, "
-                "got 'Mamba1'"
-            )
-        _check_arguments("ssm_cfg", mixer, arguments)
-    mlp_cls = nn.Identity
-    if config.d_intermediate:
-        mlp_cls = partial(GatedMLP, hidden_features=config.d_intermediate, **split, **factory)
+    if config.d_intermediate and (not config.mlp_layer_idx or layer_idx in config.mlp_layer_idx):
+        mlp, arguments = _layer_of("mlp_cfg", config.mlp_cfg, MLPS, "GatedMLP")
+        sizes = {"hidden_features": config.d_intermediate}
+        mlp_cls = partial(mlp, **arguments, **sizes, **split, **factory)
     return Block(
         config.d_model,
-        partial(mixer, layer_idx=layer_idx, **arguments, **split, **factory),
+        mixer_cls,
         mlp_cls=mlp_cls,
         norm_cls=norm_class(config, **factory),
         fused_add_norm=config.fused_add_norm,
         residual_in_fp32=config.residual_in_fp32,
+        residual_multiplier=config.residual_multiplier,
     )
+
+
+def _attention_class(config: MambaConfig, **own):
+    arguments = {"causal": True, **config.attn_cfg}
+    _check_arguments("attn_cfg", MHA, arguments)
+    if not arguments["causal"]:
+        raise ValueError("MambaLMHeadModel: attn_cfg['causal'] must be True, got False")
+    return partial(MHA, **arguments, **own)
+
+
+def _ssm_class(config: MambaConfig, **own):
+    mixer, arguments = _layer_of("ssm_cfg", config.ssm_cfg, MIXERS, "Mamba1")
+    if "process_group" in own and mixer is Mamba1:
+        raise ValueError(
+            "MambaLMHeadModel: ssm_cfg['layer'] must be 'Mamba2' with process_group, got 'Mamba1'"
+        )
+    return partial(mixer, **arguments, **own)
+
+
+def _layer_of(field: str, values: dict, classes: dict, usual: str):
+    """Return the class that a field of the config names, and the other arguments in it."""
+    arguments = dict(values)
+    layer = arguments.pop("layer", usual)
+    if layer not in classes:
+        names = ", ".join(classes)
+        raise ValueError(
+            f"MambaLMHeadModel: {field}['layer'] must be one of {names}, got {layer!r}"
+        )
+    _check_arguments(field, classes[layer], arguments)
+    return classes[layer], arguments
 
 
 def norm_class(config: MambaConfig, device=None, dtype=None):
@@ -134,8 +179,9 @@ def init_weights(
 def _check_arguments(field: str, mixer: type[nn.Module], arguments: dict) -> None:
     """Refuse what the mixer does not take from a config, and tell of what it needs."""
     parameters = list(inspect.signature(mixer).parameters.values())[1:]  # the first is the width
-    ours = {"layer_idx", "device", "dtype", "process_group", "sequence_parallel"}
-    known = {p.name for p in parameters} - ours
+    known = {p.name for p in parameters} - OURS
+    if mixer is GatedMLP:
+        known -= {"activation"}  # a function, which no file can hold
     for name in arguments:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
@@ -145,7 +191,8 @@ def _check_arguments(field: str, mixer: type[nn.Module], arguments: dict) -> Non
                 f"got {name!r}{hint}"
             )
     for parameter in parameters:
-        if parameter.default is parameter.empty and parameter.name not in arguments:
+        needed = parameter.default is parameter.empty and parameter.name not in OURS
+        if needed and parameter.name not in arguments:
             raise ValueError(
                 f"MambaLMHeadModel: {field} must hold {parameter.name!r}, got {sorted(arguments)}"
             )

@@ -8,6 +8,18 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+# Fields that the state-spaces format does not have.
+OUR_FIELDS = (
+    "norm_epsilon",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "logits_multiplier",
+    "mlp_cfg",
+    "mlp_layer_idx",
+    "parallel_cfg",
+    "foreign",
+)
+
 
 @dataclass
 class MambaConfig:
@@ -27,8 +39,17 @@ class MambaConfig:
         fused_add_norm: addition and norm by one operator.
         pad_vocab_size_multiple: the embedding has vocab_size rounded up to a multiple of this rows.
         tie_embeddings: lm_head shares the weight of the embedding.
-        norm_epsilon: eps of every norm. Not a key of the state-spaces format: written only if it
-            differs from its default.
+        norm_epsilon: eps of every norm of the residual stream. Like the fields below no key of the
+            state-spaces format, and written only if it differs from its default.
+        embedding_multiplier: factor of the embedding.
+        residual_multiplier: factor of what each mixer and MLP adds to the residual stream.
+        logits_multiplier: factor of the logits.
+        mlp_cfg: arguments of the MLP; key "layer" names its class, "GatedMLP" (if absent) or "MLP".
+        mlp_layer_idx: blocks that are an MLP alone; if there are any, the others have none.
+        parallel_cfg: if not None, the blocks of attn_layer_idx have the attention beside the
+            mixer of ssm_cfg, not in its place; arguments of ``ParallelMixer``.
+        foreign: fields of a config in another format that have no meaning here; kept, so that
+            ``save_pretrained(format="hf")`` can write them again.
 
     Raises:
         ValueError: a value is out of its range.
@@ -48,35 +69,49 @@ class MambaConfig:
     pad_vocab_size_multiple: int = 8
     tie_embeddings: bool = True
     norm_epsilon: float = 1e-5
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_multiplier: float = 1.0
+    mlp_cfg: dict = field(default_factory=dict)
+    mlp_layer_idx: list[int] = field(default_factory=list)
+    parallel_cfg: dict | None = None
+    foreign: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("d_model", "d_intermediate", "n_layer", "vocab_size"):
             lowest = 1 if name in ("d_model", "vocab_size") else 0
             _check_int(name, getattr(self, name), lowest)
         _check_int("pad_vocab_size_multiple", self.pad_vocab_size_multiple, 1)
-        for name, kind in (
-            ("ssm_cfg", dict),
-            ("attn_cfg", dict),
-            ("attn_layer_idx", (list, tuple)),
-        ):
-            if not isinstance(getattr(self, name), kind):
-                word = "a list" if name == "attn_layer_idx" else "a dict"
-                raise TypeError(f"MambaConfig: {name} must be {word}, got {getattr(self, name)!r}")
+        for name in ("ssm_cfg", "attn_cfg", "mlp_cfg", "parallel_cfg", "foreign"):
+            value = getattr(self, name)
+            if not isinstance(value, dict) and not (name == "parallel_cfg" and value is None):
+                raise TypeError(f"MambaConfig: {name} must be a dict, got {value!r}")
         for name in ("rms_norm", "residual_in_fp32", "fused_add_norm", "tie_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"MambaConfig: {name} must be a bool, got {getattr(self, name)!r}")
-        self.attn_layer_idx = list(self.attn_layer_idx)
-        for index in self.attn_layer_idx:
-            _check_int("attn_layer_idx", index, 0)
-            if index >= self.n_layer:
-                raise ValueError(
-                    f"MambaConfig: attn_layer_idx must be below {self.n_layer}, got {index}"
-                )
-        epsilon = self.norm_epsilon
-        if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)):
-            raise TypeError(f"MambaConfig: norm_epsilon must be a float, got {epsilon!r}")
-        if not (epsilon > 0 and math.isfinite(epsilon)):
-            raise ValueError(f"MambaConfig: norm_epsilon must be positive, got {epsilon}")
+        for name in ("attn_layer_idx", "mlp_layer_idx"):
+            if not isinstance(getattr(self, name), (list, tuple)):
+                raise TypeError(f"MambaConfig: {name} must be a list, got {getattr(self, name)!r}")
+            setattr(self, name, list(getattr(self, name)))
+            for index in getattr(self, name):
+                _check_int(name, index, 0)
+                if index >= self.n_layer:
+                    raise ValueError(
+                        f"MambaConfig: {name} must be below {self.n_layer}, got {index}"
+                    )
+        both = set(self.attn_layer_idx) & set(self.mlp_layer_idx)
+        if both:
+            raise ValueError(
+                "MambaConfig: mlp_layer_idx must not name blocks of attn_layer_idx, "
+                f"got {sorted(both)}"
+            )
+        if self.mlp_layer_idx and not self.d_intermediate:
+            raise ValueError(
+                "MambaConfig: d_intermediate must be positive with mlp_layer_idx, got 0"
+            )
+        _check_positive("norm_epsilon", self.norm_epsilon)
+        for name in ("embedding_multiplier", "residual_multiplier", "logits_multiplier"):
+            _check_positive(name, getattr(self, name))
 
     @property
     def padded_vocab_size(self) -> int:
@@ -124,13 +159,22 @@ class MambaConfig:
     def to_dict(self) -> dict:
         """Return the JSON values, in the state-spaces format."""
         values = asdict(self)
-        if self.norm_epsilon == type(self).norm_epsilon:
-            del values["norm_epsilon"]
+        usual = asdict(type(self)())
+        for name in OUR_FIELDS:
+            if values[name] == usual[name]:
+                del values[name]
         return values
 
     def to_json(self) -> str:
         """Return the text of config.json."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+def _check_positive(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"MambaConfig: {name} must be a float, got {value!r}")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"MambaConfig: {name} must be positive, got {value}")
 
 
 def _check_int(name: str, value, lowest: int) -> None:

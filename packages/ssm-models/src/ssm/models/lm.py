@@ -20,7 +20,7 @@ from ssm.distributed.collectives import (
 from ssm.models.build import create_block, init_weights, norm_class
 from ssm.models.config import MambaConfig
 from ssm.modules.attention import MHA
-from ssm.modules.memory import check_model_memory
+from ssm.modules.memory import check_model_memory, key_of
 from ssm.modules.norm import add_norm
 from ssm.modules.sequence import sequence_meta
 from ssm.seq_meta import SeqMeta
@@ -71,6 +71,7 @@ class MixerModel(nn.Module):
         same_random_state(self.process_group, device)
         self.residual_in_fp32 = config.residual_in_fp32
         self.fused_add_norm = config.fused_add_norm
+        self.embedding_multiplier = config.embedding_multiplier
         self.gradient_checkpointing = False
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model, **factory)
         self.layers = nn.ModuleList(
@@ -86,8 +87,7 @@ class MixerModel(nn.Module):
         self.norm_f = norm_class(config, **factory)(config.d_model)
         if self.sequence_parallel:
             # The norms see this rank's tokens only, so their gradients are parts of a sum.
-            norms = [self.norm_f, *(layer.norm for layer in self.layers)]
-            norms += [layer.norm2 for layer in self.layers if layer.mlp is not None]
+            norms = [self.norm_f, *(norm for layer in self.layers for norm in layer.norms())]
             for parameter in [p for norm in norms for p in norm.parameters()]:
                 parameter.register_hook(partial(summed, group=self.process_group))
 
@@ -117,6 +117,8 @@ class MixerModel(nn.Module):
             keep = seq_meta.positions(*input_ids.shape, input_ids.device) >= 0
             # A NaN in padding would reach the gradients of the norms as 0 * NaN.
             hidden_states = hidden_states.masked_fill(~keep[..., None], 0)
+        if self.embedding_multiplier != 1:
+            hidden_states = hidden_states * self.embedding_multiplier
         if self.sequence_parallel:
             ranks = self.process_group.size()
             if input_ids.numel() % ranks:
@@ -148,6 +150,10 @@ class MixerModel(nn.Module):
             hidden_states = join_tokens(hidden_states, self.process_group)
             hidden_states = hidden_states.unflatten(0, input_ids.shape)
         return hidden_states
+
+    def mixers(self) -> list[nn.Module]:
+        """Return the modules that have a state, in order; see ``Block.mixers``."""
+        return [mixer for layer in self.layers for mixer in layer.mixers()]
 
 
 class MambaLMHeadModel(nn.Module):
@@ -292,7 +298,7 @@ class MambaLMHeadModel(nn.Module):
         if state is not None or inference_params is not None:
             per_sequence = seq_meta is not None and seq_meta.state_per_sequence
             rows = seq_meta.num_sequences if per_sequence else batch
-            mixers = [layer.mixer for layer in self.backbone.layers]
+            mixers = self.backbone.mixers()
             check_model_memory("MambaLMHeadModel", mixers, inference_params, state, rows)
             for mixer in mixers:
                 if isinstance(mixer, MHA):
@@ -311,7 +317,10 @@ class MambaLMHeadModel(nn.Module):
             state.seqlen_offset += seqlen
         if num_last_tokens:
             hidden_states = hidden_states[:, -num_last_tokens:]
-        return CausalLMOutput(logits=self.lm_head(hidden_states))
+        logits = self.lm_head(hidden_states)
+        if self.config.logits_multiplier != 1:
+            logits = logits * self.config.logits_multiplier
+        return CausalLMOutput(logits=logits)
 
     def allocate_state(
         self, batch: int, dtype: torch.dtype | None = None, max_seqlen: int | None = None
@@ -329,10 +338,13 @@ class MambaLMHeadModel(nn.Module):
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int | None, dtype: torch.dtype | None = None, **kwargs
     ) -> dict[int, tuple[Tensor, ...]]:
-        """Return layer index -> zero state of that layer, as mamba_ssm does."""
+        """Return layer index -> zero state of that layer, as mamba_ssm does.
+
+        The attention of a parallel pair has an index of its own, n_layer higher.
+        """
         return {
-            index: layer.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)
-            for index, layer in enumerate(self.backbone.layers)
+            key_of(mixer): mixer.allocate_inference_cache(batch_size, max_seqlen, dtype, **kwargs)
+            for mixer in self.backbone.mixers()
         }
 
     def verify(self, draft: Tensor, state: State) -> Verification:

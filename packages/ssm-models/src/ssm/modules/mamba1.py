@@ -20,6 +20,7 @@ from ssm.modules.memory import (
     step_in_place,
     stepped_rows,
 )
+from ssm.modules.norm import RMSNorm, WeightlessRMSNorm
 from ssm.modules.precision import DeltaProjection, at_least_fp32, project
 from ssm.modules.sequence import check_input, sequence_meta
 from ssm.seq_meta import SeqMeta
@@ -47,6 +48,9 @@ class Mamba1(nn.Module):
         dt_rank: R, rank of the step size projection; "auto" is ceil(d_model / 16).
         dt_init: "random" (uniform) or "constant" weights of the step size projection.
         dt_scale: scale of those weights.
+        bcdt_norm: RMSNorm of B, C and the low-rank part of the step sizes, each for itself: None
+            for none, "learned" with weights (Jamba), "weightless" without (FalconMamba).
+        bcdt_norm_eps: eps of these norms.
 
     Shape:
         (B, L, d_model) -> (B, L, d_model), dtype of the input. Any B and L, 0 included.
@@ -83,6 +87,8 @@ class Mamba1(nn.Module):
         dt_rank: int | str = "auto",
         dt_init: str = "random",
         dt_scale: float = 1.0,
+        bcdt_norm: str | None = None,
+        bcdt_norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
         if dt_rank == "auto":
@@ -92,6 +98,7 @@ class Mamba1(nn.Module):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"Mamba1: {name} must be an int, got {value!r}")
         scales = {"dt_min": dt_min, "dt_init_floor": dt_init_floor, "dt_scale": dt_scale}
+        scales["bcdt_norm_eps"] = bcdt_norm_eps
         for name, value in {**sizes, "expand": expand, **scales}.items():
             if not value > 0:
                 raise ValueError(f"Mamba1: {name} must be positive, got {value!r}")
@@ -99,6 +106,10 @@ class Mamba1(nn.Module):
             raise ValueError(f"Mamba1: dt_max must be at least dt_min = {dt_min}, got {dt_max}")
         if dt_init not in ("random", "constant"):
             raise ValueError(f"Mamba1: dt_init must be 'random' or 'constant', got {dt_init!r}")
+        if bcdt_norm not in (None, "learned", "weightless"):
+            raise ValueError(
+                f"Mamba1: bcdt_norm must be None, 'learned' or 'weightless', got {bcdt_norm!r}"
+            )
 
         self.d_model = d_model
         self.d_state = d_state
@@ -123,6 +134,13 @@ class Mamba1(nn.Module):
         )
         self.x_proj = nn.Linear(self.d_inner, dt_rank + 2 * d_state, bias=False, **factory)
         self.dt_proj = DeltaProjection(dt_rank, self.d_inner, **factory)
+        self.bcdt_norm = bcdt_norm
+        if bcdt_norm == "learned":
+            self.dt_norm = RMSNorm(dt_rank, bcdt_norm_eps, **factory)
+            self.B_norm = RMSNorm(d_state, bcdt_norm_eps, **factory)
+            self.C_norm = RMSNorm(d_state, bcdt_norm_eps, **factory)
+        elif bcdt_norm == "weightless":
+            self.dt_norm = self.B_norm = self.C_norm = WeightlessRMSNorm(bcdt_norm_eps)
         decay_rates = torch.arange(1, d_state + 1, **stable).expand(self.d_inner, -1)
         self.A_log = nn.Parameter(torch.log(decay_rates).contiguous())
         self.D = nn.Parameter(torch.ones(self.d_inner, **stable))
@@ -335,6 +353,8 @@ class Mamba1(nn.Module):
     def _select(self, x):
         """From x (..., D) the input-dependent delta (..., D), B and C (..., N)."""
         dt, B, C = project(self.x_proj, x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        if self.bcdt_norm is not None:
+            dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
         return project(self.dt_proj, dt), B, C
 
     def _decay_rates(self, dtype):

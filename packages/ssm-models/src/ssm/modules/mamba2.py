@@ -69,6 +69,9 @@ class Mamba2(nn.Module):
         D_has_hdim: D has a weight per channel (d_ssm,), else per head (H,).
         rmsnorm: gate and normalise the output of the scan, else only gate it.
         norm_before_gate: normalise first, then gate; else the other way round.
+        norm_eps: eps of that norm.
+        multipliers: five factors, of z, x, B, C and dt behind in_proj (the muP multipliers of
+            Falcon-H1); None for none.
         dt_min: smallest initial step size.
         dt_max: largest initial step size.
         dt_init_floor: initial step sizes are raised to this.
@@ -120,6 +123,8 @@ class Mamba2(nn.Module):
         D_has_hdim: bool = False,
         rmsnorm: bool = True,
         norm_before_gate: bool = False,
+        norm_eps: float = 1e-5,
+        multipliers: tuple[float, ...] | None = None,
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
         dt_init_floor: float = 1e-4,
@@ -144,6 +149,8 @@ class Mamba2(nn.Module):
             dt_max=dt_max,
             dt_init_floor=dt_init_floor,
             dt_limit=dt_limit,
+            norm_eps=norm_eps,
+            multipliers=multipliers,
         )
         self.ranks = check_group("Mamba2", "process_group", process_group)
         self.d_model = d_model
@@ -161,6 +168,7 @@ class Mamba2(nn.Module):
         self.D_has_hdim = D_has_hdim
         self.rmsnorm = rmsnorm
         self.norm_before_gate = norm_before_gate
+        self.multipliers = None if multipliers is None else tuple(multipliers)
         self.dt_limit = tuple(dt_limit)
         self.use_mem_eff_path = use_mem_eff_path
         self.process_group = process_group
@@ -199,6 +207,7 @@ class Mamba2(nn.Module):
         if rmsnorm:
             self.norm = RMSNormGated(
                 self.d_ssm,
+                norm_eps,
                 group_size=self.d_ssm // ngroups,
                 norm_before_gate=norm_before_gate,
                 **factory,
@@ -392,6 +401,8 @@ class Mamba2(nn.Module):
         projected = project(self.in_proj, hidden_states)
         widths = self._widths()
         z0, x0, z, xBC, dt = projected.reshape(batch, seqlen, sum(widths)).split(widths, dim=-1)
+        if self.multipliers is not None:
+            z, xBC, dt = self._multiply(z, xBC, dt)
         with nullcontext() if self.use_mem_eff_path else dispatch.use_backend("python"):
             if context_group is None and can_step(seqlen, layer_state, seq_meta):
                 y = self._step(z[:, 0], xBC[:, 0], dt[:, 0], layer_state, keep)[:, None]
@@ -408,6 +419,14 @@ class Mamba2(nn.Module):
             y = torch.cat([beside, y.to(beside.dtype)], dim=-1)
         y = y.reshape(*projected.shape[:-1], self.d_inner)
         return project(self.out_proj, y).to(hidden_states.dtype), layer_state
+
+    def _multiply(self, z, xBC, dt):
+        """Scale z, the sections x, B and C of xBC, and dt, each (B, L, ...)."""
+        of_z, *of_xBC, of_dt = self.multipliers
+        width = self.ngroups * self.d_state
+        parts = xBC.split([self.d_ssm, width, width], dim=-1)
+        scaled = [part * factor for part, factor in zip(parts, of_xBC, strict=True)]
+        return z * of_z, torch.cat(scaled, dim=-1), dt * of_dt
 
     def _step(self, z, xBC, dt, layer_state, keep):
         """One token: z (B, d_ssm), xBC (B, d_ssm + 2 G N), dt (B, H); returns y (B, H, P)."""

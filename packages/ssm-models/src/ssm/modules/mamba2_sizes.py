@@ -22,6 +22,8 @@ def check_arguments(
     dt_max,
     dt_init_floor,
     dt_limit,
+    norm_eps=1e-5,
+    multipliers=None,
 ) -> int:
     """Check the arguments of ``Mamba2`` that can be wrong.
 
@@ -40,6 +42,8 @@ def check_arguments(
         dt_max: number, at least dt_min.
         dt_init_floor: number.
         dt_limit: two numbers in order.
+        norm_eps: positive number.
+        multipliers: five numbers or None.
 
     Returns:
         d_inner, the channels inside.
@@ -63,6 +67,7 @@ def check_arguments(
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"Mamba2: {name} must be an int, got {value!r}")
     scales = {"expand": expand, "dt_min": dt_min, "dt_max": dt_max, "dt_init_floor": dt_init_floor}
+    scales["norm_eps"] = norm_eps
     if conv_init is not None:
         scales["conv_init"] = conv_init
     for name, value in scales.items():
@@ -78,6 +83,12 @@ def check_arguments(
         raise ValueError(
             f"Mamba2: A_init_range must be (low, high) with 0 < low <= high, got {A_init_range}"
         )
+    if multipliers is not None:
+        listed = isinstance(multipliers, (tuple, list)) and all(map(_is_number, multipliers))
+        if not listed or len(multipliers) != 5:
+            raise TypeError(f"Mamba2: multipliers must be five numbers, got {multipliers!r}")
+        if not all(map(math.isfinite, multipliers)):
+            raise ValueError(f"Mamba2: multipliers must be finite, got {multipliers}")
     low, high = _pair("dt_limit", dt_limit)
     if not low <= high:
         raise ValueError(f"Mamba2: dt_limit must be (low, high) with low <= high, got {dt_limit}")

@@ -1,7 +1,8 @@
-"""Two-layer gated feed-forward network."""
+"""Two-layer feed-forward networks, with a gate and without."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch.nn.functional as F
@@ -25,6 +26,8 @@ class GatedMLP(nn.Module):
         activation: applied to the gate.
         bias: whether both linears have a bias.
         multiple_of: the inner width is rounded up to a multiple of this.
+        gate_multiplier: factor of the gate before its activation (muP, Falcon-H1).
+        out_multiplier: factor of the result.
         device: where the parameters live.
         dtype: of the parameters.
         process_group: ranks among which the inner width is split; one rank is as None.
@@ -50,6 +53,8 @@ class GatedMLP(nn.Module):
         device=None,
         dtype=None,
         *,
+        gate_multiplier: float = 1.0,
+        out_multiplier: float = 1.0,
         process_group=None,
         sequence_parallel: bool = True,
     ) -> None:
@@ -66,8 +71,14 @@ class GatedMLP(nn.Module):
         ):
             if value < 1:
                 raise ValueError(f"GatedMLP: {name} must be positive, got {value}")
+        factors = {"gate_multiplier": gate_multiplier, "out_multiplier": out_multiplier}
+        for name, value in factors.items():
+            if not math.isfinite(value):
+                raise ValueError(f"GatedMLP: {name} must be finite, got {value}")
         hidden_features = -(-hidden_features // multiple_of) * multiple_of
         self.activation = activation
+        self.gate_multiplier = gate_multiplier
+        self.out_multiplier = out_multiplier
         factory = {"device": device, "dtype": dtype}
         split = sections = None
         ranks = check_group("GatedMLP", "process_group", process_group)
@@ -82,6 +93,69 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in_features) to (..., out_features)."""
         up, gate = self.fc1(x).chunk(2, dim=-1)
+        if self.gate_multiplier != 1:
+            gate = gate * self.gate_multiplier
         if self.activation is F.silu:
-            return self.fc2(ops.swiglu(gate, up))
-        return self.fc2(up * self.activation(gate))
+            y = self.fc2(ops.swiglu(gate, up))
+        else:
+            y = self.fc2(up * self.activation(gate))
+        return y if self.out_multiplier == 1 else y * self.out_multiplier
+
+
+ACTIVATIONS = {"relu2": lambda x: F.relu(x).square(), "silu": F.silu}
+
+
+class MLP(nn.Module):
+    """Feed-forward network without a gate, ``fc2(activation(fc1(x)))`` (Nemotron-H).
+
+    Args:
+        in_features: width of input and output.
+        hidden_features: inner width.
+        activation: "relu2" (So et al. 2021, arXiv:2109.08668) or "silu".
+        bias: whether both linears have a bias.
+        device: where the parameters live.
+        dtype: of the parameters.
+        process_group: ranks among which the inner width is split; one rank is as None.
+        sequence_parallel: as in ``GatedMLP``.
+
+    Shape:
+        (..., in_features) -> (..., in_features), dtype of the input.
+
+    Raises:
+        TypeError: process_group is no process group.
+        ValueError: a width is not positive, the activation is not known, or the ranks cannot split
+            the inner width evenly.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        activation: str = "relu2",
+        bias: bool = False,
+        device=None,
+        dtype=None,
+        *,
+        process_group=None,
+        sequence_parallel: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, value in (("in_features", in_features), ("hidden_features", hidden_features)):
+            if value < 1:
+                raise ValueError(f"MLP: {name} must be positive, got {value}")
+        if activation not in ACTIVATIONS:
+            names = ", ".join(ACTIVATIONS)
+            raise ValueError(f"MLP: activation must be one of {names}, got {activation!r}")
+        self.activation = activation
+        factory = {"device": device, "dtype": dtype}
+        split = sections = None
+        ranks = check_group("MLP", "process_group", process_group)
+        if ranks > 1:
+            check_split("MLP", "hidden_features", hidden_features, ranks)
+            split, sections = (process_group, sequence_parallel), (Section(hidden_features, ranks),)
+        self.fc1 = column_linear(in_features, hidden_features, bias, split, sections, **factory)
+        self.fc2 = row_linear(hidden_features, in_features, bias, split, sections, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., in_features) to (..., in_features)."""
+        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))

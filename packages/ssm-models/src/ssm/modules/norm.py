@@ -37,6 +37,37 @@ class RMSNorm(nn.Module):
         return f"{self.weight.numel()}, eps={self.eps}"
 
 
+class WeightlessRMSNorm(nn.Module):
+    """Root mean square normalisation without a weight.
+
+    Args:
+        eps: added to the mean square.
+
+    Shape:
+        (..., D) -> (..., D), same dtype.
+    """
+
+    def __init__(self, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x (..., D) and return it in its own dtype."""
+        return ops.fused_layer_norm(
+            x,
+            x.new_ones(x.shape[-1]),
+            None,
+            is_rms=True,
+            eps=self.eps,
+            prenorm=False,
+            residual_in_fp32=True,
+        )
+
+    def extra_repr(self) -> str:
+        """Show eps in ``print(model)``."""
+        return f"eps={self.eps}"
+
+
 class RMSNormGated(nn.Module):
     """RMSNorm per group of channels, multiplied by a gate (Dao & Gu 2024, section 7).
 
