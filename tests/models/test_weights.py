@@ -52,7 +52,7 @@ def equal(a, b):
     return all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
 
 
-@pytest.mark.parametrize("format", ["safetensors", "bin"])
+@pytest.mark.parametrize("format", ["safetensors", "mamba_ssm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("mixer", [{}, MAMBA2])
@@ -71,7 +71,7 @@ def test_files_are_those_of_state_spaces(saved):
     path, m = saved
     assert sorted(os.listdir(path)) == ["config.json", "model.safetensors"]
     assert "lm_head.weight" not in load_file(path / "model.safetensors")
-    m.save_pretrained(path, format="bin")
+    m.save_pretrained(path, format="mamba_ssm")
     assert sorted(os.listdir(path)) == ["config.json", "pytorch_model.bin"]
     tensors = torch.load(path / "pytorch_model.bin", weights_only=True)
     assert list(tensors) == list(m.state_dict())
@@ -185,7 +185,7 @@ def test_hub_name_is_downloaded_by_huggingface_hub(saved, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [0, 5, 100, -1])
-@pytest.mark.parametrize("format", ["safetensors", "bin"])
+@pytest.mark.parametrize("format", ["safetensors", "mamba_ssm"])
 def test_truncated_file_is_named(tmp_path, size, format):
     model().save_pretrained(tmp_path, format=format)
     (path,) = (p for p in tmp_path.iterdir() if p.suffix != ".json")
@@ -196,7 +196,7 @@ def test_truncated_file_is_named(tmp_path, size, format):
 
 
 def test_pickle_that_runs_code_is_refused(tmp_path):
-    model().save_pretrained(tmp_path, format="bin")
+    model().save_pretrained(tmp_path, format="mamba_ssm")
 
     class Attack:
         def __reduce__(self):
@@ -261,7 +261,7 @@ def test_tied_weights_that_differ_are_refused(saved):
     [
         ("{", r"config\.json must be a JSON file"),
         ('{"d_modle": 8}', r"got 'd_modle' \(did you mean 'd_model'\?\) in .*config\.json"),
-        ('{"model_type": "mamba"}', "state-spaces format, got model_type 'mamba' of transformers"),
+        ('{"model_type": "mmaba"}', r"got 'mmaba' \(did you mean 'mamba'\?\) in .*config\.json"),
     ],
 )
 def test_bad_config_is_named(saved, text, message):
@@ -299,5 +299,7 @@ def test_rejects_bad_arguments(saved):
         load(path, dtype="float23")
     with pytest.raises(ValueError, match="torch_dtype must not be given beside dtype"):
         load(path, dtype=torch.float32, torch_dtype=torch.float32)
-    with pytest.raises(ValueError, match="format must be 'safetensors' or 'bin', got 'gguf'"):
+    with pytest.raises(
+        ValueError, match=r"format must be one of safetensors, mamba_ssm, hf, .* got 'gguf'"
+    ):
         m.save_pretrained(path, format="gguf")

@@ -1,4 +1,4 @@
-"""The command ``ssm-models``: info, generate, chat, train."""
+"""The command ``ssm-models``: info, generate, chat, train, convert, inspect, eval."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-from ssm.commands import generate, info, train
+from ssm.commands import convert, eval, generate, info, inspect, train
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,7 +48,7 @@ def build_parser() -> Parser:
     """Return the parser of all commands."""
     parser = Parser(prog="ssm-models", description="Mamba language models on any machine.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    for command in (info, generate, train):
+    for command in (info, generate, train, convert, inspect, eval):
         command.add(commands)
     return parser
 

@@ -135,8 +135,12 @@ def load_vocabulary(directory: str | Path, vocab_size: int) -> ByteVocabulary | 
     )
 
 
-def read_bytes(path: str | Path) -> bytes:
+def read_bytes(path: str | Path, owner: str = "train") -> bytes:
     """Return the content of a text file.
+
+    Args:
+        path: the file.
+        owner: command that asks, for messages.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -144,12 +148,12 @@ def read_bytes(path: str | Path) -> bytes:
     """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"train: text must be a file, got directory {path}")
+        raise ValueError(f"{owner}: text must be a file, got directory {path}")
     if not path.is_file():
-        raise FileNotFoundError(f"train: text must be a file, got {path}, which does not exist")
+        raise FileNotFoundError(f"{owner}: text must be a file, got {path}, which does not exist")
     data = path.read_bytes()
     if not data:
-        raise ValueError(f"train: text must not be empty, got {path} with 0 bytes")
+        raise ValueError(f"{owner}: text must not be empty, got {path} with 0 bytes")
     return data
 
 

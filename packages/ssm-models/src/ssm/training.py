@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ssm.distributed.collectives import rank_of, summed
 from ssm.distributed.context import copy_parameters, own_steps, sum_gradients
 from ssm.utils.files import write_file
-from ssm.utils.weights import load_torch_file, save_pretrained
+from ssm.utils.tensor_files import load_torch_file
+from ssm.utils.weights import save_pretrained
 
 STATE_FILE = "training.pt"
 # What may differ between the two halves of a resumed run without changing its trajectory.

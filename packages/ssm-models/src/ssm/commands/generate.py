@@ -12,6 +12,7 @@ from ssm.commands.options import DTYPES
 from ssm.models.lm import MambaLMHeadModel
 from ssm.text import load_vocabulary
 from ssm.utils import dispatch
+from ssm.utils.hub import find_directory
 
 
 def add(commands) -> None:
@@ -136,11 +137,12 @@ def _answer(model, vocabulary, fed, state, sampling, arguments) -> list[int]:
 
 
 def _load(arguments):
+    directory = find_directory(arguments.model)
     model = MambaLMHeadModel.from_pretrained(
-        arguments.model,
+        directory,
         dtype="auto" if arguments.dtype == "auto" else getattr(torch, arguments.dtype),
     )
-    return model, load_vocabulary(arguments.model, model.config.vocab_size)
+    return model, load_vocabulary(directory, model.config.vocab_size)
 
 
 def _encode(vocabulary, text: str, name: str) -> torch.Tensor:

@@ -1,27 +1,37 @@
-"""Model <-> files: config.json beside model.safetensors or pytorch_model.bin, state-spaces keys."""
+"""Model <-> files, in the formats of ``ssm.utils.dialects``."""
 
 from __future__ import annotations
 
-import difflib
 import json
-import pickle
+import math
+import os
+import re
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from ssm.models.config import MambaConfig
+from ssm.models.config import OUR_FIELDS, MambaConfig
+from ssm.modules.precision import at_least_fp32
+from ssm.utils import dialects
+from ssm.utils.checkpoint import TIED, Checkpoint, different_twins, open_checkpoint, plan_reading
+from ssm.utils.dialects.canonical import canonical, difference
+from ssm.utils.dialects.configs import write_values
+from ssm.utils.dialects.names import pieces_of
 from ssm.utils.files import write_file
+from ssm.utils.hub import BIN_FILE, CONFIG_FILE, SAFETENSORS_FILE, find_directory
+from ssm.utils.tensor_files import INDEX_ENDING, PIECE_BYTES
 
-CONFIG_FILE = "config.json"
-SAFETENSORS_FILE = "model.safetensors"
-BIN_FILE = "pytorch_model.bin"
-TIED = ("lm_head.weight", "backbone.embedding.weight")
 # Rounding these to 8 bits changes the recurrence; they stay float32 in every model dtype.
-FP32_NAMES = ("A_log", "D", "dt_bias", "dt_proj.bias")
-MOST_NAMES = 10
+FP32_NAMES = (".A_log", ".D", ".dt_bias", ".dt_proj.bias")
+FORMATS = ("safetensors", "mamba_ssm", "hf")
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+# Arguments of mixers that mamba_ssm does not have.
+OUR_ARGUMENTS = ("bcdt_norm", "bcdt_norm_eps", "norm_eps", "multipliers")
+# Names that this module may have written, and that a later save replaces.
+OURS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 
 
 def from_pretrained(
@@ -38,11 +48,13 @@ def from_pretrained(
 ):
     """Load a checkpoint completely, or raise and load nothing.
 
+    Every tensor is read on its own, into the storage that the model keeps.
+
     Args:
         cls: model class; called as ``cls(config, device=..., dtype=...)``.
         pretrained_model_name: directory, or name on the Hugging Face hub (needs
-            ``huggingface_hub``).
-        device: where the parameters shall live; None is the CPU.
+            ``huggingface_hub``), in any format of docs/weights.md.
+        device: where the parameters shall live; None is the CPU. "meta" reads no tensor.
         dtype: of the parameters; None is the default dtype, "auto" that of each stored tensor.
             A_log, D and the bias of the step sizes are float32 or better in any case.
         torch_dtype: another name of dtype.
@@ -57,7 +69,8 @@ def from_pretrained(
     Raises:
         FileNotFoundError: the directory or a file in it is missing; the message lists what was
             sought.
-        ValueError: a file is damaged, or names or shapes in it do not fit the config.
+        ValueError: a file is damaged, names or shapes in it do not fit the config, or the config
+            needs what is not here.
         RuntimeError: a hub name, and ``huggingface_hub`` is not installed or cannot get it.
     """
     if torch_dtype is not None:
@@ -65,25 +78,42 @@ def from_pretrained(
             raise ValueError("from_pretrained: torch_dtype must not be given beside dtype")
         dtype = torch_dtype
     dtype = _dtype(dtype)
-    directory = Path(pretrained_model_name).expanduser()
-    if not directory.is_dir():
-        directory = _download(
-            str(pretrained_model_name),
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            token=token,
-        )
-    config = read_config(directory)
-    tensors, path = read_tensors(directory)
+    directory = find_directory(
+        pretrained_model_name,
+        revision=revision,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        token=token,
+    )
+    checkpoint = open_checkpoint(directory)
     # Shapes without storage: what the file must hold is known before anything is allocated.
-    model = cls(config, device="meta")
-    if config.tie_embeddings:
-        _untie(tensors, path)
-    _compare(model, tensors, path)
-    for name in list(tensors):
-        tensors[name] = _convert(name, tensors[name], device, dtype)
-    _assign(model, tensors)
+    model = build_on_meta(cls, checkpoint)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    pieces, second = plan_reading(checkpoint, shapes)
+    files = checkpoint.tensors
+    on_meta = device is not None and torch.device(device).type == "meta"
+    tensors, stored = {}, {}
+    # File by file, so that of several pickles one is held at a time.
+    order = {file.path: number for number, file in enumerate(files.files)}
+    for name in sorted(pieces, key=lambda n: order[files.entries[pieces[n][0].name].path]):
+        parts = pieces[name]
+        kinds = [files.entries[piece.name].dtype for piece in parts]
+        stored[name] = reduce(torch.promote_types, kinds)
+        kind = _kept(name, dtype or stored[name])
+        if on_meta:
+            tensors[name] = torch.empty(shapes[name], device="meta", dtype=kind)
+        elif len(parts) == 1:
+            tensors[name] = files.read(parts[0].name, device=device, dtype=kind)
+        else:
+            tensors[name] = torch.empty(shapes[name], device=device, dtype=kind)
+            for piece in parts:
+                rows = files.read(piece.name, piece.start, piece.stop, device, kind)
+                tensors[name][piece.row : piece.row + len(rows)] = rows
+        if name == TIED[1] and second is not None and not on_meta:
+            _check_twins(checkpoint, parts[0].name, second)
+        for piece in parts:
+            files.release(piece.name)
+    _assign(model, tensors, stored)
     return model.eval()
 
 
@@ -93,109 +123,71 @@ def save_pretrained(
     *,
     format: str = "safetensors",
     dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
 ) -> None:
     """Write config.json and the weights, each to a temporary name that is renamed when complete.
 
     Args:
-        model: with ``config`` and the state-spaces key layout.
-        save_directory: made if absent. The weights file of the other format, which the new one
-            replaces, is removed.
-        format: "safetensors", or "bin" for the pytorch_model.bin that mamba_ssm reads.
+        model: with ``config``.
+        save_directory: made if absent. The files of another format, which the new ones replace,
+            are removed.
+        format: "safetensors" for our own; "mamba_ssm" for the pytorch_model.bin and the config
+            that mamba_ssm reads; "hf" for the family of transformers that the model belongs to,
+            or the ``model_type`` of one, for instance "mamba2".
         dtype: of the file, A_log, D and the bias of the step sizes excepted; None keeps each
-            tensor's own.
+            tensor's own, and what loading has raised to float32 goes back where nothing is lost.
+        max_shard_size: bytes, or a text like "5GB", after which another file of safetensors is
+            begun.
 
     Raises:
-        ValueError: the format is not known.
+        ValueError: the format is not known or cannot say what the model is.
         OSError: the directory cannot be written.
     """
-    if format not in ("safetensors", "bin"):
-        raise ValueError(f"save_pretrained: format must be 'safetensors' or 'bin', got {format!r}")
+    dialect, text = _format(model.config, format)
+    limit = _bytes(max_shard_size)
     directory = Path(save_directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name: _convert(name, value.detach(), "cpu", dtype)
-        for name, value in model.state_dict().items()
-    }
-    if format == "bin":
-        name, other = BIN_FILE, SAFETENSORS_FILE
-        write_file(directory / name, lambda path: torch.save(tensors, path))
+    tensors = _tensors_to_write(model, dialect, dtype, keep_twin=format == "mamba_ssm")
+    written = []
+    if format == "mamba_ssm":
+        write_file(directory / BIN_FILE, lambda path: torch.save(tensors, path))
+        written.append(BIN_FILE)
     else:
-        name, other = SAFETENSORS_FILE, BIN_FILE
-        if model.config.tie_embeddings:
-            # One storage under two names is refused by the format; the loader restores the tie.
-            del tensors[TIED[0]]
-        tensors = {key: value.contiguous() for key, value in tensors.items()}
-        write_file(directory / name, lambda path: save_file(tensors, path, {"format": "pt"}))
-    text = model.config.to_json()
+        for name, names in _shards(tensors, limit):
+            part = {key: tensors[key].contiguous() for key in names}
+            write = partial(save_file, part, metadata={"format": "pt"})
+            write_file(directory / name, write)
+            written.append(name)
+    if len(written) > 1:
+        index = SAFETENSORS_FILE + INDEX_ENDING
+        where = {key: name for name, names in _shards(tensors, limit) for key in names}
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        content = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2)
+        write_file(directory / index, lambda path: path.write_text(content, encoding="utf-8"))
+        written.append(index)
     write_file(directory / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
-    (directory / other).unlink(missing_ok=True)
+    for path in directory.iterdir():
+        if OURS.fullmatch(path.name) and path.name not in written:
+            path.unlink()
 
 
-def read_config(directory: Path) -> MambaConfig:
-    """Read config.json of a checkpoint directory.
+def build_on_meta(cls, checkpoint: Checkpoint):
+    """Build the model of a checkpoint without storage.
 
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged, or in the format of transformers.
-    """
-    path = directory / CONFIG_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"from_pretrained: {directory} must hold {CONFIG_FILE}, got none")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        values = {}
-    if isinstance(values, dict) and "model_type" in values:
-        raise ValueError(
-            f"from_pretrained: {path} must be in the state-spaces format, "
-            f"got model_type {values['model_type']!r} of transformers"
-        )
-    return MambaConfig.from_json(path)
-
-
-def read_tensors(directory: Path) -> tuple[dict[str, Tensor], Path]:
-    """Read every tensor of a checkpoint directory to the CPU.
+    Args:
+        cls: model class.
+        checkpoint: opened.
 
     Returns:
-        (name -> tensor as stored, file it came from); safetensors is preferred over a pickle, and a
-        pickle is read with ``weights_only=True``.
+        The model on "meta".
 
     Raises:
-        FileNotFoundError: neither file is there.
-        ValueError: the file is damaged or holds anything but tensors.
-    """
-    path = directory / SAFETENSORS_FILE
-    if path.is_file():
-        try:
-            return load_file(path), path
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(
-                f"from_pretrained: {path} must be a whole safetensors file, got {error}"
-            ) from error
-    path = directory / BIN_FILE
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"from_pretrained: {directory} must hold {SAFETENSORS_FILE} or {BIN_FILE}, got neither"
-        )
-    tensors = load_torch_file(path, "from_pretrained")
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise ValueError(f"from_pretrained: {path} must hold a dict of tensors")
-    return tensors, path
-
-
-def load_torch_file(path: Path, owner: str):
-    """Read a torch.save file with ``weights_only=True``.
-
-    Raises:
-        ValueError: the file is damaged or holds more than tensors and plain values.
+        ValueError: the config asks for what cannot be built; the message names the file.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, LookupError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(
-            f"{owner}: {path} must be a whole file of tensors, got {reason}"
-        ) from error
+        return cls(checkpoint.config, device="meta")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{error} in {checkpoint.path}") from error
 
 
 def _dtype(dtype) -> torch.dtype | None:
@@ -211,100 +203,142 @@ def _dtype(dtype) -> torch.dtype | None:
     return dtype
 
 
-def _convert(name: str, tensor: Tensor, device, dtype: torch.dtype | None) -> Tensor:
-    dtype = tensor.dtype if dtype is None else dtype
-    stem = name.split("mixer.")[-1]
-    if stem in FP32_NAMES and dtype != torch.float64:
-        dtype = torch.float32
-    # Always a copy: what safetensors returns lies in the mapped file, at any alignment, and a file
-    # that is cut short later would take the process with it.
-    return tensor.to(device=device, dtype=dtype, copy=True)
+def _kept(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that a tensor has in a model of a dtype."""
+    return at_least_fp32(dtype) if name.endswith(FP32_NAMES) else dtype
 
 
-def _untie(tensors: dict[str, Tensor], path: Path) -> None:
-    """Drop the second name of a tied weight, after making sure that it says the same."""
-    head, embedding = tensors.get(TIED[0]), tensors.get(TIED[1])
-    if head is None:
-        return
-    if embedding is None:
-        tensors[TIED[1]] = head
-    elif head.shape != embedding.shape or not torch.equal(head, embedding):
-        raise ValueError(
-            f"from_pretrained: {path} must hold {TIED[0]} equal to {TIED[1]} if tie_embeddings, "
-            "got different tensors"
-        )
-    del tensors[TIED[0]]
+def _check_twins(checkpoint: Checkpoint, first: str, second: str) -> None:
+    """Make sure, piece by piece, that a weight under two names is one."""
+    files = checkpoint.tensors
+    rows, *rest = files.entries[first].shape
+    step = max(1, PIECE_BYTES // max(1, math.prod(rest) * files.entries[first].dtype.itemsize))
+    for start in range(0, rows, step):
+        a, b = (files.read(name, start, start + step) for name in (first, second))
+        if not torch.equal(a, b):
+            raise ValueError(different_twins(checkpoint, first, second))
+    files.release(second)
 
 
-def _compare(model, tensors: dict[str, Tensor], path: Path) -> None:
-    """Raise unless names and shapes are those of the model."""
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    if model.config.tie_embeddings:
-        del expected[TIED[0]]
-    missing = [name for name in expected if name not in tensors]
-    unexpected = [name for name in tensors if name not in expected]
-    wrong = [
-        f"{name} {tuple(tensors[name].shape)} for {shape}"
-        for name, shape in expected.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
-    ]
-    integers = [f"{n} {t.dtype}" for n, t in tensors.items() if not t.is_floating_point()]
-    faults = []
-    if missing:
-        faults.append("missing " + _list(_with_nearest(missing, unexpected)))
-    if unexpected:
-        faults.append("unexpected " + _list(unexpected))
-    if wrong:
-        faults.append("wrong shape " + _list(wrong))
-    if integers:
-        faults.append("no floating point in " + _list(integers))
-    if faults:
-        raise ValueError(
-            f"from_pretrained: {path} must hold the tensors of its {CONFIG_FILE}, "
-            f"got {'; '.join(faults)}"
-        )
-
-
-def _with_nearest(names: list[str], candidates: list[str]) -> list[str]:
-    hints = []
-    for name in names[:MOST_NAMES]:
-        near = difflib.get_close_matches(name, candidates, n=1, cutoff=0.8)
-        hints.append(f"{name} (nearest {near[0]})" if near else name)
-    return hints + names[MOST_NAMES:]
-
-
-def _list(names: list[str]) -> str:
-    more = len(names) - MOST_NAMES
-    return ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
-
-
-def _assign(model, tensors: dict[str, Tensor]) -> None:
+def _assign(model, tensors: dict[str, Tensor], stored: dict[str, torch.dtype]) -> None:
     """Make the tensors the parameters of a model on "meta", and keep the parameters' marks."""
     marks = {name: dict(parameter.__dict__) for name, parameter in model.named_parameters()}
     model.load_state_dict(tensors, assign=True, strict=False)
     model.tie_weights()
     for name, parameter in model.named_parameters():
         parameter.__dict__.update(marks.get(name, {}))
+        if name.endswith(FP32_NAMES):
+            parameter._stored_dtype = stored[name]
 
 
-def _download(name: str, **where) -> Path:
-    """Return the local directory of a hub repository."""
-    plausible = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    if not plausible:
-        raise FileNotFoundError(
-            f"from_pretrained: {name} must be a directory with {CONFIG_FILE} and "
-            f"{SAFETENSORS_FILE} or {BIN_FILE}, got no such directory"
+def _format(config, format: str) -> tuple[dialects.Dialect, str]:
+    """Return the table for a format, and the text of its config."""
+    if format == "safetensors":
+        return dialects.STATE_SPACES, config.to_json()
+    if format == "mamba_ssm":
+        values = {k: v for k, v in config.to_dict().items() if k not in OUR_FIELDS}
+        values["ssm_cfg"] = {k: v for k, v in config.ssm_cfg.items() if k not in OUR_ARGUMENTS}
+        lost = difference(canonical(config), canonical(MambaConfig(**values)))
+        if lost:
+            raise ValueError(
+                "save_pretrained: format mamba_ssm must be able to say what the config says, "
+                f"got another {', '.join(lost)}"
+            )
+        return dialects.STATE_SPACES, json.dumps(values, indent=2) + "\n"
+    if format in dialects.FAMILIES:
+        families = [dialects.FAMILIES[format]]
+    elif format == "hf":
+        source = config.foreign.get("model_type")
+        families = sorted(dialects.FAMILIES.values(), key=lambda family: family.name != source)
+    else:
+        choice = ", ".join((*FORMATS, *dialects.FAMILIES))
+        raise ValueError(f"save_pretrained: format must be one of {choice}, got {format!r}")
+    faults = []
+    for family in families:
+        try:
+            values = write_values(family, config, dialects.GENERIC)
+            return family, json.dumps(values, indent=2) + "\n"
+        except ValueError as error:
+            faults.append(str(error))
+    if len(faults) == 1:
+        raise ValueError(faults[0])
+    reasons = [fault.partition("says, got ")[2] for fault in faults]
+    pairs = zip((family.name for family in families), reasons, strict=True)
+    raise ValueError(
+        "save_pretrained: format hf must have a family for the config, got none: "
+        + "; ".join(f"{name}: {reason}" for name, reason in pairs)
+    )
+
+
+def _tensors_to_write(model, dialect, dtype, keep_twin: bool) -> dict[str, Tensor]:
+    """Return stored name -> tensor on the CPU."""
+    state = model.state_dict()
+    parameters = dict(model.named_parameters())
+    if model.config.tie_embeddings and not keep_twin:
+        # One storage under two names is refused by the format; the loader restores the tie.
+        del state[TIED[0]]
+    form = canonical(model.config)
+    parts: dict[str, list] = {}
+    done: dict[int, Tensor] = {}
+    for name, value in state.items():
+        ours = done.get(value.data_ptr())
+        if ours is None:
+            kind = dtype or getattr(parameters.get(name), "_stored_dtype", value.dtype)
+            ours = _written(name, value.detach(), dtype, kind)
+            if value.numel():
+                done[value.data_ptr()] = ours
+        for piece in pieces_of(dialect, form, name, tuple(value.shape)):
+            rows = ours[piece.row : piece.row + piece.stop - piece.start]
+            parts.setdefault(piece.name, []).append((piece.start, rows))
+    found = {}
+    for name, pieces in parts.items():
+        pieces.sort(key=lambda pair: pair[0])
+        rows = [tensor for _, tensor in pieces]
+        if len(rows) > 1:
+            found[name] = torch.cat(rows)
+        else:
+            # A part of a tensor shares its storage with the others, which the format refuses.
+            is_part = rows[0].untyped_storage().nbytes() != rows[0].nbytes
+            found[name] = rows[0].clone() if is_part else rows[0]
+    return found
+
+
+def _written(name: str, value: Tensor, dtype, stored: torch.dtype) -> Tensor:
+    """Return a tensor as it goes into the file."""
+    if dtype is not None:
+        return value.to("cpu", _kept(name, dtype))
+    rounded = value.to("cpu", stored)
+    return rounded if torch.equal(rounded.to(value.dtype), value.cpu()) else value.cpu()
+
+
+def _bytes(size: int | str) -> int:
+    """Return a number of bytes from an int or a text like "5GB"."""
+    found = size
+    if isinstance(size, str):
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)", size.strip().upper())
+        found = int(float(match[1]) * UNITS[match[2]]) if match else 0
+    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+        raise ValueError(
+            "save_pretrained: max_shard_size must be a number of bytes or a text like '5GB', "
+            f"got {size!r}"
         )
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise RuntimeError(
-            f"from_pretrained: {name} is no directory here, and to look for it on the hub "
-            "huggingface_hub must be installed (pip install 'ssm-models[hub]')"
-        ) from error
-    wanted = [CONFIG_FILE, SAFETENSORS_FILE, BIN_FILE]
-    try:
-        return Path(snapshot_download(name, allow_patterns=wanted, **where))
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise RuntimeError(f"from_pretrained: {name} cannot be downloaded: {reason}") from error
+    return found
+
+
+def _shards(tensors: dict[str, Tensor], limit: int) -> list[tuple[str, list[str]]]:
+    """Spread names over files of at most ``limit`` bytes; a larger tensor has a file of its own."""
+    groups: list[list[str]] = [[]]
+    room = limit
+    for name, tensor in tensors.items():
+        if tensor.nbytes > room and groups[-1]:
+            groups.append([])
+            room = limit
+        groups[-1].append(name)
+        room -= tensor.nbytes
+    if len(groups) == 1:
+        return [(SAFETENSORS_FILE, groups[0])]
+    stem, ending = os.path.splitext(SAFETENSORS_FILE)
+    return [
+        (f"{stem}-{number:05}-of-{len(groups):05}{ending}", names)
+        for number, names in enumerate(groups, 1)
+    ]

@@ -1,0 +1,153 @@
+"""A config by its table: from a foreign one to ours, and back."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from ssm.models.config import MambaConfig
+from ssm.utils.dialects.canonical import canonical, difference
+from ssm.utils.dialects.table import REQUIRED, Dialect, Values
+
+
+def decode(value: Any) -> Any:
+    """Replace ``{"__float__": "Infinity"}``, as transformers writes it, by the number.
+
+    Args:
+        value: of a JSON file.
+
+    Returns:
+        The same with numbers.
+    """
+    if isinstance(value, dict):
+        if set(value) == {"__float__"}:
+            return float(value["__float__"])
+        return {key: decode(inner) for key, inner in value.items()}
+    return [decode(inner) for inner in value] if isinstance(value, list) else value
+
+
+def read_values(dialect: Dialect, values: Values, generic: frozenset[str]) -> MambaConfig:
+    """Make our config of a foreign one.
+
+    Args:
+        dialect: of the config.
+        values: the JSON object, numbers decoded.
+        generic: fields that a config of any family may hold, without effect.
+
+    Returns:
+        Ours; what has no meaning here stands in its ``foreign``.
+
+    Raises:
+        ValueError: a field is not known, is missing, contradicts another, or asks for what is not
+            supported; the message names the field.
+        TypeError: a value has the wrong type.
+    """
+    full = _fill(dialect, values, generic)
+    for condition, missing in dialect.refused:
+        if condition(full):
+            raise ValueError(f"{dialect.name}: config must do without {missing}, got one with it")
+    for name, allowed in dialect.fixed.items():
+        if full[name] not in allowed:
+            choice = " or ".join(map(repr, allowed))
+            raise ValueError(f"{dialect.name}: {name} must be {choice}, got {full[name]!r}")
+    for name, compute in dialect.agree.items():
+        if name in full and full[name] is not None and difference(compute(full), full[name], name):
+            raise ValueError(
+                f"{dialect.name}: {name} must be {compute(full)!r} by the other fields, "
+                f"got {full[name]!r}"
+            )
+    ours: Values = {}
+    for path, value in dialect.ours.items():
+        _put(ours, path, value)
+    for entry in dialect.fields:
+        _put(ours, entry.ours, full[entry.name])
+    for path, compute in dialect.derive.items():
+        _put(ours, path, compute(full))
+    meaning = {entry.name for entry in dialect.fields}
+    meaning |= {*dialect.emit, *dialect.defaults, *dialect.agree}
+    rest = {n: v for n, v in values.items() if dialect.legacy.get(n, n) not in meaning}
+    ours["foreign"] = {"model_type": dialect.name, **rest}
+    return MambaConfig.from_dict(ours)
+
+
+def write_values(dialect: Dialect, config: MambaConfig, generic: frozenset[str]) -> Values:
+    """Make a foreign config of ours.
+
+    Args:
+        dialect: to be written.
+        config: ours.
+        generic: as in ``read_values``.
+
+    Returns:
+        The JSON object.
+
+    Raises:
+        ValueError: the format cannot say what the config says; the message names what.
+    """
+    form = canonical(config, used=False)
+    layer = form["ssm_cfg"].get("layer")
+    if layer not in (None, dialect.ours.get("ssm_cfg.layer", layer)):
+        raise _cannot_say(dialect, "another ssm_cfg.layer")
+    is_same = config.foreign.get("model_type") == dialect.name
+    values = dict(config.foreign) if is_same else {}
+    values |= {"architectures": [dialect.architecture], "model_type": dialect.name}
+    try:
+        for name, allowed in dialect.fixed.items():
+            values.setdefault(name, allowed[0])
+        for entry in dialect.fields:
+            values[entry.name] = _get(form, entry.ours)
+        for name, compute in dialect.emit.items():
+            values[name] = compute(form)
+        lost = difference(canonical(config), canonical(read_values(dialect, values, generic)))
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        # A part that the family always has is not in the config, or a value is out of its range.
+        text = str(error) if isinstance(error, ValueError) else "a part of it missing"
+        raise _cannot_say(dialect, text) from error
+    if lost:
+        raise _cannot_say(dialect, f"another {', '.join(lost)}")
+    return values
+
+
+def _cannot_say(dialect: Dialect, what: str) -> ValueError:
+    return ValueError(
+        f"save_pretrained: format {dialect.name} must be able to say what the config says, got "
+        + what
+    )
+
+
+def _fill(dialect: Dialect, values: Values, generic: frozenset[str]) -> Values:
+    """Return all fields under their present names, defaults included."""
+    known = dialect.known()
+    full: Values = {}
+    for name, value in values.items():
+        if name not in known | generic and not name.startswith("_"):
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ValueError(f"{dialect.name}: field must be a known one, got {name!r}{hint}")
+        present = dialect.legacy.get(name, name)
+        if present in full and difference(full[present], value):
+            raise ValueError(
+                f"{dialect.name}: {name} must be {full[present]!r} as {present}, got {value!r}"
+            )
+        full[present] = value
+    defaults = {entry.name: entry.default for entry in dialect.fields}
+    defaults |= dialect.defaults
+    defaults |= {name: allowed[0] for name, allowed in dialect.fixed.items()}
+    for name, value in defaults.items():
+        if full.setdefault(name, value) is REQUIRED:
+            raise ValueError(f"{dialect.name}: config must hold {name}, got none")
+    return full
+
+
+def _put(values: Values, path: str, value: Any) -> None:
+    head, _, rest = path.partition(".")
+    if not rest:
+        values[head] = value
+    else:
+        values.setdefault(head, {})[rest] = value
+
+
+def _get(values: Values, path: str) -> Any:
+    for name in path.split("."):
+        values = values[name]
+    return values

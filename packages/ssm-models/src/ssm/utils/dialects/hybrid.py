@@ -1,0 +1,217 @@
+"""What the hybrid families of transformers have in common: attention, Mamba-2 under mamba_*."""
+
+from __future__ import annotations
+
+from ssm.utils.dialects.mamba2 import NO_LIMIT, expand_of, limit_of
+from ssm.utils.dialects.table import Field, Parts
+
+LAYER_TYPES = {
+    "mamba": "ssm",
+    "linear_attention": "ssm",
+    "attention": "attention",
+    "full_attention": "attention",
+    "mlp": "mlp",
+    "moe": "moe",
+    "M": "ssm",
+    "*": "attention",
+    "-": "mlp",
+    "E": "moe",
+}
+# Their names in the present version of transformers.
+WRITTEN = {"ssm": "linear_attention", "attention": "full_attention", "mlp": "mlp"}
+
+ATTENTION_FIELDS = (
+    Field("num_attention_heads", "attn_cfg.num_heads", 32),
+    Field("num_key_value_heads", "attn_cfg.num_heads_kv", None),
+)
+ATTENTION = {"attn_cfg.out_proj_bias": lambda v: v["attention_bias"]}
+MAMBA2_FIELDS = (
+    Field("mamba_d_state", "ssm_cfg.d_state", 256),
+    Field("mamba_n_groups", "ssm_cfg.ngroups", 1),
+    Field("mamba_d_conv", "ssm_cfg.d_conv", 4),
+    Field("mamba_proj_bias", "ssm_cfg.bias", False),
+    Field("mamba_conv_bias", "ssm_cfg.conv_bias", True),
+)
+MAMBA2_DEFAULTS = {
+    "mamba_n_heads": 128,
+    "mamba_d_head": "auto",
+    "mamba_expand": 2,
+    "time_step_limit": NO_LIMIT,
+}
+MAMBA2_DERIVE = {
+    "ssm_cfg.headdim": lambda v: headdim_of(v),
+    "ssm_cfg.expand": lambda v: expand_of(
+        {**v, "width": headdim_of(v)}, "mamba_n_heads", "width", "hidden_size"
+    ),
+    "ssm_cfg.dt_limit": limit_of,
+}
+MAMBA2_EMIT = {
+    "mamba_n_heads": lambda form: form["ssm_cfg"]["nheads"],
+    "mamba_d_head": lambda form: form["ssm_cfg"]["headdim"],
+    "mamba_expand": lambda form: form["ssm_cfg"]["d_inner"] // form["d_model"],
+    "time_step_limit": lambda form: form["ssm_cfg"]["dt_limit"],
+}
+MAMBA2_REFUSED = (
+    (
+        lambda v: v["mamba_n_heads"] * headdim_of(v) != v["mamba_expand"] * v["hidden_size"],
+        "a product mamba_n_heads mamba_d_head that is not mamba_expand hidden_size",
+    ),
+)
+# No effect on what is computed for given weights, apart from rounding.
+NO_EFFECT = {
+    "attention_dropout",
+    "initializer_range",
+    "mamba_chunk_size",
+    "max_position_embeddings",
+    "num_logits_to_keep",
+    "output_router_logits",
+    "router_aux_loss_coef",
+    "use_associative_scan",
+    "use_mamba_kernels",
+    "use_mambapy",
+    "z_loss_coefficient",
+}
+QKV = Parts(
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), lambda form: qkv_rows(form)
+)
+ATTENTION_NAMES = {"mixer.in_proj": QKV, "mixer.out_proj": "self_attn.o_proj"}
+# Names of the llama kind, which most hybrids have.
+NAMES = {
+    "backbone.embedding": "model.embed_tokens",
+    "backbone.norm_f": "model.final_layernorm",
+    "backbone.layers": "model.layers.{i}.",
+    "norm": "input_layernorm",
+    "norm2": "pre_ff_layernorm",
+    "mixer": "mamba",
+    "mlp.fc1": Parts(("feed_forward.up_proj", "feed_forward.gate_proj")),
+    "mlp.fc2": "feed_forward.down_proj",
+}
+# Buffers that older versions stored.
+SKIPPED = r"\.rotary_emb\.inv_freq$"
+
+
+def headdim_of(values):
+    """Return the width of the Mamba-2 heads.
+
+    Args:
+        values: foreign config.
+
+    Returns:
+        ``mamba_d_head``, resolved.
+    """
+    if values["mamba_d_head"] != "auto":
+        return values["mamba_d_head"]
+    inner = values.get("mamba_d_ssm") or values["mamba_expand"] * values["hidden_size"]
+    return inner // values["mamba_n_heads"]
+
+
+def head_dim_of(values):
+    """Return the width of the attention heads.
+
+    Args:
+        values: foreign config.
+
+    Returns:
+        ``head_dim``, or what is left of the width of the model.
+    """
+    if values.get("head_dim") is not None:
+        return values["head_dim"]
+    return values["hidden_size"] // values["num_attention_heads"]
+
+
+def qkv_rows(form):
+    """Return the rows of queries, keys and values.
+
+    Args:
+        form: canonical config.
+
+    Returns:
+        Three numbers.
+    """
+    attention = form["attn_cfg"]
+    keys = attention["num_heads_kv"] * attention["head_dim"]
+    return attention["num_heads"] * attention["head_dim"], keys, keys
+
+
+def layers_of(names, kind: str) -> list[int]:
+    """List the blocks of one kind.
+
+    Args:
+        names: of the kinds of all blocks, in any spelling, or a pattern of letters.
+        kind: "ssm", "attention", "mlp" or "moe".
+
+    Returns:
+        Their numbers.
+
+    Raises:
+        ValueError: a name is not known.
+    """
+    unknown = [name for name in names if name not in LAYER_TYPES]
+    if unknown:
+        raise ValueError(f"layer types must be of {', '.join(LAYER_TYPES)}, got {unknown[0]!r}")
+    return [index for index, name in enumerate(names) if LAYER_TYPES[name] == kind]
+
+
+def layer_types(form) -> list[str]:
+    """Return the kinds of all blocks as transformers names them.
+
+    Args:
+        form: canonical config.
+
+    Returns:
+        A name per block.
+    """
+    kinds = ["ssm"] * form["n_layer"]
+    for name, kind in (("attn_layer_idx", "attention"), ("mlp_layer_idx", "mlp")):
+        for index in form[name]:
+            kinds[index] = kind
+    return [WRITTEN[kind] for kind in kinds]
+
+
+def rope_base(values) -> float:
+    """Return the base of the rotary embedding, which has stood in two places.
+
+    Args:
+        values: foreign config.
+
+    Returns:
+        The base.
+
+    Raises:
+        ValueError: the angles are scaled for long texts.
+    """
+    settings = values.get("rope_parameters") or {}
+    scaling = values.get("rope_scaling") or {}
+    for found in (settings, scaling):
+        kind = found.get("rope_type", found.get("type", "default"))
+        if kind != "default":
+            raise ValueError(f"rope_type must be 'default', got {kind!r}")
+    return settings.get("rope_theta", values.get("rope_theta") or 10000.0)
+
+
+def rope_fields(form) -> dict:
+    """Return the settings of the rotary embedding as transformers writes them.
+
+    Args:
+        form: canonical config.
+
+    Returns:
+        ``rope_parameters``.
+    """
+    attention = form["attn_cfg"]
+    settings = {"rope_type": "default", "rope_theta": attention["rotary_emb_base"] or 10000.0}
+    if attention["rotary_emb_dim"] != attention["head_dim"]:
+        settings["partial_rotary_factor"] = attention["rotary_emb_dim"] / attention["head_dim"]
+    return settings
+
+
+def shortest(value: float) -> float:
+    """Return the number with few digits that a result of one or two roundings stands for.
+
+    Args:
+        value: any number.
+
+    Returns:
+        It, rounded to 15 significant digits.
+    """
+    return float(f"{value:.15g}")

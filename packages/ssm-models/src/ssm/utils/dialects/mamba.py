@@ -1,0 +1,87 @@
+"""Mamba-1 families of transformers: mamba and falcon_mamba."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from ssm.utils.dialects.table import Dialect, Field
+
+# Initial values, and ways of computing that transformers chooses between.
+INITIAL = {
+    "initializer_range",
+    "rescale_prenorm_residual",
+    "time_step_floor",
+    "time_step_init_scheme",
+    "time_step_max",
+    "time_step_min",
+    "time_step_scale",
+    "use_associative_scan",
+    "use_mambapy",
+}
+
+
+def rank_of(hidden: str, rank: str):
+    """Return a function that resolves the rank of the step sizes.
+
+    Args:
+        hidden: field with the width of the model.
+        rank: field with the rank, or "auto".
+
+    Returns:
+        values -> rank.
+    """
+
+    def resolve(values):
+        automatic = values[rank] == "auto"
+        return math.ceil(values[hidden] / 16) if automatic else values[rank]
+
+    return resolve
+
+
+MAMBA = Dialect(
+    name="mamba",
+    architecture="MambaForCausalLM",
+    fields=(
+        Field("hidden_size", "d_model", 768),
+        Field("num_hidden_layers", "n_layer", 32),
+        Field("vocab_size", "vocab_size", 50280),
+        Field("state_size", "ssm_cfg.d_state", 16),
+        Field("conv_kernel", "ssm_cfg.d_conv", 4),
+        Field("expand", "ssm_cfg.expand", 2),
+        Field("use_bias", "ssm_cfg.bias", False),
+        Field("use_conv_bias", "ssm_cfg.conv_bias", True),
+        Field("layer_norm_epsilon", "norm_epsilon", 1e-5),
+        Field("residual_in_fp32", "residual_in_fp32", True),
+        Field("tie_word_embeddings", "tie_embeddings", True),
+    ),
+    defaults={"time_step_rank": "auto"},
+    derive={"ssm_cfg.dt_rank": rank_of("hidden_size", "time_step_rank")},
+    emit={"time_step_rank": lambda form: form["ssm_cfg"]["dt_rank"]},
+    ours={"pad_vocab_size_multiple": 1, "ssm_cfg.layer": "Mamba1"},
+    fixed={"hidden_act": ("silu", "swish")},
+    agree={
+        "intermediate_size": lambda values: int(values["expand"] * values["hidden_size"]),
+        # Checkpoints that were converted from state-spaces carry some of its fields.
+        "d_inner": lambda values: int(values["expand"] * values["hidden_size"]),
+        "d_model": lambda values: values["hidden_size"],
+        "n_layer": lambda values: values["num_hidden_layers"],
+        "rms_norm": lambda values: True,
+        "ssm_cfg": lambda values: {},
+    },
+    ignored=frozenset({*INITIAL, "fused_add_norm", "pad_vocab_size_multiple"}),
+    names={"backbone.embedding": "backbone.embeddings"},
+    # transformers reads both spellings.
+    aliases=((r"^backbone\.embedding\.", "backbone.embeddings."),),
+)
+
+FALCON_MAMBA = replace(
+    MAMBA,
+    name="falcon_mamba",
+    architecture="FalconMambaForCausalLM",
+    fields=(*MAMBA.fields, Field("mixer_rms_eps", "ssm_cfg.bcdt_norm_eps", 1e-6)),
+    ours={**MAMBA.ours, "ssm_cfg.bcdt_norm": "weightless"},
+    ignored=MAMBA.ignored | {"use_falcon_mambapy"},
+    # Buffers of ones, which some writers store.
+    skipped=r"\.mixer\.(dt|b|c)_layernorm\.weight$",
+)
