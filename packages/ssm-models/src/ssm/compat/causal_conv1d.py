@@ -1,0 +1,140 @@
+"""The functions of the ``causal_conv1d`` package, under its names and with its signatures."""
+
+import torch
+
+from ssm import ops
+from ssm.seq_meta import SeqMeta
+
+__all__ = ["causal_conv1d_fn", "causal_conv1d_update", "causal_conv1d_varlen_states"]
+
+
+def causal_conv1d_fn(
+    x,
+    weight,
+    bias=None,
+    seq_idx=None,
+    initial_states=None,
+    return_final_states=False,
+    final_states_out=None,
+    activation=None,
+):
+    """Convolve every channel with its own short causal filter, as ``causal_conv1d`` does.
+
+    Any width, any strides, and ``seq_idx`` beside ``initial_states``, which enter the first
+    sequence of each row.
+
+    Args:
+        x: (B, D, L), float64 | float32 | bfloat16 | float16.
+        weight: (D, W).
+        bias: (D,).
+        seq_idx: (B, L), int32 | int64. Sequence of each step; -1 skips the step and gives 0.
+        initial_states: (B, D, W - 1). The inputs before the first step.
+        return_final_states: also return the last W - 1 inputs.
+        final_states_out: (B, D, W - 1). Where to write them; read with ``return_final_states``
+            only.
+        activation: None, "silu" or "swish".
+
+    Returns:
+        out (B, D, L), dtype of x; with ``return_final_states`` also final_states (B, D, W - 1).
+
+    Raises:
+        ValueError: a shape, dtype or value breaks the contract of ``ssm.ops.dw_causal_conv``.
+
+    Source:
+        Interface of causal_conv1d 1.6; the operator is docs/ops/dw_causal_conv.md.
+    """
+    meta = None if seq_idx is None else SeqMeta(seq_idx=seq_idx)
+    if not return_final_states:
+        return ops.dw_causal_conv(
+            x, weight, bias, activation, initial_state=initial_states, seq_meta=meta
+        )
+    out, final_states = ops.dw_causal_conv(
+        x,
+        weight,
+        bias,
+        activation,
+        initial_state=initial_states,
+        return_final_state=True,
+        seq_meta=meta,
+    )
+    if final_states_out is not None:
+        final_states = final_states_out.copy_(final_states)
+    return out, final_states
+
+
+def causal_conv1d_update(
+    x,
+    conv_state,
+    weight,
+    bias=None,
+    activation=None,
+    cache_seqlens=None,
+    conv_state_indices=None,
+):
+    """Advance the causal convolution by one token, or a few, updating its window in place.
+
+    Args:
+        x: (B, D) or (B, D, T), float64 | float32 | bfloat16 | float16.
+        conv_state: (R, D, K), K at least W - 1. The last K inputs, updated in place.
+        weight: (D, W).
+        bias: (D,).
+        activation: None, "silu" or "swish".
+        cache_seqlens: (B,), int32. Tokens seen by each row; makes the window a circular buffer.
+        conv_state_indices: (B,), integers. Row of the window of each batch row, -1 to skip it. No
+            row may be named twice.
+
+    Returns:
+        out, shape and dtype of x.
+
+    Raises:
+        ValueError: a shape, dtype or value breaks the contract of ``ssm.ops.dw_causal_conv_step``.
+
+    Source:
+        Interface of causal_conv1d 1.6; the operator is docs/ops/dw_causal_conv_step.md.
+    """
+    return ops.dw_causal_conv_step(
+        x,
+        conv_state,
+        weight,
+        bias,
+        activation,
+        cache_seqlens=_int32(cache_seqlens),
+        state_indices=_int32(conv_state_indices),
+    )
+
+
+def causal_conv1d_varlen_states(x, cu_seqlens, state_len):
+    """Return the last inputs of each packed sequence, as windows to decode from.
+
+    Args:
+        x: (T, D), any dtype. The inputs of all sequences, one behind the other.
+        cu_seqlens: (S + 1,), int32 | int64. Where each sequence begins and ends.
+        state_len: inputs per window.
+
+    Returns:
+        states (S, D, state_len), dtype of x; 0 in front of sequences that are shorter.
+
+    Raises:
+        ValueError: a sequence ends behind the inputs.
+
+    Source:
+        Interface of causal_conv1d 1.6.
+    """
+    total, _ = x.shape
+    ends = cu_seqlens[1:].long()
+    if ends.numel() and int(ends[-1]) > total:
+        raise ValueError(
+            f"causal_conv1d_varlen_states: cu_seqlens must end at or before {total}, "
+            f"got {int(ends[-1])}"
+        )
+    step = ends[:, None] + torch.arange(-state_len, 0, device=x.device)  # (S, state_len)
+    inside = step >= cu_seqlens[:-1].long()[:, None]
+    padded = torch.cat([x, x.new_zeros(1, x.shape[1])])
+    return padded[torch.where(inside, step, total)].transpose(1, 2)
+
+
+def _int32(indices):
+    """Return indices in the width that the kernels read; the upstream package takes any."""
+    if isinstance(indices, torch.Tensor) and indices.dtype == torch.int64:
+        return indices.int()
+    return indices
