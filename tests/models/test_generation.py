@@ -144,9 +144,11 @@ def test_scores_are_the_logits(model):
     ids = prompts()
     out = model.generate(ids, max_length=7, return_dict_in_generate=True, output_scores=True)
     assert len(out.scores) == 3
-    logits = model(out.sequences[:, :-1]).logits[:, 3:].float()
+    logits = model(out.sequences[:, :-1]).logits[:, 3:]
     scores = torch.stack(out.scores, 1)
-    torch.testing.assert_close(scores[..., :VOCAB], logits[..., :VOCAB])
+    torch.testing.assert_close(
+        scores[..., :VOCAB], logits[..., :VOCAB], rtol=1e-12, atol=1e-12
+    )  # float64 is not rounded
     assert (scores[..., VOCAB:] == -torch.inf).all()
     assert model.generate(ids, max_length=7, return_dict_in_generate=True).scores is None
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ssm.modules.precision import at_least_fp32
 from ssm.state import State
 
 
@@ -21,8 +22,9 @@ class GenerateOutput:
 
     Args:
         sequences: (B, length) int64, prompts and what followed.
-        scores: with ``output_scores`` one (B, V) float32 tensor per new token: the logits as the
-            model gave them, -inf in the columns that only pad the vocabulary; else None.
+        scores: with ``output_scores`` one (B, V) tensor per new token, float32 or better: the
+            logits as the model gave them, -inf in the columns that only pad the vocabulary; else
+            None.
     """
 
     sequences: Tensor
@@ -252,7 +254,7 @@ def _loop(model, state, input_ids, attention_mask, steps, pick, end, pad_token_i
         # Not held across the yield, where it would change the setting of the caller.
         with torch.no_grad():
             logits = model(fed, state=state, num_last_tokens=1, attention_mask=mask).logits[:, -1]
-            logits = logits.float()
+            logits = logits.to(at_least_fp32(logits.dtype))
             logits[:, vocab_size:] = -torch.inf
             tokens = torch.where(finished, pad_token_id, pick(logits, step))
             finished = finished | torch.isin(tokens, end)
