@@ -30,17 +30,23 @@ def _is_built() -> bool:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Register --run-goldens."""
+    """Register --run-goldens and the clones that it can refresh from."""
     parser.addoption(
         "--run-goldens",
         action="store_true",
-        help="also run the tests marked `goldens`: the slow comparisons with upstream's tensors",
+        help="also run the tests marked `goldens`: all backends against upstream's tensors",
     )
+    for name in ("mamba", "conv"):
+        parser.addoption(
+            f"--{name}-repo",
+            metavar="CLONE",
+            help="with --run-goldens, also refresh upstream's goldens elsewhere and compare",
+        )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the markers."""
-    config.addinivalue_line("markers", "goldens: slow comparison with upstream; --run-goldens")
+    config.addinivalue_line("markers", "goldens: comparison with upstream; --run-goldens")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -16,7 +16,7 @@ from ssm.models.lm import MambaLMHeadModel
 from ssm.text import load_vocabulary, read_bytes
 from ssm.training import evaluate
 from ssm.utils import dispatch
-from tools import refresh_goldens
+from tools.goldens import checkpoints
 
 MODELS = Path(__file__).resolve().parents[2] / "goldens" / "models"
 NAMES = sorted(path.parent.name for path in MODELS.glob("*/config.json"))
@@ -134,7 +134,7 @@ def test_greedy_continuation(name, backend):
 def test_refresh_writes_what_is_kept(name, tmp_path):
     model = tmp_path / "models" / name
     shutil.copytree(MODELS / name, model, ignore=shutil.ignore_patterns("held_out*", "greedy*"))
-    shutil.copy(MODELS / refresh_goldens.HELD_OUT_TEXT, model.parent)
-    refresh_goldens.refresh_models(tmp_path)
+    shutil.copy(MODELS / checkpoints.HELD_OUT_TEXT, model.parent)
+    checkpoints.refresh(tmp_path)
     for what in ("held_out.json", "greedy.json"):
         assert (model / what).read_text() == (MODELS / name / what).read_text()

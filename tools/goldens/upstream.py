@@ -1,0 +1,150 @@
+"""Goldens of upstream: the table of tests/golden_cases.py, run in upstream's own code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tools.goldens import clone
+from tools.goldens.files import SEED, Fault, digest, encode, versions, write, write_json
+from tools.goldens.operators import IN_PLACE, draw_weights, gradients, is_float
+
+FILE_LIMIT = 256 << 10
+TOTAL_LIMIT = 8 << 20
+
+
+def refresh(
+    folder: Path, mamba: Path, conv: Path | None, device: str, allow_other_commit: bool = False
+) -> list[dict]:
+    """Write the goldens of one kind of device into folder/upstream/<kind>/.
+
+    Goldens of causal-conv1d that are there stay if no clone of it is given.
+
+    Args:
+        folder: of the goldens.
+        mamba: clone of state-spaces/mamba.
+        conv: clone of Dao-AILab/causal-conv1d, or None; a GPU uses the installed package.
+        device: "cpu" or "cuda:N".
+        allow_other_commit: take clones at other commits; the manifest says which.
+
+    Returns:
+        What the manifest says of each golden.
+
+    Raises:
+        Fault: a clone is refused, something is not installed, or a file would be too large.
+    """
+    import torch
+
+    commits = {clone.MAMBA.name: clone.check(clone.MAMBA, mamba, allow_other_commit)}
+    if conv is not None:
+        commits[clone.CONV.name] = clone.check(clone.CONV, conv, allow_other_commit)
+    from tests import golden_cases
+    from tools.goldens import upstream_functions
+
+    kind = device.partition(":")[0]
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise Fault(f"--device must be one of this machine, got {device}: there is no CUDA device")
+    upstream = upstream_functions.load(mamba, conv, device)
+    names = ["einops", "numpy", "safetensors", "torch"]
+    if kind == "cuda":
+        names += ["triton", "causal_conv1d"]
+    place = folder / "upstream" / kind
+    kept = _kept(place)
+    found, entries = {}, []
+    for golden in golden_cases.ALL:
+        if kind == "cuda" and not getattr(golden, "cuda", True):
+            continue
+        file = f"{golden}.safetensors"
+        function = getattr(golden, "function", None)
+        if function is not None and not upstream.has(function):
+            entries += [entry for entry in kept if entry["file"] == file]
+            continue
+        source = clone.CONV if (function or "").startswith("causal_conv1d") else clone.MAMBA
+        data = _file(upstream, golden)
+        if len(data) >= FILE_LIMIT:
+            raise Fault(f"{golden} must take less than {FILE_LIMIT} bytes, got {len(data)}")
+        found[file] = data
+        entries.append(
+            {
+                "file": file,
+                "case": repr(golden),
+                "seed": SEED,
+                "upstream": source.name,
+                "commit": commits[source.name],
+                "sha256": digest(data),
+            }
+        )
+    manifest = {
+        "generator": "tools/refresh_goldens.py --mamba-repo",
+        "device": kind if kind == "cpu" else torch.cuda.get_device_name(device),
+        "arithmetic": upstream_functions.ARITHMETIC[kind],
+        "versions": versions(*names),
+        "goldens": entries,
+    }
+    listed = {entry["file"] for entry in entries}
+    for stale in place.rglob("*.safetensors"):
+        if stale.relative_to(place).as_posix() not in listed:
+            stale.unlink()
+    for file, data in found.items():
+        write(place / file, data)
+    write_json(place / "manifest.json", manifest)
+    total = sum((place / file).stat().st_size for file in listed)
+    if total > TOTAL_LIMIT:
+        raise Fault(f"upstream's goldens must take at most {TOTAL_LIMIT} bytes, got {total}")
+    return entries
+
+
+def _kept(place: Path) -> list[dict]:
+    """Return the goldens of a manifest whose files are there as it says."""
+    path = place / "manifest.json"
+    if not path.exists():
+        return []
+    entries = json.loads(path.read_text(encoding="utf-8"))["goldens"]
+    files = {entry["file"]: place / entry["file"] for entry in entries}
+    return [
+        entry
+        for entry in entries
+        if files[entry["file"]].exists()
+        and digest(files[entry["file"]].read_bytes()) == entry["sha256"]
+    ]
+
+
+def _file(upstream, golden) -> bytes:
+    """Return the file of one golden."""
+    from tests import golden_cases
+    from tools.goldens import upstream_modules
+
+    if isinstance(golden, golden_cases.ModuleGolden):
+        return encode(upstream_modules.module_tensors(upstream, golden), {})
+    if isinstance(golden, golden_cases.ModelGolden):
+        return encode(upstream_modules.model_tensors(upstream, golden), {})
+    return encode(*_operator_tensors(upstream, golden))
+
+
+def _operator_tensors(upstream, golden) -> tuple[dict, dict]:
+    """Return the tensors of an operator's golden and its flags."""
+    import torch
+
+    from tests import golden_cases
+    from tests.tensors import tensors
+    from tools.goldens.upstream_functions import CUT_ON_CUDA, call
+
+    given = tensors(golden_cases.arguments(golden, SEED), torch.float32)
+    flags = {n: v for n, v in given.items() if not isinstance(v, torch.Tensor)}
+    narrow = {n: v for n, v in given.items() if n not in flags}
+    stored = {f"argument.{name}": value for name, value in narrow.items()}
+    wide = flags | {
+        n: v.to(upstream.device, upstream.dtype()) if is_float(v) else v.to(upstream.device)
+        for n, v in narrow.items()
+    }
+    with torch.no_grad():
+        outputs = call(upstream, golden, wide)
+    stored |= {f"output.{name}": value for name, value in outputs.items()}
+    if golden.op not in IN_PLACE:
+        cut = () if upstream.on_cpu else CUT_ON_CUDA.get(golden.function, ())
+        weights = draw_weights({n: o for n, o in outputs.items() if n not in cut})
+        stored |= {f"weight.{name}": value for name, value in weights.items()}
+        placed = {n: w.to(upstream.device, upstream.dtype()) for n, w in weights.items()}
+        found = gradients(lambda leaves: call(upstream, golden, leaves), wide, placed)
+        stored |= {f"gradient.{name}": value for name, value in found.items()}
+    return stored, flags
