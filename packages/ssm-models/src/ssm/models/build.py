@@ -120,7 +120,7 @@ def _layer_of(field: str, values: dict, classes: dict, usual: str):
     """Return the class that a field of the config names, and the other arguments in it."""
     arguments = dict(values)
     layer = arguments.pop("layer", usual)
-    if layer not in classes:
+    if not isinstance(layer, str) or layer not in classes:
         names = ", ".join(classes)
         raise ValueError(
             f"MambaLMHeadModel: {field}['layer'] must be one of {names}, got {layer!r}"

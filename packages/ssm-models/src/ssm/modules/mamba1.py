@@ -100,7 +100,7 @@ class Mamba1(nn.Module):
         scales = {"dt_min": dt_min, "dt_init_floor": dt_init_floor, "dt_scale": dt_scale}
         scales["bcdt_norm_eps"] = bcdt_norm_eps
         for name, value in {**sizes, "expand": expand, **scales}.items():
-            if not value > 0:
+            if not 0 < value < math.inf:
                 raise ValueError(f"Mamba1: {name} must be positive, got {value!r}")
         if dt_max < dt_min:
             raise ValueError(f"Mamba1: dt_max must be at least dt_min = {dt_min}, got {dt_max}")

@@ -22,12 +22,14 @@ from ssm.utils.dialects.configs import write_values
 from ssm.utils.dialects.names import pieces_of
 from ssm.utils.files import write_file
 from ssm.utils.hub import BIN_FILE, CONFIG_FILE, SAFETENSORS_FILE, find_directory
-from ssm.utils.tensor_files import INDEX_ENDING, PIECE_BYTES
+from ssm.utils.tensor_files import INDEX_ENDING
 
 # Rounding these to 8 bits changes the recurrence; they stay float32 in every model dtype.
 FP32_NAMES = (".A_log", ".D", ".dt_bias", ".dt_proj.bias")
 FORMATS = ("safetensors", "mamba_ssm", "hf")
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+# Two tensors that should be one are compared in pieces of this size.
+TWIN_BYTES = 1 << 20
 # Arguments of mixers that mamba_ssm does not have.
 OUR_ARGUMENTS = ("bcdt_norm", "bcdt_norm_eps", "norm_eps", "multipliers")
 # Names that this module may have written, and that a later save replaces.
@@ -212,7 +214,7 @@ def _check_twins(checkpoint: Checkpoint, first: str, second: str) -> None:
     """Make sure, piece by piece, that a weight under two names is one."""
     files = checkpoint.tensors
     rows, *rest = files.entries[first].shape
-    step = max(1, PIECE_BYTES // max(1, math.prod(rest) * files.entries[first].dtype.itemsize))
+    step = max(1, TWIN_BYTES // max(1, math.prod(rest) * files.entries[first].dtype.itemsize))
     for start in range(0, rows, step):
         a, b = (files.read(name, start, start + step) for name in (first, second))
         if not torch.equal(a, b):

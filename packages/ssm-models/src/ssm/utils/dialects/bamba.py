@@ -57,6 +57,7 @@ BAMBA = Dialect(
     fixed={"hidden_act": ("silu", "swish"), "partial_rotary_factor": (0.5,)},
     agree={"attn_rotary_emb": lambda v: hybrid.head_dim_of(v) // 2},
     ignored=frozenset(hybrid.NO_EFFECT | {"layer_types", "layers_block_type"}),
+    nullable=hybrid.NULLABLE,
     refused=hybrid.MAMBA2_REFUSED,
     names=hybrid.NAMES,
     attention_names=hybrid.ATTENTION_NAMES,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from typing import Any
 
 from ssm.models.config import MambaConfig
@@ -44,17 +45,19 @@ def read_values(dialect: Dialect, values: Values, generic: frozenset[str]) -> Ma
     """
     full = _fill(dialect, values, generic)
     for condition, missing in dialect.refused:
-        if condition(full):
+        if _computed(dialect, missing, condition, full):
             raise ValueError(f"{dialect.name}: config must do without {missing}, got one with it")
     for name, allowed in dialect.fixed.items():
         if full[name] not in allowed:
             choice = " or ".join(map(repr, allowed))
             raise ValueError(f"{dialect.name}: {name} must be {choice}, got {full[name]!r}")
     for name, compute in dialect.agree.items():
-        if name in full and full[name] is not None and difference(compute(full), full[name], name):
+        if full.get(name) is None:
+            continue
+        wanted = _computed(dialect, name, compute, full)
+        if difference(wanted, full[name]):
             raise ValueError(
-                f"{dialect.name}: {name} must be {compute(full)!r} by the other fields, "
-                f"got {full[name]!r}"
+                f"{dialect.name}: {name} must be {wanted!r} by the other fields, got {full[name]!r}"
             )
     ours: Values = {}
     for path, value in dialect.ours.items():
@@ -62,7 +65,7 @@ def read_values(dialect: Dialect, values: Values, generic: frozenset[str]) -> Ma
     for entry in dialect.fields:
         _put(ours, entry.ours, full[entry.name])
     for path, compute in dialect.derive.items():
-        _put(ours, path, compute(full))
+        _put(ours, path, _computed(dialect, path, compute, full))
     meaning = {entry.name for entry in dialect.fields}
     meaning |= {*dialect.emit, *dialect.defaults, *dialect.agree}
     rest = {n: v for n, v in values.items() if dialect.legacy.get(n, n) not in meaning}
@@ -115,6 +118,18 @@ def _cannot_say(dialect: Dialect, what: str) -> ValueError:
     )
 
 
+def _computed(dialect: Dialect, what: str, compute, full: Values):
+    """Call a function of a table; a value of a wrong type may fail anywhere in it."""
+    try:
+        return compute(full)
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{dialect.name}: the fields behind {what} must be of the right types, got {error}"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{dialect.name}: {error}") from error
+
+
 def _fill(dialect: Dialect, values: Values, generic: frozenset[str]) -> Values:
     """Return all fields under their present names, defaults included."""
     known = dialect.known()
@@ -136,7 +151,20 @@ def _fill(dialect: Dialect, values: Values, generic: frozenset[str]) -> Values:
     for name, value in defaults.items():
         if full.setdefault(name, value) is REQUIRED:
             raise ValueError(f"{dialect.name}: config must hold {name}, got none")
+        if full[name] is not None or name not in dialect.nullable:
+            _check_kind(f"{dialect.name}: {name}", full[name], value)
     return full
+
+
+def _check_kind(what: str, value, default) -> None:
+    """Refuse a value of another kind than the default of its field."""
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise ValueError(f"{what} must be a bool, got {value!r}")
+    elif isinstance(default, (int, float)):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value):
+            raise ValueError(f"{what} must be a finite number, got {value!r}")
 
 
 def _put(values: Values, path: str, value: Any) -> None:

@@ -89,6 +89,7 @@ FALCON_H1 = Dialect(
         hybrid.NO_EFFECT
         | {"layer_types", "layers_block_type", "mamba_use_mlp", "mlp_expansion_factor"}
     ),
+    nullable=hybrid.NULLABLE | {"mamba_d_ssm"},
     refused=(
         (
             lambda v: v["mamba_n_heads"] * hybrid.headdim_of(v) != _inner(v),

@@ -70,6 +70,7 @@ GRANITE = Dialect(
             "init_method",
         }
     ),
+    nullable=hybrid.NULLABLE | {"num_local_experts"},
     refused=(
         *BAMBA.refused,
         (lambda v: (v["num_local_experts"] or 0) > 0, "experts (num_local_experts)"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ssm.utils.dialects.mamba2 import NO_LIMIT, expand_of, limit_of
 from ssm.utils.dialects.table import Field, Parts
 
@@ -24,7 +26,6 @@ ATTENTION_FIELDS = (
     Field("num_attention_heads", "attn_cfg.num_heads", 32),
     Field("num_key_value_heads", "attn_cfg.num_heads_kv", None),
 )
-ATTENTION = {"attn_cfg.out_proj_bias": lambda v: v["attention_bias"]}
 MAMBA2_FIELDS = (
     Field("mamba_d_state", "ssm_cfg.d_state", 256),
     Field("mamba_n_groups", "ssm_cfg.ngroups", 1),
@@ -57,6 +58,7 @@ MAMBA2_REFUSED = (
         "a product mamba_n_heads mamba_d_head that is not mamba_expand hidden_size",
     ),
 )
+NULLABLE = frozenset({"time_step_limit"})
 # No effect on what is computed for given weights, apart from rounding.
 NO_EFFECT = {
     "attention_dropout",
@@ -178,7 +180,7 @@ def rope_base(values) -> float:
         The base.
 
     Raises:
-        ValueError: the angles are scaled for long texts.
+        ValueError: the angles are scaled for long texts, or the base is no positive number.
     """
     settings = values.get("rope_parameters") or {}
     scaling = values.get("rope_scaling") or {}
@@ -186,7 +188,11 @@ def rope_base(values) -> float:
         kind = found.get("rope_type", found.get("type", "default"))
         if kind != "default":
             raise ValueError(f"rope_type must be 'default', got {kind!r}")
-    return settings.get("rope_theta", values.get("rope_theta") or 10000.0)
+    base = settings.get("rope_theta", values.get("rope_theta"))
+    base = 10000.0 if base is None else base
+    if isinstance(base, bool) or not isinstance(base, (int, float)) or not 0 < base < math.inf:
+        raise ValueError(f"rope_theta must be a positive number, got {base!r}")
+    return base
 
 
 def rope_fields(form) -> dict:

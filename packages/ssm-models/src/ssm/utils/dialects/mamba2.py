@@ -90,6 +90,7 @@ MAMBA2 = Dialect(
     ignored=frozenset(
         {*INITIAL, "chunk_size", "fused_add_norm", "pad_vocab_size_multiple", "time_step_rank"}
     ),
+    nullable=frozenset({"time_step_limit"}),
     refused=(
         (
             lambda v: v["num_heads"] * v["head_dim"] != v["expand"] * v["hidden_size"],

@@ -123,6 +123,7 @@ NEMOTRON_H = Dialect(
             "topk_group",
         }
     ),
+    nullable=frozenset({"num_key_value_heads"}),
     refused=((lambda v: bool(_blocks("moe")(v)), "experts (blocks of type moe)"),),
     names={
         "backbone.embedding": "backbone.embeddings",

@@ -56,6 +56,7 @@ class Dialect:
         fixed: their field -> values that are supported; the first is the default.
         agree: their field that repeats others -> function that computes what it must be.
         legacy: former name of a field -> present name.
+        nullable: fields that may be null although their default is not.
         ignored: fields that have no effect on what is computed.
         refused: (condition, what is missing here) for checkpoints that need more than we have.
         names: our stem -> their stem or Parts; a stem is a name without ".weight" or ".bias", and
@@ -76,6 +77,7 @@ class Dialect:
     fixed: Mapping[str, tuple] = field(default_factory=dict)
     agree: Mapping[str, Callable[[Values], Any]] = field(default_factory=dict)
     legacy: Mapping[str, str] = field(default_factory=dict)
+    nullable: frozenset[str] = frozenset()
     ignored: frozenset[str] = frozenset()
     refused: tuple[tuple[Callable[[Values], bool], str], ...] = ()
     names: Mapping[str, str | Parts] = field(default_factory=dict)

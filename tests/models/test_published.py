@@ -1,0 +1,177 @@
+"""Checkpoints as they are published outside of transformers: state-spaces, Codestral Mamba.
+
+Judge: the configs and tensor names of those checkpoints, and the tensors that were written.
+"""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ssm.models.config import MambaConfig
+from ssm.models.lm import MambaLMHeadModel
+
+# config.json as published, made small; behind it the tensors of a block that mamba_ssm makes of it.
+MAMBA1 = {
+    "norm.weight": (32,),
+    "mixer.A_log": (64, 16),
+    "mixer.D": (64,),
+    "mixer.conv1d.weight": (64, 1, 4),
+    "mixer.conv1d.bias": (64,),
+    "mixer.in_proj.weight": (128, 32),
+    "mixer.x_proj.weight": (2 + 32, 64),
+    "mixer.dt_proj.weight": (64, 2),
+    "mixer.dt_proj.bias": (64,),
+    "mixer.out_proj.weight": (32, 64),
+}
+MAMBA2 = {
+    "norm.weight": (32,),
+    "mixer.dt_bias": (1,),
+    "mixer.A_log": (1,),
+    "mixer.D": (1,),
+    "mixer.in_proj.weight": (64 * 2 + 128 * 2 + 1, 32),
+    "mixer.conv1d.weight": (64 + 256, 1, 4),
+    "mixer.conv1d.bias": (64 + 256,),
+    "mixer.norm.weight": (64,),
+    "mixer.out_proj.weight": (32, 64),
+}
+ATTENTION = {
+    "norm.weight": (32,),
+    "mixer.in_proj.weight": (3 * 3 * 16, 32),
+    "mixer.conv1d.weight": (3 * 3 * 16, 1, 4),
+    "mixer.conv1d.bias": (3 * 3 * 16,),
+    "mixer.out_proj.weight": (32, 3 * 16),
+}
+PLAIN = {k: v for k, v in ATTENTION.items() if "conv1d" not in k}
+MLP = {"norm2.weight": (32,), "mlp.fc1.weight": (2 * 128, 32), "mlp.fc2.weight": (32, 128)}
+COMMON = {"rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True, "vocab_size": 50}
+HEADS = {"causal": True, "head_dim": 16, "num_heads": 3, "out_proj_bias": False}
+NEWER = {
+    **COMMON,
+    "d_intermediate": 0,
+    "attn_layer_idx": [],
+    "attn_cfg": {},
+    "tie_embeddings": True,
+}
+PUBLISHED = {
+    "mamba": (
+        {**COMMON, "d_model": 32, "n_layer": 2, "ssm_cfg": {}, "pad_vocab_size_multiple": 8},
+        [MAMBA1, MAMBA1],
+    ),
+    "mamba2": (
+        {**NEWER, "d_model": 32, "n_layer": 1, "ssm_cfg": {"layer": "Mamba2"}},
+        [MAMBA2],
+    ),
+    "mamba2attn": (
+        {
+            **NEWER,
+            "d_model": 32,
+            "n_layer": 3,
+            "ssm_cfg": {"layer": "Mamba2"},
+            "attn_layer_idx": [1],
+            "attn_cfg": {**HEADS, "d_conv": 4, "qkv_proj_bias": False, "rotary_emb_dim": 8},
+        },
+        [MAMBA2, ATTENTION, MAMBA2],
+    ),
+    "transformerpp": (
+        {
+            **NEWER,
+            "d_model": 32,
+            "n_layer": 2,
+            "d_intermediate": 100,
+            "ssm_cfg": {"layer": "Mamba2"},
+            "attn_layer_idx": [0, 1],
+            "attn_cfg": {**HEADS, "qkv_proj_bias": False, "rotary_emb_dim": 16},
+        },
+        [{**PLAIN, **MLP}, {**PLAIN, **MLP}],
+    ),
+}
+
+
+def load(path, *args, **kwargs):
+    return MambaLMHeadModel.from_pretrained(path, *args, **kwargs)
+
+
+def state_spaces_tensors(blocks):
+    """Return the tensors of a published checkpoint, head and embedding being one."""
+    random = torch.Generator().manual_seed(0)
+    rows = {"backbone.embedding.weight": (56, 32), "backbone.norm_f.weight": (32,)}
+    for number, block in enumerate(blocks):
+        rows |= {f"backbone.layers.{number}.{name}": shape for name, shape in block.items()}
+    tensors = {n: torch.randn(shape, generator=random).half() for n, shape in rows.items()}
+    return {**tensors, "lm_head.weight": tensors["backbone.embedding.weight"]}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_state_spaces_checkpoints(name, tmp_path):
+    config, blocks = PUBLISHED[name]
+    tensors = state_spaces_tensors(blocks)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    model = load(tmp_path, dtype="auto")
+    state = model.state_dict()
+    assert sorted(state) == sorted(tensors)
+    for key, tensor in tensors.items():
+        assert torch.equal(state[key], tensor.to(state[key].dtype)), key
+    assert model.lm_head.weight is model.backbone.embedding.weight
+    logits = load(tmp_path)(torch.arange(9)[None]).logits
+    assert logits.isfinite().all()
+    model.save_pretrained(tmp_path / "back", format="mamba_ssm")
+    back = torch.load(tmp_path / "back/pytorch_model.bin", weights_only=True)
+    assert sorted(back) == sorted(tensors)
+    for key, tensor in tensors.items():
+        assert back[key].dtype == tensor.dtype
+        assert torch.equal(back[key], tensor), key
+    assert back["lm_head.weight"].data_ptr() == back["backbone.embedding.weight"].data_ptr()
+    written = json.loads((tmp_path / "back/config.json").read_text())
+    assert {key: written[key] for key in config} == config
+    assert set(written) <= set(MambaConfig.__dataclass_fields__)
+
+
+def test_mamba_ssm_is_refused_what_it_cannot_say(tmp_path):
+    config = MambaConfig(d_model=32, n_layer=1, vocab_size=50, norm_epsilon=1e-6)
+    with pytest.raises(ValueError, match=r"mamba_ssm must be able .* got another norm_epsilon"):
+        MambaLMHeadModel(config).save_pretrained(tmp_path, format="mamba_ssm")
+    assert not list(tmp_path.iterdir())
+
+
+def test_codestral_as_mistral_published_it(tmp_path):
+    tensors = {f"model.{n}": t.float() for n, t in state_spaces_tensors([MAMBA2] * 2).items()}
+    params = {"dim": 32, "n_layers": 2, "vocab_size": 56, "n_groups": 1, "tie_embeddings": False}
+    params |= {"rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True}
+    (tmp_path / "params.json").write_text(
+        json.dumps({**params, "pad_vocab_size_multiple": 1, "model_type": "mamba"})
+    )
+    tensors["model.lm_head.weight"] = tensors["model.lm_head.weight"] * 2
+    save_file(tensors, tmp_path / "consolidated.safetensors")
+    model = load(tmp_path)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, tensors["model." + key]), key
+    model.save_pretrained(tmp_path / "hf", format="hf")
+    assert json.loads((tmp_path / "hf/config.json").read_text())["model_type"] == "mamba2"
+    ids = torch.arange(9)[None]
+    assert torch.equal(load(tmp_path / "hf")(ids).logits, model(ids).logits)
+
+
+def test_pickles_in_shards(tmp_path):
+    config, blocks = PUBLISHED["mamba"]
+    tensors = state_spaces_tensors(blocks)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    names = list(tensors)
+    files = {"pytorch_model-00001-of-00002.bin": names[:7], "pytorch_model-2.bin": names[7:]}
+    for file, part in files.items():
+        torch.save({name: tensors[name] for name in part}, tmp_path / file)
+    where = {name: file for file, part in files.items() for name in part}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+    state = load(tmp_path).state_dict()
+    assert all(torch.equal(state[name], tensors[name].float()) for name in tensors)
+
+
+def test_names_that_share_a_storage_are_not_tied_by_it(tmp_path):
+    config, blocks = PUBLISHED["mamba"]
+    tensors = state_spaces_tensors(blocks)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_embeddings": False}))
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    model = load(tmp_path, dtype="auto")
+    assert model.lm_head.weight.data_ptr() != model.backbone.embedding.weight.data_ptr()
