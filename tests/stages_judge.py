@@ -70,6 +70,8 @@ def ssd_chunk_state(x, B, dt, dA_cumsum, *, seq_idx=None):
             if sequences[row][t] != current:
                 h[...], current = 0.0, sequences[row][t]
             h += dt[row, head, chunk, i] * np.outer(x[row, t, head], B[row, t, group])
+        # The last sum is the decay of a whole chunk, also where the steps end before it does.
+        h *= np.exp(dA_cumsum[row, head, chunk, -1] - decay)
     return states
 
 

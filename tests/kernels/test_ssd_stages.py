@@ -1,6 +1,5 @@
 """The five raw kernels of the ssd stages.  Judges: float64 loops; for all five, the whole scan."""
 
-import math
 import types
 
 import numpy as np
@@ -9,74 +8,13 @@ import ssm_kernels
 
 from tests import judge, stages_judge
 from tests.cases import CASES, StageCase, make
+from tests.stage_kernels import BLOCKS, MAIN, STAGES, named, outputs, run, strided, typed
 from tests.stages import compose
 from tests.tolerances import TOLERANCES, Tolerance, assert_close
 
-STAGES = (
-    "ssd_chunk_cumsum",
-    "ssd_chunk_state",
-    "ssd_state_passing",
-    "ssd_bmm_chunk",
-    "ssd_chunk_output",
-)
 CALLS = [pytest.param(s, case, id=f"{s}-{case}") for s in STAGES for case in CASES[s]]
 DTYPES = ("float64", "float32", "float16")
 WHOLE = Tolerance(1e-10, 1e-10, "five stages in float64: rounding of sums and of their differences")
-# Sizes of which every block of the kernels has more than one, and a last one that is not full.
-BLOCKS = {
-    "ssd_chunk_cumsum": StageCase("ssd_chunk_cumsum", "blocks", 1, 205, 35, 1, 1, 130),
-    "ssd_chunk_state": StageCase("ssd_chunk_state", "blocks", 1, 205, 2, 67, 131, 150),
-    "ssd_state_passing": StageCase("ssd_state_passing", "blocks", 1, 9, 1, 3, 4103, 4),
-    "ssd_bmm_chunk": StageCase("ssd_bmm_chunk", "blocks", 1, 205, 1, 1, 133, 150),
-    "ssd_chunk_output": StageCase("ssd_chunk_output", "blocks", 1, 205, 1, 131, 133, 150),
-}
-
-
-def named(stage: str, name: str) -> StageCase:
-    return next(case for case in CASES[stage] if case.name == name)
-
-
-def typed(arguments: dict, dtype: str) -> dict:
-    """Return the arguments with their floats in `dtype`."""
-    return {
-        name: value.astype(dtype)
-        if isinstance(value, np.ndarray) and value.dtype == np.float64
-        else value
-        for name, value in arguments.items()
-    }
-
-
-MAIN = {"ssd_chunk_cumsum": "dt", "ssd_state_passing": "states", "ssd_bmm_chunk": "C"}
-
-
-def outputs(stage: str, arguments: dict) -> dict:
-    """Return outputs of the right shapes and dtypes, full of NaN."""
-    main = arguments[MAIN.get(stage, "x")]
-    shape, dtype = main.shape, "float64" if main.dtype == np.float64 else "float32"
-    if stage in ("ssd_chunk_cumsum", "ssd_bmm_chunk"):
-        size = arguments["chunk_size"]
-        nchunks = math.ceil(shape[1] / size)
-    if stage == "ssd_chunk_cumsum":
-        shapes = dict.fromkeys(("dt_out", "dA_cumsum"), (shape[0], shape[2], nchunks, size))
-    elif stage == "ssd_chunk_state":
-        nchunks, dstate = arguments["dt"].shape[2], arguments["B"].shape[3]
-        shapes = {"states": (shape[0], nchunks, *shape[2:], dstate)}
-    elif stage == "ssd_state_passing":
-        shapes = {"states_in": shape, "final_states": (shape[0], *shape[2:])}
-    elif stage == "ssd_bmm_chunk":
-        groups = math.lcm(shape[2], arguments["B"].shape[2])
-        shapes = {"CB": (shape[0], nchunks, groups, size, size)}
-    else:
-        dtype, shapes = main.dtype, {"y": shape}
-    return {name: np.full(shape, np.nan, dtype) for name, shape in shapes.items()}
-
-
-def run(stage: str, arguments: dict, num_threads: int = 0, out: dict | None = None) -> list:
-    """Call the kernel on poisoned outputs; return them in order."""
-    out = outputs(stage, arguments) if out is None else out
-    given = {name: value for name, value in arguments.items() if name != "chunk_size"}
-    getattr(ssm_kernels, f"{stage}_fwd")(**given, **out, num_threads=num_threads)
-    return list(out.values())
 
 
 def assert_outputs(stage: str, found: list, want, dtype: str) -> None:
@@ -167,15 +105,6 @@ def test_outputs_are_rounded_to_their_dtype(stage, dtype):
     out = {name: np.full(value.shape, np.nan, dtype) for name, value in out.items()}
     for a, b in zip(run(stage, arguments, out=out), plain, strict=True):
         np.testing.assert_array_equal(a, b.astype(dtype))
-
-
-def strided(array: np.ndarray) -> np.ndarray:
-    """Return equal values in another layout: axes in reverse order, a stride of 3, an offset."""
-    shape = array.shape[::-1]
-    buffer = np.full((*shape[:-1], 3 * shape[-1] + 1), 7, array.dtype)
-    view = buffer[..., 1::3].transpose()
-    view[...] = array
-    return view
 
 
 @pytest.mark.parametrize("name", ["groups", "seq_idx"])
@@ -326,161 +255,3 @@ def test_large_offsets(sparse):
     far = {**arguments, "x": sparse(arguments["x"], 0, 2**31 + 8)}
     out = {"y": sparse(np.full(want.shape, np.nan, "float16"), 0, 2**31 + 8)}
     np.testing.assert_array_equal(run("ssd_chunk_output", far, out=out)[0], want)
-
-
-def bad_ids(*shape, value=0) -> np.ndarray:
-    return np.full(shape, value, np.int32)
-
-
-REJECTED = [
-    ("ssd_chunk_cumsum", "dt", lambda a: a[0], "dt must have shape (B, L, H), got (6, 4)"),
-    ("ssd_chunk_cumsum", "dt", lambda a: None, "dt must be given, got None"),
-    (
-        "ssd_chunk_cumsum",
-        "dt",
-        lambda a: a.astype("int64"),
-        "dt must have dtype float64, float32, bfloat16 or float16, got int64",
-    ),
-    ("ssd_chunk_cumsum", "A", lambda a: a[:3], "A must have shape (H,) = (4,), got (3,)"),
-    (
-        "ssd_chunk_cumsum",
-        "seq_idx",
-        lambda a: bad_ids(2, 5),
-        "seq_idx must have shape (B, L) = (2, 6), got (2, 5)",
-    ),
-    (
-        "ssd_chunk_cumsum",
-        "seq_idx",
-        lambda a: bad_ids(2, 6, value=-2),
-        "seq_idx must be -1 or a sequence number, got -2",
-    ),
-    (
-        "ssd_chunk_cumsum",
-        "dt_limit",
-        lambda a: (1.0, 0.5),
-        "dt_limit must be (low, high), got (1.0, 0.5)",
-    ),
-    (
-        "ssd_chunk_cumsum",
-        "dt_out",
-        lambda a: np.empty((2, 4, 1, 4), "float32"),
-        "dt_out must have ceil(L / Q) chunks for L = 6 and Q = 4, got 1",
-    ),
-    (
-        "ssd_chunk_cumsum",
-        "dA_cumsum",
-        lambda a: np.empty((2, 4, 1, 6), "float32"),
-        "dA_cumsum must have shape (B, H, C, Q) = (2, 4, 2, 4), got (2, 4, 1, 6)",
-    ),
-    ("ssd_chunk_state", "x", lambda a: a[0], "x must have shape (B, L, H, P), got (6, 4, 3)"),
-    (
-        "ssd_chunk_state",
-        "B",
-        lambda a: a[:, :, [0, 0, 0]],
-        "B must have a group count that divides H = 4, got 3",
-    ),
-    (
-        "ssd_chunk_state",
-        "dt",
-        lambda a: a[..., :0],
-        "dt must have at least 1 step per chunk, got 0",
-    ),
-    (
-        "ssd_chunk_state",
-        "dA_cumsum",
-        lambda a: a[..., :3],
-        "dA_cumsum must have shape (B, H, C, Q) = (2, 4, 2, 4), got (2, 4, 2, 3)",
-    ),
-    (
-        "ssd_chunk_state",
-        "states",
-        lambda a: np.empty((2, 2, 4, 3, 4), "float32"),
-        "states must have shape (B, C, H, P, N) = (2, 2, 4, 3, 5), got (2, 2, 4, 3, 4)",
-    ),
-    (
-        "ssd_state_passing",
-        "initial_states",
-        lambda a: a[:1],
-        "initial_states must have shape (B, H, P, N) = (2, 4, 3, 5), got (1, 4, 3, 5)",
-    ),
-    (
-        "ssd_state_passing",
-        "dA_cumsum",
-        lambda a: a[..., :0],
-        "dA_cumsum must have at least 1 step per chunk, got 0",
-    ),
-    (
-        "ssd_state_passing",
-        "seq_idx",
-        lambda a: bad_ids(2, 4),
-        "seq_idx must have the steps of 2 chunks of 4, got 4",
-    ),
-    (
-        "ssd_state_passing",
-        "final_states",
-        lambda a: np.empty((2, 4, 3, 4), "float32"),
-        "final_states must have shape (B, H, P, N) = (2, 4, 3, 5), got (2, 4, 3, 4)",
-    ),
-    ("ssd_bmm_chunk", "C", lambda a: a[:, :, :0], "C must have at least 1 group, got 0"),
-    ("ssd_bmm_chunk", "B", lambda a: a[:, :, :0], "B must have at least 1 group, got 0"),
-    (
-        "ssd_bmm_chunk",
-        "CB",
-        lambda a: np.empty((2, 2, 4, 4, 4), "float32"),
-        "CB must have shape (B, C, G, Q, Q) = (2, 2, 2, 4, 4), got (2, 2, 4, 4, 4)",
-    ),
-    (
-        "ssd_bmm_chunk",
-        "CB",
-        lambda a: np.empty((2, 2, 2, 0, 0), "float32"),
-        "CB must have at least 1 step per chunk, got 0",
-    ),
-    (
-        "ssd_chunk_output",
-        "CB",
-        lambda a: a[:, :, [0, 0, 0]],
-        "CB must have a group count that divides H = 4, got 3",
-    ),
-    (
-        "ssd_chunk_output",
-        "states_in",
-        lambda a: a[..., :4],
-        "states_in must have shape (B, C, H, P, N) = (2, 2, 4, 3, 5), got (2, 2, 4, 3, 4)",
-    ),
-    ("ssd_chunk_output", "D", lambda a: a[:3], "D must have shape (H,) = (4,), got (3,)"),
-    (
-        "ssd_chunk_output",
-        "y",
-        lambda a: np.broadcast_to(np.empty((1, 1, 1, 1), "float32"), (2, 6, 4, 3)),
-        None,
-    ),
-]
-
-
-@pytest.mark.parametrize(("stage", "name", "change", "message"), REJECTED)
-def test_rejects_value(stage, name, change, message):
-    arguments = typed(make(StageCase(stage, "reject", 2, 6, 4, 3, 5, 4, 2, 2)), "float32")
-    out = outputs(stage, arguments)
-    if message is None:
-        # Elements of an output that share memory, and memory that may not be written.
-        out[name] = np.lib.stride_tricks.as_strided(out[name], strides=(0, 0, 0, 4))
-        message = f"{name} must"
-    elif name in out:
-        out[name] = change(out[name])
-    else:
-        arguments[name] = change(arguments.get(name))
-    kept = {key: value.copy() for key, value in out.items()}
-    with pytest.raises(ValueError) as error:
-        run(stage, arguments, out=out)
-    assert str(error.value).startswith(f"{stage}: {message}")
-    for key, value in kept.items():
-        np.testing.assert_array_equal(out[key], value)
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_rejects_what_is_no_array(stage):
-    arguments = make(named(stage, "tiny"))
-    for name, value in arguments.items():
-        if isinstance(value, np.ndarray):
-            with pytest.raises(TypeError, match=f"^{stage}: {name} must be an array"):
-                run(stage, {**arguments, name: [1.0]}, out=outputs(stage, arguments))

@@ -1,16 +1,30 @@
-"""The ssd stages of ssm.ops on compiled kernels.  Judge: the reference; for all five, the whole."""
+"""The ssd stages of ssm.ops on compiled kernels.
+
+Judges: the reference, float64 NumPy loops, gradcheck; for all five, the whole.
+"""
 
 import pytest
 import torch
 
 from ssm import ops
 from ssm.ops.compiled import ssd_stages as compiled
+from ssm.ops.compiled.ssd_chunk_scan import ssd_chunk_scan
 from ssm.ops.python import reference
 from ssm.seq_meta import SeqMeta
 from ssm.utils import dispatch
+from tests import stages_gradient_judge
 from tests.cases import CASES, SsdCase, StageCase
 from tests.stages import compose
-from tests.tensors import FLOATS, gradients, make_tensors, strided
+from tests.tensors import (
+    FLOATS,
+    arrays,
+    gradcheck,
+    gradients,
+    leaves,
+    make_tensors,
+    poison,
+    strided,
+)
 from tests.tolerances import TOLERANCES, assert_close
 from tools import grid
 
@@ -112,35 +126,146 @@ def test_threads_agree(stage):
         assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True))
 
 
+def judged_gradients(stage: str, arguments: dict) -> tuple[dict, dict]:
+    """Return the compiled gradients and the judge's, by name, for one random weighting."""
+    given = leaves(arguments)
+    outputs = outputs_of(getattr(compiled, stage)(**given))
+    generator = torch.Generator().manual_seed(3)
+    weights = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
+    wanted = {n: t for n, t in given.items() if torch.is_tensor(t) and t.requires_grad}
+    got = torch.autograd.grad(outputs, list(wanted.values()), weights)
+    want = getattr(stages_gradient_judge, stage)(
+        *(w.double().numpy() for w in weights), **arrays(arguments)
+    )
+    return dict(zip(wanted, got, strict=True)), want
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+@pytest.mark.parametrize(("stage", "case"), CALLS)
+def test_gradients_match_judge(stage, case, dtype):
+    got, want = judged_gradients(stage, make_tensors(case, 1, dtype))
+    for name, gradient in got.items():
+        assert gradient.dtype == dtype
+        tolerance = TOLERANCES[f"{stage}_bwd", name_of(dtype)]
+        assert_close(f"{stage} d{name}", gradient, want[name], tolerance)
+
+
+@pytest.mark.parametrize("dtype", FLOATS[:2], ids=name_of)
+@pytest.mark.parametrize(("stage", "case"), CALLS)
+def test_gradients_match_reference(stage, case, dtype):
+    arguments = make_tensors(case, 2, dtype)
+    want = gradients(getattr(reference, stage), wide(arguments))
+    for name, gradient in gradients(getattr(compiled, stage), arguments).items():
+        wanted = torch.zeros_like(gradient) if want[name] is None else want[name]
+        tolerance = TOLERANCES[f"{stage}_bwd", name_of(dtype)]
+        assert_close(f"{stage} d{name}", gradient, wanted, tolerance)
+
+
+GRADCHECKED = {
+    "bare": {"given": "", "softplus": False},
+    "all": {},
+    "channel_skip": {"skip": "channel"},
+    "sequences": {"layout": "seq_idx"},
+    "groups": {"b_groups": 1, "c_groups": 2},
+}
+
+
+@pytest.mark.parametrize("options", GRADCHECKED)
 @pytest.mark.parametrize("stage", STAGES)
-def test_gradients_come_from_the_reference(stage):
-    arguments = make_tensors(named(stage, "groups"))
-    want = gradients(getattr(reference, stage), arguments)
-    found = gradients(getattr(compiled, stage), arguments)
-    assert found.keys() == want.keys()
-    for name, gradient in found.items():
+def test_gradcheck(stage, options):
+    case = StageCase(stage, options, 1, 7, 2, 1, 2, 3, **GRADCHECKED[options])
+    gradcheck(getattr(compiled, stage), make_tensors(case, 4))
+
+
+@pytest.mark.parametrize("limit", [(0.1, 0.5), (0.2, float("inf"))], ids=str)
+def test_gradcheck_with_limits(limit):
+    case = StageCase("ssd_chunk_cumsum", "limit", 2, 7, 2, 1, 1, 3)
+    gradcheck(compiled.ssd_chunk_cumsum, {**make_tensors(case, 4), "dt_limit": limit})
+
+
+@pytest.mark.parametrize("stage", ["ssd_chunk_cumsum", "ssd_state_passing"])
+@pytest.mark.parametrize("unused", [0, 1])
+def test_gradient_of_one_output(stage, unused):
+    """Each output alone has the gradient that both have when the other's weight is zero."""
+    arguments = make_tensors(named(stage, "odd"))
+
+    def one(**given):
+        return getattr(compiled, stage)(**given)[1 - unused]
+
+    def both(**given):
+        outputs = list(getattr(compiled, stage)(**given))
+        used = outputs[1 - unused]
+        outputs[unused] = outputs[unused] * 0.0
+        return used, outputs[unused]
+
+    want = gradients(both, arguments)
+    for name, gradient in gradients(one, arguments).items():
+        gradient = torch.zeros_like(want[name]) if gradient is None else gradient
         assert torch.equal(gradient, want[name]), name
-    leaf = {
-        k: v.requires_grad_() if torch.is_tensor(v) and v.is_floating_point() else v
-        for k, v in make_tensors(named(stage, "groups")).items()
-    }
-    with torch.no_grad():
-        assert not any(t.requires_grad for t in outputs_of(getattr(compiled, stage)(**leaf)))
 
 
-def test_composed_gradients_equal_those_of_the_whole():
-    arguments = make_tensors(SsdCase("whole", 1, 11, 2, 3, 2, 4, layout="seq_idx"))
-    ids = arguments.pop("seq_meta").positions(1, 11)
+@pytest.mark.parametrize("layout", ["", "seq_idx"])
+@pytest.mark.parametrize("chunk_size", [1, 5, 64])
+def test_composed_gradients_equal_those_of_the_whole(chunk_size, layout):
+    """Kernels against kernels: the backwards of the stages and the one of ssd_chunk_scan."""
+    case = SsdCase("whole", 2, 39, 6, 5, 7, chunk_size, 3, 2, skip="channel", layout=layout)
+    arguments = make_tensors(case)
+    meta = arguments.pop("seq_meta")
+    ids = None if meta is None else meta.positions(2, 39)
 
     def whole(**given):
-        return reference.ssd_chunk_scan(
-            **given, seq_meta=SeqMeta(seq_idx=ids), return_final_states=True
-        )
+        meta = None if ids is None else SeqMeta(seq_idx=ids)
+        return ssd_chunk_scan(**given, seq_meta=meta, return_final_states=True)
 
-    want = gradients(whole, arguments)
-    found = gradients(lambda **given: compose(ops, **given, seq_idx=ids), arguments)
-    for name, gradient in found.items():
-        torch.testing.assert_close(gradient, want[name], rtol=1e-10, atol=1e-10)
+    for limit in ((0.0, float("inf")), (0.1, 0.5)):
+        options = {**arguments, "dt_limit": limit}
+        want = gradients(whole, options)
+        found = gradients(lambda **given: compose(ops, **given, seq_idx=ids), options)
+        assert found.keys() == want.keys()
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, want[name], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradients_noncontiguous(stage):
+    arguments = make_tensors(named(stage, "groups"), dtype=torch.float32)
+    want = gradients(getattr(ops, stage), arguments)
+    for name, gradient in gradients(getattr(ops, stage), strided(arguments)).items():
+        assert torch.equal(gradient, want[name]), name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradients_of_threads_agree(stage):
+    arguments = make_tensors(named(stage, "mamba2_130m"), dtype=torch.float32)
+    first, *others = on_threads(
+        lambda: tuple(gradients(getattr(ops, stage), arguments).values()), 1, 2, 3, 8
+    )
+    for found in others:
+        assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True))
+
+
+@pytest.mark.parametrize("stage", ["ssd_chunk_cumsum", "ssd_chunk_state", "ssd_chunk_output"])
+def test_nan_in_skipped_steps_gives_no_gradient(stage):
+    arguments = make_tensors(named(stage, "seq_idx"), 6)
+    skipped = arguments["seq_idx"] < 0
+    assert skipped.any()
+    names = ("dt",) if stage == "ssd_chunk_cumsum" else ("x", "B", "C", "z")
+    names = {name: 1 for name in names if name in arguments}
+    want = gradients(getattr(ops, stage), arguments)
+    for name, gradient in gradients(getattr(ops, stage), poison(arguments, names, skipped)).items():
+        assert torch.equal(gradient, want[name]), name
+        if name in names:
+            assert not gradient[skipped].any(), name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_refuses_second_derivative(stage):
+    given = leaves(make_tensors(named(stage, "odd")))
+    leaf = next(t for t in given.values() if torch.is_tensor(t) and t.requires_grad)
+    total = sum(o.sum() for o in outputs_of(getattr(compiled, stage)(**given)))
+    (first,) = torch.autograd.grad(total, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match=rf"^{stage}: a second derivative must be taken"):
+        first.sum().backward()
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -161,12 +286,15 @@ ORDERS = {
 }
 
 
+@pytest.mark.parametrize("has_gradients", [False, True])
 @pytest.mark.parametrize("name", ["odd", "seq_idx", "bare", "empty_seq"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_opcheck(stage, name):
+def test_opcheck(stage, name, has_gradients):
     arguments = make_tensors(named(stage, name), dtype=torch.float32)
+    if has_gradients:
+        arguments = leaves(arguments)
     arguments |= {"low": 0.0, "high": 1.0}
-    op = getattr(torch.ops.ssm, stage).default
+    op = getattr(torch.ops.ssm, f"{stage}_fwd").default
     torch.library.opcheck(op, [arguments[n] for n in ORDERS[stage]])
 
 
@@ -185,18 +313,25 @@ def compose_ops(**arguments):
     return compose(ops, **arguments)
 
 
-def test_compile_with_gradients():
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("layout", ["", "seq_idx"])
+def test_compile_with_gradients(layout, dynamic):
     torch._dynamo.reset()
-    arguments = make_tensors(SsdCase("compile", 1, 9, 2, 3, 2, 4, layout="seq_idx"))
-    ids = arguments.pop("seq_meta").positions(1, 9)
 
-    def function(**given):
+    def function(ids, **given):
         return compose(ops, **given, seq_idx=ids)
 
-    want = gradients(function, arguments)
-    found = gradients(torch.compile(function, fullgraph=True, backend="aot_eager"), arguments)
-    for name, gradient in found.items():
-        torch.testing.assert_close(gradient, want[name], rtol=1e-10, atol=1e-10)
+    compiled_function = torch.compile(
+        function, fullgraph=True, backend="aot_eager", dynamic=dynamic
+    )
+    for seqlen in (19, 9):
+        arguments = make_tensors(SsdCase("compile", 2, seqlen, 2, 3, 2, 4, layout=layout))
+        meta = arguments.pop("seq_meta")
+        ids = None if meta is None else meta.positions(2, seqlen)
+        want = gradients(lambda ids=ids, **given: function(ids, **given), arguments)
+        found = gradients(lambda ids=ids, **given: compiled_function(ids, **given), arguments)
+        for name, gradient in found.items():
+            assert torch.equal(gradient, want[name]), name
 
 
 def test_export():
@@ -208,7 +343,7 @@ def test_export():
     del arguments["seq_meta"]
     program = torch.export.export(Stages(), (arguments,))
     names = {str(node.target) for node in program.graph.nodes}
-    assert {f"ssm.{stage}.default" for stage in STAGES} <= names
+    assert {f"ssm.{stage}_fwd.default" for stage in STAGES} <= names
     for a, b in zip(program.module()(arguments), compose_ops(**arguments), strict=True):
         assert torch.equal(a, b)
 

@@ -4,6 +4,11 @@ Multiply-adds: one per step and head for the sums of decays, and one for the ste
 and head for what a chunk adds; one per element of a state for passing it on; Q N per step and group
 for C B^T; per step and head P (Q + 1) / 2 within the chunk, P N for what enters, and 3 per weight
 for its difference, step size and product. Exponentials: one per weight.
+
+A backward has twice the matrix products of its forward, 8 per weight instead of 3 (the weight once
+more, and the shares of its four factors), 2 per element of a state passed on, and 4 per step size;
+its exponentials are those of the forward. It reads the inputs, or what they gave, and the gradients
+of the outputs, and writes those of the inputs.
 """
 
 import torch
@@ -30,7 +35,7 @@ def setup(case, device) -> Problem:
     A = -draw.normal(heads).exp()
     if case.operator == "ssd_chunk_cumsum":
         outputs = 2 * 4 * batch * heads * nchunks * CHUNK
-        return Problem((raw, A, CHUNK), Work(nbytes(raw, A) + outputs, fma=2 * steps))
+        return _problem((raw, A, CHUNK), outputs, fma=2 * steps, backward=4 * steps)
 
     full = torch.zeros(batch, nchunks * CHUNK, heads, device=device)
     full[:, :seqlen] = raw
@@ -40,26 +45,33 @@ def setup(case, device) -> Problem:
     B, C = (draw.normal(batch, seqlen, 1, dstate) for _ in range(2))
     states = draw.normal(batch, nchunks, heads, headdim, dstate)
     if case.operator == "ssd_chunk_state":
-        moved = nbytes(x, B, dt, decay, states)
-        return Problem((x, B, dt, decay), Work(moved, fma=steps * headdim * dstate, exp=steps))
+        fma = steps * headdim * dstate
+        return _problem((x, B, dt, decay), nbytes(states), fma, 2 * fma, exp=steps)
     if case.operator == "ssd_state_passing":
         final = 4 * states[:, 0].numel() if nchunks else 0
-        work = Work(
-            nbytes(states, states, decay) + final,
-            fma=states.numel(),
-            exp=batch * heads * nchunks,
-        )
-        return Problem((states, decay), work)
+        fma, exp = states.numel(), batch * heads * nchunks
+        return _problem((states, decay), nbytes(states) + final, fma, 2 * fma, exp)
     products = draw.normal(batch, nchunks, 1, CHUNK, CHUNK)
     if case.operator == "ssd_bmm_chunk":
         fma = batch * seqlen * CHUNK * dstate
-        return Problem((C, B, CHUNK), Work(nbytes(C, B, products), fma=fma))
+        return _problem((C, B, CHUNK), nbytes(products), fma, 2 * fma)
     weights = steps * (CHUNK + 1) // 2
-    return Problem(
+    entering = steps * headdim * dstate
+    return _problem(
         (products, x, dt, decay, C, states),
-        Work(
-            nbytes(products, x, dt, decay, C, states, x),
-            fma=weights * (headdim + 3) + steps * headdim * dstate,
-            exp=weights + steps,
-        ),
+        nbytes(x),
+        fma=weights * (headdim + 3) + entering,
+        backward=weights * (2 * headdim + 8) + 2 * entering,
+        exp=weights + steps,
+    )
+
+
+def _problem(args: tuple, outputs: int, fma: int, backward: int, exp: int = 0) -> Problem:
+    """Return a problem from its arguments, the bytes of its outputs, and the work in it."""
+    inputs = nbytes(*(a for a in args if isinstance(a, torch.Tensor)))
+    moved = inputs + outputs
+    return Problem(
+        args,
+        Work(moved, fma, exp),
+        Work(2 * moved + inputs, fma + backward, 2 * exp),
     )

@@ -83,6 +83,103 @@ void chunk_output(const Input& CB, const Input& x, const Input& dt, const Input&
     ssd_chunk_output_fwd(args, {.num_threads = num_threads});
 }
 
+void chunk_cumsum_backward(const Input& dt, const Input& A, const Input& dt_bias,
+                           const Input& seq_idx, const Input& ddt_out, const Input& ddA_cumsum,
+                           const Output& ddt, const Output& dA, const Output& ddt_bias,
+                           bool softplus, std::pair<double, double> dt_limit, int num_threads) {
+    constexpr const char* op = "ssd_chunk_cumsum";
+    const SsdChunkCumsumArgs args{.dt = view(op, "dt", dt),
+                                  .A = view(op, "A", A),
+                                  .dt_bias = view(op, "dt_bias", dt_bias),
+                                  .seq_idx = view(op, "seq_idx", seq_idx),
+                                  .softplus = softplus,
+                                  .dt_low = dt_limit.first,
+                                  .dt_high = dt_limit.second};
+    const SsdChunkCumsumGrads grads{.ddt_out = view(op, "ddt_out", ddt_out),
+                                    .ddA_cumsum = view(op, "ddA_cumsum", ddA_cumsum),
+                                    .ddt = view(op, "ddt", ddt),
+                                    .dA = view(op, "dA", dA),
+                                    .ddt_bias = view(op, "ddt_bias", ddt_bias)};
+    const nb::gil_scoped_release unlocked;
+    ssd_chunk_cumsum_bwd(args, grads, {.num_threads = num_threads});
+}
+
+void chunk_state_backward(const Input& x, const Input& B, const Input& dt, const Input& dA_cumsum,
+                          const Input& seq_idx, const Input& dstates, const Output& dx,
+                          const Output& dB, const Output& ddt, const Output& ddA_cumsum,
+                          int num_threads) {
+    constexpr const char* op = "ssd_chunk_state";
+    const SsdChunkStateArgs args{.x = view(op, "x", x),
+                                 .B = view(op, "B", B),
+                                 .dt = view(op, "dt", dt),
+                                 .dA_cumsum = view(op, "dA_cumsum", dA_cumsum),
+                                 .seq_idx = view(op, "seq_idx", seq_idx)};
+    const SsdChunkStateGrads grads{.dstates = view(op, "dstates", dstates),
+                                   .dx = view(op, "dx", dx),
+                                   .dB = view(op, "dB", dB),
+                                   .ddt = view(op, "ddt", ddt),
+                                   .ddA_cumsum = view(op, "ddA_cumsum", ddA_cumsum)};
+    const nb::gil_scoped_release unlocked;
+    ssd_chunk_state_bwd(args, grads, {.num_threads = num_threads});
+}
+
+void state_passing_backward(const Input& states_in, const Input& dA_cumsum, const Input& seq_idx,
+                            const Input& dstates_in, const Input& dfinal_states,
+                            const Output& dstates, const Output& ddA_cumsum,
+                            const Output& dinitial_states, int num_threads) {
+    constexpr const char* op = "ssd_state_passing";
+    const SsdStatePassingArgs args{.dA_cumsum = view(op, "dA_cumsum", dA_cumsum),
+                                   .seq_idx = view(op, "seq_idx", seq_idx),
+                                   .states_in = view(op, "states_in", states_in)};
+    const SsdStatePassingGrads grads{
+        .dstates_in = view(op, "dstates_in", dstates_in),
+        .dfinal_states = view(op, "dfinal_states", dfinal_states),
+        .dstates = view(op, "dstates", dstates),
+        .ddA_cumsum = view(op, "ddA_cumsum", ddA_cumsum),
+        .dinitial_states = view(op, "dinitial_states", dinitial_states)};
+    const nb::gil_scoped_release unlocked;
+    ssd_state_passing_bwd(args, grads, {.num_threads = num_threads});
+}
+
+void bmm_chunk_backward(const Input& C, const Input& B, const Input& dCB, const Output& dC,
+                        const Output& dB, int num_threads) {
+    constexpr const char* op = "ssd_bmm_chunk";
+    const SsdBmmChunkArgs args{.C = view(op, "C", C), .B = view(op, "B", B)};
+    const SsdBmmChunkGrads grads{
+        .dCB = view(op, "dCB", dCB), .dC = view(op, "dC", dC), .dB = view(op, "dB", dB)};
+    const nb::gil_scoped_release unlocked;
+    ssd_bmm_chunk_bwd(args, grads, {.num_threads = num_threads});
+}
+
+void chunk_output_backward(const Input& CB, const Input& x, const Input& dt, const Input& dA_cumsum,
+                           const Input& C, const Input& states_in, const Input& D, const Input& z,
+                           const Input& seq_idx, const Input& dy, const Output& dCB,
+                           const Output& dx, const Output& ddt, const Output& ddA_cumsum,
+                           const Output& dC, const Output& dstates_in, const Output& dD,
+                           const Output& dz, int num_threads) {
+    constexpr const char* op = "ssd_chunk_output";
+    const SsdChunkOutputArgs args{.CB = view(op, "CB", CB),
+                                  .x = view(op, "x", x),
+                                  .dt = view(op, "dt", dt),
+                                  .dA_cumsum = view(op, "dA_cumsum", dA_cumsum),
+                                  .C = view(op, "C", C),
+                                  .states_in = view(op, "states_in", states_in),
+                                  .D = view(op, "D", D),
+                                  .z = view(op, "z", z),
+                                  .seq_idx = view(op, "seq_idx", seq_idx)};
+    const SsdChunkOutputGrads grads{.dy = view(op, "dy", dy),
+                                    .dCB = view(op, "dCB", dCB),
+                                    .dx = view(op, "dx", dx),
+                                    .ddt = view(op, "ddt", ddt),
+                                    .ddA_cumsum = view(op, "ddA_cumsum", ddA_cumsum),
+                                    .dC = view(op, "dC", dC),
+                                    .dstates_in = view(op, "dstates_in", dstates_in),
+                                    .dD = view(op, "dD", dD),
+                                    .dz = view(op, "dz", dz)};
+    const nb::gil_scoped_release unlocked;
+    ssd_chunk_output_bwd(args, grads, {.num_threads = num_threads});
+}
+
 }  // namespace
 
 void register_ssd_stages(nb::module_& module) {
@@ -181,6 +278,87 @@ Args:
     D: (H,) or (H, P).
     seq_idx: (B, L), int32, as in ssd_chunk_state_fwd.
     y: (B, L, H, P). Output; written completely, 0 where a step is skipped.
+    num_threads: 0 means the process-wide setting.
+
+Raises:
+    ValueError, TypeError: as ssd_chunk_cumsum_fwd.
+)");
+    module.def("ssd_chunk_cumsum_bwd", &chunk_cumsum_backward, "dt"_a.none(), "A"_a.none(),
+               "dt_bias"_a = none, "seq_idx"_a = none, nb::kw_only(), "ddt_out"_a = none,
+               "ddA_cumsum"_a = none, "ddt"_a.none(), "dA"_a.none(), "ddt_bias"_a = none,
+               "softplus"_a = false, "dt_limit"_a = no_limit, "num_threads"_a = 0,
+               R"(Gradients of ssd_chunk_cumsum_fwd.
+
+Args:
+    dt, A, dt_bias, seq_idx, softplus, dt_limit: as the forward got them.
+    ddt_out, ddA_cumsum: (B, H, C, Q). Gradients of its outputs; one of them may be None.
+    ddt: (B, L, H). Output.
+    dA, ddt_bias: (H,). Outputs; ddt_bias stays None without dt_bias.
+    num_threads: 0 means the process-wide setting.
+
+Raises:
+    ValueError, TypeError: as ssd_chunk_cumsum_fwd.
+)");
+    module.def("ssd_chunk_state_bwd", &chunk_state_backward, "x"_a.none(), "B"_a.none(),
+               "dt"_a.none(), "dA_cumsum"_a.none(), "seq_idx"_a = none, nb::kw_only(),
+               "dstates"_a.none(), "dx"_a.none(), "dB"_a.none(), "ddt"_a.none(),
+               "ddA_cumsum"_a.none(), "num_threads"_a = 0,
+               R"(Gradients of ssd_chunk_state_fwd.
+
+Args:
+    x, B, dt, dA_cumsum, seq_idx: as the forward got them.
+    dstates: (B, C, H, P, N). Gradient of states.
+    dx, dB, ddt, ddA_cumsum: as x, B, dt and dA_cumsum. Outputs; written completely.
+    num_threads: 0 means the process-wide setting.
+
+Raises:
+    ValueError, TypeError: as ssd_chunk_cumsum_fwd.
+)");
+    module.def("ssd_state_passing_bwd", &state_passing_backward, "states_in"_a.none(),
+               "dA_cumsum"_a.none(), "seq_idx"_a = none, nb::kw_only(), "dstates_in"_a = none,
+               "dfinal_states"_a = none, "dstates"_a.none(), "ddA_cumsum"_a.none(),
+               "dinitial_states"_a = none, "num_threads"_a = 0,
+               R"(Gradients of ssd_state_passing_fwd.
+
+Args:
+    states_in: (B, C, H, P, N), as the forward wrote it.
+    dA_cumsum, seq_idx: as the forward got them.
+    dstates_in: (B, C, H, P, N). Gradient of states_in; zero when None.
+    dfinal_states: (B, H, P, N). Gradient of final_states; zero when None.
+    dstates: (B, C, H, P, N). Output; written completely.
+    ddA_cumsum: (B, H, C, Q). Output; written completely.
+    dinitial_states: (B, H, P, N). Output; not computed when None.
+    num_threads: 0 means the process-wide setting.
+
+Raises:
+    ValueError, TypeError: as ssd_chunk_cumsum_fwd.
+)");
+    module.def("ssd_bmm_chunk_bwd", &bmm_chunk_backward, "C"_a.none(), "B"_a.none(), nb::kw_only(),
+               "dCB"_a.none(), "dC"_a.none(), "dB"_a.none(), "num_threads"_a = 0,
+               R"(Gradients of ssd_bmm_chunk_fwd.
+
+Args:
+    C, B: as the forward got them.
+    dCB: (B, C, G, Q, Q). Gradient of CB; not read beyond L.
+    dC, dB: as C and B. Outputs; written completely.
+    num_threads: 0 means the process-wide setting.
+
+Raises:
+    ValueError, TypeError: as ssd_chunk_cumsum_fwd.
+)");
+    module.def("ssd_chunk_output_bwd", &chunk_output_backward, "CB"_a.none(), "x"_a.none(),
+               "dt"_a.none(), "dA_cumsum"_a.none(), "C"_a.none(), "states_in"_a.none(),
+               "D"_a = none, "z"_a = none, "seq_idx"_a = none, nb::kw_only(), "dy"_a.none(),
+               "dCB"_a.none(), "dx"_a.none(), "ddt"_a.none(), "ddA_cumsum"_a.none(), "dC"_a.none(),
+               "dstates_in"_a.none(), "dD"_a = none, "dz"_a = none, "num_threads"_a = 0,
+               R"(Gradients of ssd_chunk_output_fwd.
+
+Args:
+    CB, x, dt, dA_cumsum, C, states_in, D, z, seq_idx: as the forward got them.
+    dy: (B, L, H, P). Gradient of y.
+    dCB, dx, ddt, ddA_cumsum, dC, dstates_in: as their inputs. Outputs; written completely, dCB with
+        0 for j > i.
+    dD, dz: as D and z. Outputs; None without their inputs.
     num_threads: 0 means the process-wide setting.
 
 Raises:

@@ -1,7 +1,7 @@
-"""The stages of the state-space dual scan between torch and ``ssm_kernels``: allocation, shapes.
+"""The stages of the state-space dual scan between torch and ``ssm_kernels``.
 
-Kernels give no gradient here. Where one is asked for, the reference serves: what trains calls
-``ssd_chunk_scan``, and what asks for gradients of the parts gets the right ones, slowly.
+Allocation, gradients, shapes; per stage: a forward, a backward, and what calls them. Kept for a
+backward are the inputs; for the one that passes states, what it gave in their place.
 """
 
 import math
@@ -9,8 +9,14 @@ import math
 import ssm_kernels
 import torch
 
-from ssm.ops.compiled.library import define, is_eager, refuse_as
-from ssm.ops.python import check, reference
+from ssm.ops.compiled.library import (
+    define,
+    differentiate,
+    is_eager,
+    refuse_as,
+    refuse_second_gradient,
+)
+from ssm.ops.python import check
 from ssm.ops.python.arithmetic import acc_dtype
 
 
@@ -24,8 +30,14 @@ def _sizes(tensor, *axes):
     return [shape[a] for a in axes if a < len(shape)]
 
 
-def _served_by_reference(*inputs) -> bool:
-    return torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in inputs)
+def _like(main, *tensors):
+    """Return one empty gradient per tensor; no element where there is no tensor."""
+    return tuple(main.new_empty(0) if t is None else torch.empty_like(t) for t in tensors)
+
+
+def _given(gradients, tensors):
+    """Return the gradients of the tensors that there are, None for the others."""
+    return [None if t is None else g for g, t in zip(gradients, tensors, strict=True)]
 
 
 # Step sizes and decays ----------------------------------------------------------------------------
@@ -53,12 +65,64 @@ def _cumsum(dt, A, dt_bias, seq_idx, chunk_size, softplus, low, high):
     return step, decay
 
 
+def _cumsum_bwd_fake(dt, A, dt_bias, *_):
+    return _like(dt, dt, A, dt_bias)
+
+
+def _cumsum_bwd(dt, A, dt_bias, seq_idx, ddt_out, ddA_cumsum, softplus, low, high):
+    gradients = _like(dt, dt, A, dt_bias)
+    ddt, dA, ddt_bias = _given(gradients, (dt, A, dt_bias))
+    ssm_kernels.ssd_chunk_cumsum_bwd(
+        dt,
+        A,
+        dt_bias,
+        seq_idx,
+        ddt_out=ddt_out,
+        ddA_cumsum=ddA_cumsum,
+        ddt=ddt,
+        dA=dA,
+        ddt_bias=ddt_bias,
+        softplus=softplus,
+        dt_limit=(low, high),
+        **_threads(),
+    )
+    return gradients
+
+
 _cumsum_op = define(
-    "ssd_chunk_cumsum(Tensor dt, Tensor A, Tensor? dt_bias, Tensor? seq_idx, SymInt chunk_size, "
-    "bool softplus, float low, float high) -> (Tensor dt_out, Tensor dA_cumsum)",
+    "ssd_chunk_cumsum_fwd(Tensor dt, Tensor A, Tensor? dt_bias, Tensor? seq_idx, "
+    "SymInt chunk_size, bool softplus, float low, float high) "
+    "-> (Tensor dt_out, Tensor dA_cumsum)",
     _cumsum,
     _cumsum_fake,
 )
+_cumsum_bwd_op = define(
+    "ssd_chunk_cumsum_bwd(Tensor dt, Tensor A, Tensor? dt_bias, Tensor? seq_idx, "
+    "Tensor? ddt_out, Tensor? ddA_cumsum, bool softplus, float low, float high) "
+    "-> (Tensor ddt, Tensor dA, Tensor ddt_bias)",
+    _cumsum_bwd,
+    _cumsum_bwd_fake,
+)
+
+
+def _cumsum_context(ctx, inputs, output):
+    *tensors, _, ctx.softplus, ctx.low, ctx.high = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _cumsum_backward(ctx, ddt_out, ddA_cumsum):
+    if ddt_out is None and ddA_cumsum is None:
+        return (None,) * 8
+    dt, A, dt_bias, seq_idx = ctx.saved_tensors
+    gradients = _cumsum_bwd_op(
+        *(dt, A, dt_bias, seq_idx, ddt_out, ddA_cumsum), ctx.softplus, ctx.low, ctx.high
+    )
+    return (*_given(gradients, (dt, A, dt_bias)), *(None,) * 5)
+
+
+differentiate("ssd_chunk_cumsum_fwd", _cumsum_context, _cumsum_backward)
+refuse_second_gradient("ssd_chunk_cumsum_bwd")
 
 
 @refuse_as(check.ssd_chunk_cumsum)
@@ -74,16 +138,6 @@ def ssd_chunk_cumsum(
 ):
     """Run stage 1 on compiled kernels; contract: ``ssm.ops.python.reference``."""
     inputs = (dt, A, dt_bias)
-    if _served_by_reference(*inputs):
-        return reference.ssd_chunk_cumsum(
-            dt,
-            A,
-            chunk_size,
-            dt_bias=dt_bias,
-            softplus=softplus,
-            dt_limit=dt_limit,
-            seq_idx=seq_idx,
-        )
     # What the outputs are made from, and what the kernel does not see as it was given.
     check.check_tensor("ssd_chunk_cumsum", "dt", dt, {"B, L, H": ("B", "L", "H")})
     check.check_int("ssd_chunk_cumsum", "chunk_size", chunk_size, 1)
@@ -106,20 +160,59 @@ def _state(x, B, dt, dA_cumsum, seq_idx):
     return states
 
 
+def _state_bwd_fake(x, B, dt, dA_cumsum, seq_idx, dstates):
+    return _like(x, x, B, dt, dA_cumsum)
+
+
+def _state_bwd(x, B, dt, dA_cumsum, seq_idx, dstates):
+    gradients = _like(x, x, B, dt, dA_cumsum)
+    dx, dB, ddt, ddA_cumsum = gradients
+    ssm_kernels.ssd_chunk_state_bwd(
+        x,
+        B,
+        dt,
+        dA_cumsum,
+        seq_idx,
+        dstates=dstates,
+        dx=dx,
+        dB=dB,
+        ddt=ddt,
+        ddA_cumsum=ddA_cumsum,
+        **_threads(),
+    )
+    return gradients
+
+
 _state_op = define(
-    "ssd_chunk_state(Tensor x, Tensor B, Tensor dt, Tensor dA_cumsum, Tensor? seq_idx) "
+    "ssd_chunk_state_fwd(Tensor x, Tensor B, Tensor dt, Tensor dA_cumsum, Tensor? seq_idx) "
     "-> Tensor states",
     _state,
     _state_fake,
 )
+_state_bwd_op = define(
+    "ssd_chunk_state_bwd(Tensor x, Tensor B, Tensor dt, Tensor dA_cumsum, Tensor? seq_idx, "
+    "Tensor dstates) -> (Tensor dx, Tensor dB, Tensor ddt, Tensor ddA_cumsum)",
+    _state_bwd,
+    _state_bwd_fake,
+)
+
+
+def _state_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _state_backward(ctx, dstates):
+    return (*_state_bwd_op(*ctx.saved_tensors, dstates), None)
+
+
+differentiate("ssd_chunk_state_fwd", _state_context, _state_backward)
+refuse_second_gradient("ssd_chunk_state_bwd")
 
 
 @refuse_as(check.ssd_chunk_state)
 def ssd_chunk_state(x, B, dt, dA_cumsum, *, seq_idx=None):
     """Run stage 2 on compiled kernels; contract: ``ssm.ops.python.reference``."""
     inputs = (x, B, dt, dA_cumsum)
-    if _served_by_reference(*inputs):
-        return reference.ssd_chunk_state(*inputs, seq_idx=seq_idx)
     return (_state if is_eager(*inputs, seq_idx) else _state_op)(*inputs, seq_idx)
 
 
@@ -146,22 +239,73 @@ def _passing(states, dA_cumsum, initial_states, seq_idx):
     return states_in, final_states
 
 
+def _passing_bwd_fake(states_in, dA_cumsum, seq_idx, dstates_in, dfinal_states):
+    shape = (*_sizes(states_in, 0), *states_in.shape[2:])
+    return (
+        states_in.new_empty(states_in.shape),
+        torch.empty_like(dA_cumsum),
+        states_in.new_empty(shape),
+    )
+
+
+def _passing_bwd(states_in, dA_cumsum, seq_idx, dstates_in, dfinal_states):
+    gradients = _passing_bwd_fake(states_in, dA_cumsum, seq_idx, dstates_in, dfinal_states)
+    dstates, ddA_cumsum, dinitial_states = gradients
+    ssm_kernels.ssd_state_passing_bwd(
+        states_in,
+        dA_cumsum,
+        seq_idx,
+        dstates_in=dstates_in,
+        dfinal_states=dfinal_states,
+        dstates=dstates,
+        ddA_cumsum=ddA_cumsum,
+        dinitial_states=dinitial_states,
+        **_threads(),
+    )
+    return gradients
+
+
 _passing_op = define(
-    "ssd_state_passing(Tensor states, Tensor dA_cumsum, Tensor? initial_states, Tensor? seq_idx) "
-    "-> (Tensor states_in, Tensor final_states)",
+    "ssd_state_passing_fwd(Tensor states, Tensor dA_cumsum, Tensor? initial_states, "
+    "Tensor? seq_idx) -> (Tensor states_in, Tensor final_states)",
     _passing,
     _passing_fake,
 )
+_passing_bwd_op = define(
+    "ssd_state_passing_bwd(Tensor states_in, Tensor dA_cumsum, Tensor? seq_idx, "
+    "Tensor? dstates_in, Tensor? dfinal_states) "
+    "-> (Tensor dstates, Tensor ddA_cumsum, Tensor dinitial_states)",
+    _passing_bwd,
+    _passing_bwd_fake,
+)
+
+
+def _passing_context(ctx, inputs, output):
+    states, dA_cumsum, initial_states, seq_idx = inputs
+    ctx.save_for_backward(output[0], dA_cumsum, seq_idx)
+    ctx.dtype = states.dtype
+    ctx.initial_dtype = None if initial_states is None else initial_states.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _passing_backward(ctx, dstates_in, dfinal_states):
+    if dstates_in is None and dfinal_states is None:
+        return (None,) * 4
+    dstates, ddA_cumsum, dinitial_states = _passing_bwd_op(
+        *ctx.saved_tensors, dstates_in, dfinal_states
+    )
+    initial = None if ctx.initial_dtype is None else dinitial_states.to(ctx.initial_dtype)
+    return dstates.to(ctx.dtype), ddA_cumsum, initial, None
+
+
+differentiate("ssd_state_passing_fwd", _passing_context, _passing_backward)
+refuse_second_gradient("ssd_state_passing_bwd")
 
 
 @refuse_as(check.ssd_state_passing)
 def ssd_state_passing(states, dA_cumsum, *, initial_states=None, seq_idx=None):
     """Run stage 3 on compiled kernels; contract: ``ssm.ops.python.reference``."""
     inputs = (states, dA_cumsum, initial_states)
-    if _served_by_reference(*inputs):
-        return reference.ssd_state_passing(
-            states, dA_cumsum, initial_states=initial_states, seq_idx=seq_idx
-        )
     return (_passing if is_eager(*inputs, seq_idx) else _passing_op)(*inputs, seq_idx)
 
 
@@ -181,16 +325,41 @@ def _bmm(C, B, chunk_size):
     return products
 
 
+def _bmm_bwd_fake(C, B, dCB):
+    return _like(C, C, B)
+
+
+def _bmm_bwd(C, B, dCB):
+    dC, dB = _like(C, C, B)
+    ssm_kernels.ssd_bmm_chunk_bwd(C, B, dCB=dCB, dC=dC, dB=dB, **_threads())
+    return dC, dB
+
+
 _bmm_op = define(
-    "ssd_bmm_chunk(Tensor C, Tensor B, SymInt chunk_size) -> Tensor CB", _bmm, _bmm_fake
+    "ssd_bmm_chunk_fwd(Tensor C, Tensor B, SymInt chunk_size) -> Tensor CB", _bmm, _bmm_fake
 )
+_bmm_bwd_op = define(
+    "ssd_bmm_chunk_bwd(Tensor C, Tensor B, Tensor dCB) -> (Tensor dC, Tensor dB)",
+    _bmm_bwd,
+    _bmm_bwd_fake,
+)
+
+
+def _bmm_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _bmm_backward(ctx, dCB):
+    return (*_bmm_bwd_op(*ctx.saved_tensors, dCB), None)
+
+
+differentiate("ssd_bmm_chunk_fwd", _bmm_context, _bmm_backward)
+refuse_second_gradient("ssd_bmm_chunk_bwd")
 
 
 @refuse_as(check.ssd_bmm_chunk)
 def ssd_bmm_chunk(C, B, chunk_size):
     """Run stage 4 on compiled kernels; contract: ``ssm.ops.python.reference``."""
-    if _served_by_reference(C, B):
-        return reference.ssd_bmm_chunk(C, B, chunk_size)
     check.ssd_bmm_chunk(C, B, chunk_size)  # the output is made from all of them
     return (_bmm if is_eager(C, B) else _bmm_op)(C, B, chunk_size)
 
@@ -210,18 +379,63 @@ def _output(CB, x, dt, dA_cumsum, C, states_in, D, z, seq_idx):
     return y
 
 
+def _output_bwd_fake(*inputs):
+    return _like(inputs[1], *inputs[:8])
+
+
+def _output_bwd(*inputs):
+    *tensors, seq_idx, dy = inputs
+    gradients = _like(tensors[1], *tensors)
+    dCB, dx, ddt, ddA_cumsum, dC, dstates_in, dD, dz = _given(gradients, tensors)
+    ssm_kernels.ssd_chunk_output_bwd(
+        *tensors,
+        seq_idx,
+        dy=dy,
+        dCB=dCB,
+        dx=dx,
+        ddt=ddt,
+        ddA_cumsum=ddA_cumsum,
+        dC=dC,
+        dstates_in=dstates_in,
+        dD=dD,
+        dz=dz,
+        **_threads(),
+    )
+    return gradients
+
+
+_OUTPUT_INPUTS = (
+    "Tensor CB, Tensor x, Tensor dt, Tensor dA_cumsum, Tensor C, Tensor states_in, Tensor? D, "
+    "Tensor? z, Tensor? seq_idx"
+)
 _output_op = define(
-    "ssd_chunk_output(Tensor CB, Tensor x, Tensor dt, Tensor dA_cumsum, Tensor C, "
-    "Tensor states_in, Tensor? D, Tensor? z, Tensor? seq_idx) -> Tensor y",
+    f"ssd_chunk_output_fwd({_OUTPUT_INPUTS}) -> Tensor y",
     _output,
     _output_fake,
 )
+_output_bwd_op = define(
+    f"ssd_chunk_output_bwd({_OUTPUT_INPUTS}, Tensor dy) -> (Tensor dCB, Tensor dx, Tensor ddt, "
+    "Tensor ddA_cumsum, Tensor dC, Tensor dstates_in, Tensor dD, Tensor dz)",
+    _output_bwd,
+    _output_bwd_fake,
+)
+
+
+def _output_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _output_backward(ctx, dy):
+    inputs = ctx.saved_tensors
+    return (*_given(_output_bwd_op(*inputs, dy), inputs[:8]), None)
+
+
+differentiate("ssd_chunk_output_fwd", _output_context, _output_backward)
+refuse_second_gradient("ssd_chunk_output_bwd")
 
 
 @refuse_as(check.ssd_chunk_output)
 def ssd_chunk_output(CB, x, dt, dA_cumsum, C, states_in, *, D=None, z=None, seq_idx=None):
     """Run stage 5 on compiled kernels; contract: ``ssm.ops.python.reference``."""
     inputs = (CB, x, dt, dA_cumsum, C, states_in, D, z)
-    if _served_by_reference(*inputs):
-        return reference.ssd_chunk_output(*inputs[:6], D=D, z=z, seq_idx=seq_idx)
     return (_output if is_eager(*inputs, seq_idx) else _output_op)(*inputs, seq_idx)
