@@ -63,6 +63,7 @@ HELPERS = {
     f"{KERNELS}/src/op": {
         "ceiling",
         "check",
+        "cuda_kernels",
         "device",
         "isa",
         "rows",
@@ -86,7 +87,16 @@ HELPERS = {
         "tile",
         "vmath",
     },
-    f"{KERNELS}/src/cuda": {"kernels", "launch", "vector", "scan", "tile_gemm"},
+    f"{KERNELS}/src/cuda": {
+        "block",
+        "device",
+        "element",
+        "host",
+        "kernels",
+        "launch",
+        "numerics",
+        "tile_gemm",
+    },
     f"{KERNELS}/src/bind": {
         "device",
         "dlpack",

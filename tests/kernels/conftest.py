@@ -25,6 +25,30 @@ def forced_isa() -> str | None:
     return None if name in ("", "auto") else name
 
 
+def runs_cuda_kernels() -> bool:
+    """Return whether the CUDA kernels, compiled for the host, serve this run."""
+    return "SSM_TEST_CUDA_HOST" in os.environ
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cuda_kernels_serve() -> None:
+    """Let the CUDA kernels of the library that SSM_TEST_CUDA_HOST names serve CPU arrays."""
+    if not runs_cuda_kernels():
+        return
+    from ssm_kernels import _cpu
+
+    table = ctypes.CDLL(os.environ["SSM_TEST_CUDA_HOST"]).ssm_cuda_host_kernels
+    table.restype = ctypes.c_void_p
+    _cpu._use_cuda_kernels(table())
+
+
+@pytest.fixture(autouse=True)
+def _elements_are_aligned(request: pytest.FixtureRequest) -> None:
+    """Skip the arrays at odd addresses, which a GPU cannot read and the front refuses there."""
+    if runs_cuda_kernels() and "unaligned" in request.node.name:
+        pytest.skip("a GPU reads whole elements at addresses that are multiples of their size")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _forced_isa_is_used() -> None:
     """Make every result of a forced run a result of that instruction set."""
@@ -45,6 +69,8 @@ def on_other_isas() -> Callable[[str], None]:
     """
     if forced_isa():
         pytest.skip("SSM_ISA is forced")
+    if runs_cuda_kernels():
+        pytest.skip("the CUDA kernels have no instruction sets")
     if "MESON_TEST_ITERATION" in os.environ:
         pytest.skip("meson test runs the whole folder on every instruction set")
     import ssm_kernels

@@ -11,11 +11,15 @@
 
 namespace ssm {
 
-/// How one call runs. `num_threads` 0 means the process-wide setting; `stream` is a CUDA stream
-/// handle as an integer and is not used on the CPU.
+/// How one call runs. `num_threads` 0 means the process-wide setting and is not used on a GPU;
+/// `stream` is a CUDA stream handle as an integer, 0 the legacy default stream, and is not used on
+/// the CPU. `workspace` is memory of the tensors' device, aligned to 16 bytes, that the kernel may
+/// write: <op>_<direction>_workspace says how many bytes a call needs, which is none on the CPU.
 struct Exec {
     int num_threads = 0;
     std::intptr_t stream = 0;
+    void* workspace = nullptr;
+    std::int64_t workspace_bytes = 0;
 };
 
 enum class Isa : std::uint8_t { baseline, avx2, avx512 };

@@ -2,6 +2,7 @@
 #include <ssm/device.h>
 
 #include "../op/ceiling.h"
+#include "../op/cuda_kernels.h"
 #include "../op/vmath.h"
 #include "tensor_arg.h"
 
@@ -33,6 +34,12 @@ Args:
 Raises:
     ValueError: count is below 1.
 )");
+    module.def(
+        "_use_cuda_kernels",
+        [](std::uintptr_t address) {
+            use_cuda_kernels(reinterpret_cast<const cuda::Kernels*>(address));
+        },
+        "address"_a, "Take the CUDA kernels whose table lies at an address; 0 takes none.");
     module.def(
         "_noop",
         [](const Input& a, const Input& b, const Input& c, const Input& d, const Input& e,

@@ -32,14 +32,15 @@ SelectiveScanArgs inputs(const Input& u, const Input& delta, const Input& A, con
 void forward(const Input& u, const Input& delta, const Input& A, const Input& B, const Input& C,
              const Input& D, const Input& z, const Input& dt_bias, const Input& initial_state,
              const Input& seq_idx, const Output& y, const Output& last_state,
-             const Output& checkpoints, bool softplus, bool state_per_sequence, int num_threads) {
+             const Output& checkpoints, bool softplus, bool state_per_sequence, int num_threads,
+             std::intptr_t stream, const Output& workspace) {
     SelectiveScanArgs args = inputs(u, delta, A, B, C, D, z, dt_bias, initial_state, seq_idx,
                                     softplus, state_per_sequence);
     args.y = view(kOp, "y", y);
     args.last_state = view(kOp, "last_state", last_state);
     args.checkpoints = view(kOp, "checkpoints", checkpoints);
     const nb::gil_scoped_release unlocked;
-    selective_scan_fwd(args, {.num_threads = num_threads});
+    selective_scan_fwd(args, settings(kOp, num_threads, stream, workspace));
 }
 
 void backward(const Input& u, const Input& delta, const Input& A, const Input& B, const Input& C,
@@ -75,7 +76,8 @@ void register_selective_scan(nb::module_& module) {
                "B"_a.none(), "C"_a.none(), "D"_a = none, "z"_a = none, "dt_bias"_a = none,
                "initial_state"_a = none, "seq_idx"_a = none, nb::kw_only(), "y"_a.none(),
                "last_state"_a = none, "checkpoints"_a = none, "softplus"_a = false,
-               "state_per_sequence"_a = false, "num_threads"_a = 0,
+               "state_per_sequence"_a = false, "num_threads"_a = 0, "stream"_a = 0,
+               "workspace"_a = none,
                R"(Run the selective scan and write the output and, where given, the last state.
 
 y_t = (sum_n C_t h_t + D u_t) silu(z_t) with h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t and
@@ -94,11 +96,31 @@ Args:
         selective_scan_bwd needs.
     softplus: Apply softplus to delta + dt_bias.
     state_per_sequence: States belong to the sequence numbers of seq_idx; otherwise S = B.
-    num_threads: 0 means the process-wide setting.
+    num_threads: 0 means the process-wide setting; not used on a GPU.
+    stream: handle of the CUDA stream, 0 the legacy default stream; not used on the CPU.
+    workspace: contiguous, of the inputs' device, at least selective_scan_fwd_workspace bytes; None
+        where these are 0.
 
 Raises:
     ValueError: a shape, dtype, device or value breaks the contract; the message names the argument.
     TypeError: an argument is not an array with DLPack, or an output is read-only.
+)");
+    module.def(
+        "selective_scan_fwd_workspace",
+        [](const Input& u, const Input& A, const Input& B, const Input& C) {
+            return selective_scan_fwd_workspace({.u = view(kOp, "u", u),
+                                                 .A = view(kOp, "A", A),
+                                                 .B = view(kOp, "B", B),
+                                                 .C = view(kOp, "C", C)});
+        },
+        "u"_a.none(), "A"_a.none(), "B"_a.none(), "C"_a.none(),
+        R"(Bytes of working memory of selective_scan_fwd on these inputs; 0 on the CPU.
+
+Args:
+    u, A, B, C: as for selective_scan_fwd. Only their shapes, dtypes and devices are looked at.
+
+Raises:
+    ValueError, TypeError: as selective_scan_fwd.
 )");
     module.def("selective_scan_bwd", &backward, "u"_a.none(), "delta"_a.none(), "A"_a.none(),
                "B"_a.none(), "C"_a.none(), "D"_a = none, "z"_a = none, "dt_bias"_a = none,

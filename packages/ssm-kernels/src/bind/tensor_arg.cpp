@@ -1,5 +1,6 @@
 #include "tensor_arg.h"
 
+#include "../op/check.h"
 #include "../op/huge_pages.h"
 #include "dlpack.h"
 
@@ -99,8 +100,7 @@ void prefer_huge_pages(const TensorView& view) {
         span += (view.shape[i] - 1) * view.stride[i];
     }
     if (view.device.type != DeviceType::cpu || span != count) return;
-    const int size = view.dtype == DType::f64 ? 8 : view.dtype == DType::f32 ? 4 : 2;
-    ssm::prefer_huge_pages(view.data, static_cast<std::size_t>(count * size));
+    ssm::prefer_huge_pages(view.data, static_cast<std::size_t>(count * element_bytes(view.dtype)));
 }
 
 }  // namespace
@@ -126,6 +126,17 @@ bool borrow(nb::handle object, TensorArg& arg, bool writable) noexcept {
     }
     if (writable && arg.is_tensor) prefer_huge_pages(arg.view);
     return arg.is_tensor;
+}
+
+Exec settings(const char* op, int num_threads, std::intptr_t stream, const Output& workspace) {
+    const TensorView memory = view(op, "workspace", workspace);
+    Exec exec{.num_threads = num_threads, .stream = stream};
+    if (!present(memory)) return exec;
+    Checker(op, memory.device).contiguous("workspace", memory);
+    exec.workspace = memory.data;
+    exec.workspace_bytes = element_bytes(memory.dtype);
+    for (int axis = 0; axis < memory.ndim; ++axis) exec.workspace_bytes *= memory.shape[axis];
+    return exec;
 }
 
 void fail_type(const char* op, const char* name, nb::handle object, bool writable) {

@@ -3,6 +3,7 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <ssm/device.h>
 #include <ssm/tensor.h>
 
 #include <string>
@@ -38,6 +39,9 @@ inline TensorView view(const char* op, const char* name, const Output& arg) {
     if (!arg.is_tensor) fail_type(op, name, arg.object, true);
     return arg.view;
 }
+
+/// The settings of a call. `workspace` is any contiguous array of the tensors' device.
+Exec settings(const char* op, int num_threads, std::intptr_t stream, const Output& workspace);
 
 }  // namespace ssm::bind
 

@@ -9,18 +9,6 @@ namespace ssm {
 
 namespace {
 
-std::string device_text(const Device& device) {
-    switch (device.type) {
-        case DeviceType::cpu:
-            return "cpu";
-        case DeviceType::cuda:
-            return "cuda:" + std::to_string(device.index);
-        case DeviceType::other:
-            break;
-    }
-    return "an unknown device";
-}
-
 std::string tuple_text(const std::int64_t* sizes, int count) {
     std::string text = "(";
     for (int i = 0; i < count; ++i) {
@@ -45,6 +33,18 @@ void fail(std::string_view op, std::string_view argument, std::string_view rule,
     message.append(op).append(": ").append(argument).append(" must ").append(rule);
     message.append(", got ").append(got);
     throw std::invalid_argument(message);
+}
+
+std::string device_text(const Device& device) {
+    switch (device.type) {
+        case DeviceType::cpu:
+            return "cpu";
+        case DeviceType::cuda:
+            return "cuda:" + std::to_string(device.index);
+        case DeviceType::other:
+            break;
+    }
+    return "an unknown device";
 }
 
 const char* dtype_name(DType dtype) {
@@ -76,6 +76,22 @@ std::string shape_text(const TensorView& view) { return tuple_text(view.shape, v
 bool is_float(DType dtype) {
     return dtype == DType::f64 || dtype == DType::f32 || dtype == DType::bf16 ||
            dtype == DType::f16;
+}
+
+std::int64_t element_bytes(DType dtype) {
+    switch (dtype) {
+        case DType::f64:
+        case DType::i64:
+            return 8;
+        case DType::f32:
+        case DType::i32:
+            return 4;
+        case DType::bf16:
+        case DType::f16:
+            return 2;
+        default:
+            return 1;
+    }
 }
 
 void Checker::given(std::string_view name, const TensorView& view) const {
@@ -114,8 +130,12 @@ void Checker::same_shape(std::string_view name, const TensorView& view,
 }
 
 void Checker::floating(std::string_view name, const TensorView& view) const {
-    if (!is_float(view.dtype))
-        fail(name, "have dtype float64, float32, bfloat16 or float16", dtype_name(view.dtype));
+    const bool on_gpu = device_.type == DeviceType::cuda;
+    if (!is_float(view.dtype) || (on_gpu && view.dtype == DType::f64))
+        fail(name,
+             on_gpu ? "have dtype float32, bfloat16 or float16 on a GPU"
+                    : "have dtype float64, float32, bfloat16 or float16",
+             dtype_name(view.dtype));
 }
 
 void Checker::dtype(std::string_view name, const TensorView& view, DType wanted) const {
@@ -129,6 +149,11 @@ void Checker::device(std::string_view name, const TensorView& view) const {
     std::int64_t count = 1;
     for (int i = 0; i < view.ndim; ++i) count *= view.shape[i];
     if (view.data == nullptr && count > 0) fail(name, "have storage", "a null data pointer");
+    const auto address = reinterpret_cast<std::uintptr_t>(view.data);
+    const auto bytes = static_cast<std::uintptr_t>(element_bytes(view.dtype));
+    if (device_.type == DeviceType::cuda && count > 0 && address % bytes != 0)
+        fail(name, "be aligned to its elements of " + std::to_string(bytes) + " bytes on a GPU",
+             "address " + std::to_string(address));
 }
 
 void Checker::input(std::string_view name, const TensorView& view,
@@ -152,6 +177,7 @@ void Checker::indices(std::string_view name, const TensorView& view,
 
 void Checker::state_indices(const TensorView& view, std::int64_t batch, std::int64_t rows) const {
     indices("state_indices", view, {{"B", batch}});
+    if (device_.type != DeviceType::cpu) return;  // reading them would wait for the device
     const auto row_of = [&view](std::int64_t b) {
         return static_cast<const std::int32_t*>(view.data)[b * view.stride[0]];
     };
@@ -221,8 +247,8 @@ void Checker::contiguous(std::string_view name, const TensorView& view) const {
 
 void check_device_served(std::string_view op, const Device& device) {
     if (device.type == DeviceType::cpu) return;
-    throw std::runtime_error(std::string(op) + ": built without CUDA, got tensors on " +
-                             device_text(device));
+    throw std::runtime_error(std::string(op) + ": tensors must be on the cpu, got " +
+                             device_text(device) + ", for which this version has no kernels");
 }
 
 }  // namespace ssm

@@ -15,8 +15,11 @@ inline bool present(const TensorView& view) { return view.ndim != kAbsent; }
                        std::string_view got);
 
 const char* dtype_name(DType dtype);
+std::string device_text(const Device& device);
 std::string shape_text(const TensorView& view);
 bool is_float(DType dtype);
+/// 1 for a dtype that no operator takes.
+std::int64_t element_bytes(DType dtype);
 
 /// One named axis: its letter in the documentation and the size it must have.
 struct Axis {
@@ -51,7 +54,8 @@ class Checker {
     void indices(std::string_view name, const TensorView& view,
                  std::initializer_list<Axis> axes) const;
     /// state_indices (B): rows of a state of `rows` rows, or -1. Two batch rows with one state
-    /// would race; an index beyond the state would read wild memory.
+    /// would race; an index beyond the state would read wild memory. Values on a GPU are not looked
+    /// at: there the kernel skips what lies outside.
     void state_indices(const TensorView& view, std::int64_t batch, std::int64_t rows) const;
     /// Refuses a view of which two elements share memory, or might: every stride must pass the
     /// extent of the axes inside it.
@@ -69,7 +73,7 @@ class Checker {
     Device device_;
 };
 
-/// Refuses anything but CPU tensors while this build has no kernels for other devices.
+/// Refuses anything but CPU tensors, for an operator without kernels for other devices.
 void check_device_served(std::string_view op, const Device& device);
 
 }  // namespace ssm

@@ -15,6 +15,7 @@ constexpr const char* kOp = "fused_layer_norm";
 
 void check_inputs(const RowChecker& check, const FusedLayerNormArgs& args) {
     check.main("x");
+    check_device_served(kOp, args.x.device);
     const Axis dim{"D", args.x.shape[args.x.ndim - 1]};
     check.input("weight", args.weight, {dim});
     check.optional_input("bias", args.bias, {dim});

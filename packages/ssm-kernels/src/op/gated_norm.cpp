@@ -16,6 +16,7 @@ constexpr const char* kOp = "gated_norm";
 /// Checks the inputs, puts the size of a group in place of kWholeRow and returns the axis M.
 Axis check_inputs(const RowChecker& check, GatedNormArgs& args) {
     check.main("x");
+    check_device_served(kOp, args.x.device);
     const Axis dim{"D", args.x.shape[args.x.ndim - 1]};
     check.input("weight", args.weight, {dim});
     check.optional_input("bias", args.bias, {dim});

@@ -47,7 +47,6 @@ void RowChecker::main(std::string_view name) const {
     given(name, main_);
     if (main_.ndim < 1) fail(name, "have shape (..., D)", "()");
     floating(name, main_);
-    check_device_served(op_, main_.device);
     device(name, main_);
 }
 

@@ -2,6 +2,7 @@
 #include <ssm/selective_scan.h>
 
 #include "check.h"
+#include "cuda_kernels.h"
 #include "isa.h"
 #include "runs.h"
 
@@ -43,6 +44,16 @@ TensorView canonical_input(const Checker& check, std::string_view name, TensorVi
     return view;
 }
 
+/// u, A, B and C, which say how large the problem is.
+void check_sizes(const Checker& check, SelectiveScanArgs& args) {
+    check.rank("u", args.u, 3, "(B, D, L)");
+    check.floating("u", args.u);
+    check.rank("A", args.A, 2, "(D, N)");
+    check.input("A", args.A, {{"D", args.u.shape[1]}, {"N", args.A.shape[1]}});
+    args.B = canonical_input(check, "B", args.B, args);
+    args.C = canonical_input(check, "C", args.C, args);
+}
+
 struct Checked {
     SelectiveScanArgs args;
     std::int64_t num_states;
@@ -56,7 +67,6 @@ Checked check_inputs(const SelectiveScanArgs& given, std::initializer_list<Tenso
     check.rank("u", args.u, 3, "(B, D, L)");
     const Axis batch{"B", args.u.shape[0]}, dim{"D", args.u.shape[1]}, seqlen{"L", args.u.shape[2]};
     check.input("u", args.u, {batch, dim, seqlen});
-    check_device_served(kOp, args.u.device);
     check.input("delta", args.delta, {batch, dim, seqlen});
     check.rank("A", args.A, 2, "(D, N)");
     const Axis dstate{"N", args.A.shape[1]};
@@ -105,15 +115,27 @@ void selective_scan_fwd(const SelectiveScanArgs& given, const Exec& exec) {
     check.optional_output("last_state", args.last_state,
                           {{"S", num_states}, dim, {"N", args.A.shape[1]}});
     if (present(args.checkpoints)) check_checkpoints(args);
+    if (const auto* gpu = cuda_kernels(kOp, args.u.device)) {
+        const WithWorkspace with(kOp, exec, args.u.device, gpu->selective_scan_fwd_workspace(args));
+        return gpu->selective_scan_fwd(args, num_states, with.exec());
+    }
     const RunTable runs(kOp, args.seq_idx, batch.size, seqlen.size, args.state_per_sequence,
                         num_states);
     cpu::selective_scan_fwd.active()(args, runs.view(), thread_count(exec));
+}
+
+std::int64_t selective_scan_fwd_workspace(const SelectiveScanArgs& given) {
+    SelectiveScanArgs args = given;
+    check_sizes(Checker(kOp, args.u.device), args);
+    const auto* gpu = cuda_kernels(kOp, args.u.device);
+    return gpu != nullptr ? gpu->selective_scan_fwd_workspace(args) : 0;
 }
 
 void selective_scan_bwd(const SelectiveScanArgs& given, const SelectiveScanGrads& grads,
                         const Exec& exec) {
     const auto [args, num_states] =
         check_inputs(given, {given.initial_state, grads.dlast_state, grads.dinitial_state});
+    check_device_served(kOp, args.u.device);
     const Checker check(kOp, args.u.device);
     const Axis batch{"B", args.u.shape[0]}, dim{"D", args.u.shape[1]}, seqlen{"L", args.u.shape[2]};
     const Axis dstate{"N", args.A.shape[1]}, states{"S", num_states};

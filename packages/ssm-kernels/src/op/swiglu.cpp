@@ -2,6 +2,7 @@
 // chosen kernel.
 #include <ssm/swiglu.h>
 
+#include "cuda_kernels.h"
 #include "isa.h"
 #include "rows.h"
 
@@ -13,10 +14,6 @@ namespace ssm {
 namespace {
 
 constexpr const char* kOp = "swiglu";
-
-std::int64_t element_bytes(DType dtype) {
-    return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-}
 
 /// The first or the second half of the last axis.
 TensorView half_of(const TensorView& packed, int which) {
@@ -63,6 +60,7 @@ void swiglu_fwd(const SwigluArgs& given, const Exec& exec) {
     check_inputs(args);
     RowChecker(kOp, args.gate).output_like_main("y", args.y);
     merge({&args.gate, &args.up, &args.y});
+    if (const auto* gpu = cuda_kernels(kOp, args.gate.device)) return gpu->swiglu_fwd(args, exec);
     cpu::swiglu_fwd.active()(args, thread_count(exec));
 }
 
@@ -81,6 +79,8 @@ void swiglu_bwd(const SwigluArgs& given, const SwigluGrads& given_grads, const E
         grads.dgate = half_of(grads.dgate, 0);
     }
     merge({&args.gate, &args.up, &grads.dy, &grads.dgate, &grads.dup});
+    if (const auto* gpu = cuda_kernels(kOp, args.gate.device))
+        return gpu->swiglu_bwd(args, grads, exec);
     cpu::swiglu_bwd.active()(args, grads, thread_count(exec));
 }
 

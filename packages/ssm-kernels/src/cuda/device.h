@@ -1,0 +1,14 @@
+// What the CUDA runtime says of the machine.
+#pragma once
+
+#include <string>
+
+namespace ssm::cuda {
+
+/// 0 where the driver is missing or too old.
+int device_count();
+std::string device_name(int index);
+/// The runtime's reason why there is no device, or an empty text.
+const char* device_fault();
+
+}  // namespace ssm::cuda

@@ -1,0 +1,49 @@
+// The CUDA kernels as a table: the front of each operator calls them through it, so that a library
+// without the extension module _cuda links and runs.
+#pragma once
+
+#include <ssm/dw_causal_conv.h>
+#include <ssm/dw_causal_conv_step.h>
+#include <ssm/fused_layer_norm.h>
+#include <ssm/gated_norm.h>
+#include <ssm/selective_scan.h>
+#include <ssm/selective_state_step.h>
+#include <ssm/swiglu.h>
+
+namespace ssm::cuda {
+
+/// X(name, arguments...): one launcher. Arguments are checked and canonical, as the CPU kernels get
+/// them; `Exec::workspace` holds what <name>_workspace asks for. Throws std::runtime_error when a
+/// launch fails.
+#define SSM_CUDA_KERNELS(X)                                       \
+    X(selective_scan_fwd, const SelectiveScanArgs&, std::int64_t) \
+    X(swiglu_fwd, const SwigluArgs&)                              \
+    X(swiglu_bwd, const SwigluArgs&, const SwigluGrads&)
+
+#define SSM_DECLARE_KERNEL(name, ...) void name(__VA_ARGS__, const Exec&);
+SSM_CUDA_KERNELS(SSM_DECLARE_KERNEL)
+#undef SSM_DECLARE_KERNEL
+
+/// Bytes of working memory, a function of shapes only.
+std::int64_t selective_scan_fwd_workspace(const SelectiveScanArgs& args);
+
+struct Kernels {
+    /// The device whose tensors the launchers take. The host's, where they were compiled for it:
+    /// then they serve in place of the CPU kernels, for tests.
+    DeviceType serves;
+#define SSM_KERNEL_ENTRY(name, ...) void (*name)(__VA_ARGS__, const Exec&);
+    SSM_CUDA_KERNELS(SSM_KERNEL_ENTRY)
+#undef SSM_KERNEL_ENTRY
+    std::int64_t (*selective_scan_fwd_workspace)(const SelectiveScanArgs&);
+};
+
+/// The table of the kernels linked beside this function.
+inline constexpr Kernels linked_kernels(DeviceType serves) {
+    return {serves,
+#define SSM_KERNEL_ADDRESS(name, ...) &name,
+            SSM_CUDA_KERNELS(SSM_KERNEL_ADDRESS)
+#undef SSM_KERNEL_ADDRESS
+                & selective_scan_fwd_workspace};
+}
+
+}  // namespace ssm::cuda

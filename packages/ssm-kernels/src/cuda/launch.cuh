@@ -1,0 +1,111 @@
+// Starts kernels on a device and a stream; in tests the host executes them block by block.
+#pragma once
+
+#include <ssm/device.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "element.cuh"
+
+namespace ssm::cuda {
+
+/// Blocks of one launch: the rest of the work is done by the same blocks in turn. The number is
+/// fixed, so that nothing depends on the device.
+constexpr std::int64_t kMostBlocks = std::int64_t{1} << 30;
+
+#if defined(__CUDACC__)
+
+[[noreturn]] inline void fail_launch(const char* op, cudaError_t error) {
+    throw std::runtime_error(std::string(op) + ": the launch must succeed, got " +
+                             cudaGetErrorName(error) + " (" + cudaGetErrorString(error) + ")");
+}
+
+template <class Kernel, class Real>
+__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerUnit)
+    run(const __grid_constant__ Kernel kernel, std::int64_t count) {
+    extern __shared__ float4 shared[];
+    for (std::int64_t index = blockIdx.x; index < count; index += gridDim.x) {
+        Block<Kernel, Real> block(reinterpret_cast<Real*>(shared));
+        kernel(block, index);
+    }
+}
+
+/// Makes the device of the tensors the current one for the duration of a call.
+class OnDevice {
+  public:
+    OnDevice(const char* op, const Device& device) {
+        check(op, cudaGetDevice(&before_));
+        if (device.index != before_) check(op, cudaSetDevice(device.index));
+        changed_ = device.index != before_;
+    }
+    ~OnDevice() {
+        if (changed_) cudaSetDevice(before_);
+    }
+    OnDevice(const OnDevice&) = delete;
+    OnDevice& operator=(const OnDevice&) = delete;
+
+  private:
+    static void check(const char* op, cudaError_t error) {
+        if (error != cudaSuccess) fail_launch(op, error);
+    }
+    int before_ = 0;
+    bool changed_ = false;
+};
+
+/// Runs `kernel` on `count` blocks. Throws std::runtime_error when the launch fails.
+template <class Real, class Kernel>
+void launch(const char* op, const Kernel& kernel, std::int64_t count, const Device& device,
+            const Exec& exec) {
+    if (count == 0) return;
+    const OnDevice on(op, device);
+    const std::size_t bytes = static_cast<std::size_t>(kernel.shared_size()) * sizeof(Real);
+    constexpr std::size_t kWithoutAsking = 48 << 10;
+    if (bytes > kWithoutAsking) {
+        const cudaError_t error =
+            cudaFuncSetAttribute(run<Kernel, Real>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(bytes));
+        if (error != cudaSuccess) fail_launch(op, error);
+    }
+    const auto blocks = static_cast<unsigned>(count < kMostBlocks ? count : kMostBlocks);
+    run<Kernel, Real>
+        <<<blocks, Kernel::kThreads, bytes, reinterpret_cast<cudaStream_t>(exec.stream)>>>(kernel,
+                                                                                           count);
+    const cudaError_t error = cudaGetLastError();
+    if (error != cudaSuccess) fail_launch(op, error);
+}
+
+#else
+
+template <class Real, class Kernel>
+void launch(const char*, const Kernel& kernel, std::int64_t count, const Device&, const Exec&) {
+    for (std::int64_t index = 0; index < count; ++index) {
+        auto block = std::make_unique<Block<Kernel, Real>>(kernel.shared_size());
+        kernel(*block, index);
+    }
+}
+
+#endif
+
+/// Calls `start` with a value of the memory type `dtype`.
+template <class Start>
+void with_memory_type(DType dtype, Start&& start) {
+#if !defined(__CUDACC__)
+    if (dtype == DType::f64) return start(double{});
+#endif
+    if (dtype == DType::bf16) return start(Bf16{});
+    if (dtype == DType::f16) return start(F16{});
+    start(float{});
+}
+
+/// Calls `start` with a value of the compute type: float on a device; in tests, double where the
+/// CPU kernels compute in that.
+template <class Start>
+void with_compute_type([[maybe_unused]] DType main, Start&& start) {
+#if !defined(__CUDACC__)
+    if (main == DType::f64) return start(double{});
+#endif
+    start(float{});
+}
+
+}  // namespace ssm::cuda

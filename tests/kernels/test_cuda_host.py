@@ -1,0 +1,69 @@
+"""What only the CUDA sources have: work cut along the sequence, slabs of states, a checked host.
+
+The other files of this folder run on these sources as well, where SSM_TEST_CUDA_HOST names them.
+Judge: the float64 loops of tests/judge.py, and one call of the whole for parts of it.
+"""
+
+import os
+
+import numpy as np
+import pytest
+import ssm_kernels
+
+from tests import judge
+
+if "SSM_TEST_CUDA_HOST" not in os.environ:
+    pytest.skip("SSM_TEST_CUDA_HOST names no CUDA kernels for the host", allow_module_level=True)
+
+
+def scan_inputs(batch: int, dim: int, dstate: int, seqlen: int) -> dict:
+    """Arguments of selective_scan in float64."""
+    make = np.random.default_rng(7).standard_normal
+    return {
+        "u": make((batch, dim, seqlen)),
+        "delta": make((batch, dim, seqlen)),
+        "A": -np.exp(make((dim, dstate))),
+        "B": make((batch, dstate, seqlen)),
+        "C": make((batch, 1, dstate, seqlen)),
+        "D": make(dim),
+        "z": make((batch, dim, seqlen)),
+        "dt_bias": make(dim),
+    }
+
+
+def meta(kind: str, batch: int, seqlen: int) -> dict | None:
+    """Sequences of uneven length, one without a step, skipped steps between and inside them."""
+    if kind == "none":
+        return None
+    mask = np.ones((batch, seqlen), bool)
+    mask[:, seqlen // 2 : seqlen // 2 + 3] = False
+    mask[0, :2] = False
+    lengths = [1, seqlen // 3, 0, seqlen // 4]
+    lengths.append(seqlen - sum(lengths))
+    if kind == "packed":
+        return {"cu_seqlens": np.cumsum([0, *lengths * batch]), "mask": mask}
+    return {"seq_idx": np.tile(np.repeat(np.arange(5), lengths), (batch, 1)), "mask": mask}
+
+
+@pytest.mark.parametrize("sequences", ["none", "rows", "packed"])
+@pytest.mark.parametrize(
+    ("dim", "dstate", "seqlen"),
+    [(3, 5, 700), (70, 16, 515), (2, 40, 1024), (3, 200, 40), (9, 130, 520)],
+)
+def test_segments_and_slabs(dim, dstate, seqlen, sequences):
+    batch, inputs = 2, scan_inputs(2, dim, dstate, seqlen)
+    seq_meta = meta(sequences, batch, seqlen)
+    seq_idx, per_sequence, num_states = judge.positions(seq_meta, batch, seqlen)
+    inputs["initial_state"] = np.random.default_rng(8).standard_normal((num_states, dim, dstate))
+    y, last_state = np.full_like(inputs["u"], np.nan), np.full_like(inputs["initial_state"], np.nan)
+    ssm_kernels.selective_scan_fwd(
+        **inputs,
+        seq_idx=None if seq_meta is None else seq_idx,
+        y=y,
+        last_state=last_state,
+        softplus=True,
+        state_per_sequence=per_sequence,
+    )
+    want_y, want_state = judge.selective_scan(**inputs, softplus=True, seq_meta=seq_meta)
+    np.testing.assert_allclose(y, want_y, rtol=1e-11, atol=1e-11)
+    np.testing.assert_allclose(last_state, want_state, rtol=1e-11, atol=1e-11)
