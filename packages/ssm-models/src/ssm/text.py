@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import json
 from pathlib import Path
 
 import torch
@@ -70,7 +71,7 @@ class FileVocabulary:
             ) from error
         self._tokenizer = Tokenizer.from_file(str(path))
         self.vocab_size = self._tokenizer.get_vocab_size()
-        self.eos_token_id = self._tokenizer.token_to_id("<|endoftext|>")
+        self.eos_token_id = self._tokenizer.token_to_id(_end_of_text(path))
 
     def encode(self, text: str) -> Tensor:
         """Return (L,) int64 tokens."""
@@ -112,6 +113,17 @@ class FileDecoder:
     def _rest(self) -> str:
         shown = self._vocabulary.decode(self._tokens[: self._shown])
         return self._vocabulary.decode(self._tokens)[len(shown) :]
+
+
+def _end_of_text(path: Path) -> str:
+    """Return the token that ends a text, as the file beside a tokenizer.json says."""
+    settings = path.with_name("tokenizer_config.json")
+    token = None
+    if settings.is_file():
+        token = json.loads(settings.read_text(encoding="utf-8")).get("eos_token")
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token or "<|endoftext|>"
 
 
 def load_vocabulary(directory: str | Path, vocab_size: int) -> ByteVocabulary | FileVocabulary:

@@ -1,0 +1,1 @@
+"""What connects the models with other programs."""
