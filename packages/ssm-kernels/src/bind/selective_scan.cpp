@@ -114,10 +114,13 @@ Raises:
                                                  .C = view(kOp, "C", C)});
         },
         "u"_a.none(), "A"_a.none(), "B"_a.none(), "C"_a.none(),
-        R"(Bytes of working memory of selective_scan_fwd on these inputs; 0 on the CPU.
+        R"(Say how much working memory selective_scan_fwd needs.
 
 Args:
     u, A, B, C: as for selective_scan_fwd. Only their shapes, dtypes and devices are looked at.
+
+Returns:
+    Bytes; 0 on the CPU.
 
 Raises:
     ValueError, TypeError: as selective_scan_fwd.
