@@ -244,7 +244,7 @@ def docstring_faults(name: str, thing, forward=None) -> list[str]:
     return faults
 
 
-MODULES = ["ssm.ops", "ssm.modules", "ssm.models", "ssm.distributed", "ssm_kernels"]
+MODULES = ["ssm.ops", "ssm.modules", "ssm.models", "ssm.distributed", "ssm.compat", "ssm_kernels"]
 
 
 @pytest.mark.parametrize("module_name", MODULES)

@@ -229,37 +229,44 @@ def test_mamba_split_conv1d_scan_combined(norm, project, before, mlp):
     same_with_gradients(got, (y, final), inputs)
 
 
-@pytest.mark.parametrize(("norms", "given"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("norms", "given"), [(False, ""), (True, ""), (False, "B"), (False, "C"), (False, "BC")]
+)
 def test_mamba_inner_fn(norms, given):
     batch, dim, seqlen, dstate, rank, width = 2, 6, 7, 3, 2, 4
     xz = draw(batch, 2 * dim, seqlen)
     weight, bias = draw(dim, 1, width), draw(dim)
-    x_proj, dt_proj, out_proj = draw(rank + 2 * dstate, dim), draw(dim, rank), draw(5, dim)
+    rows = rank + (2 - len(given)) * dstate
+    x_proj, dt_proj, out_proj = draw(rows, dim), draw(dim, rank), draw(5, dim)
     out_bias, D, dt_bias = draw(5), draw(dim), draw(dim)
     A = (-torch.rand(dim, dstate, dtype=torch.float64)).requires_grad_()
-    B, C = (draw(dim, dstate), draw(batch, dstate, seqlen)) if given else (None, None)
-    biases = (None, None) if given else (draw(dstate), draw(dstate))
-    weights = (draw(dstate), draw(dstate), draw(dim)) if norms else (None,) * 3
+    B = draw(dim, dstate) if "B" in given else None
+    C = draw(batch, dstate, seqlen) if "C" in given else None
+    biases = [None if letter in given else draw(dstate) for letter in "BC"]
+    weights = [draw(dstate), draw(dstate), draw(dim)] if norms else [None] * 3
     got = mamba_ssm.mamba_inner_fn(
         xz, weight, bias, x_proj, dt_proj, out_proj, out_bias, A, B, C, D, dt_bias, *biases, True,
         0, *weights, 1e-3,
     )  # fmt: skip
+    inputs = [xz, weight, bias, x_proj, dt_proj, out_proj, out_bias, A, B, C, D, dt_bias]
     x, z = xz.chunk(2, 1)
     x = F.silu(conv_rows(x, weight[:, 0], bias)[0])
-    dt, pB, pC = (x.transpose(1, 2) @ x_proj.T).split([rank, dstate, dstate], -1)
-    dt = dt @ dt_proj.T
-    if not given:
-        pB, pC = pB + biases[0], pC + biases[1]
-        if norms:
-            pB, pC, dt = (rms(t, w, 1e-3) for t, w in zip((pB, pC, dt), weights, strict=True))
-        B, C = pB.transpose(1, 2), pC.transpose(1, 2)
+    projected = x.transpose(1, 2) @ x_proj.T
+    parts = list(projected.split([rank, *[dstate] * (2 - len(given))], -1))
+    dt, matrices = parts.pop(0) @ dt_proj.T, []
+    for matrix, shift, norm in zip((B, C), biases, weights, strict=False):
+        if matrix is None:
+            matrix = parts.pop(0) + shift
+            matrix = (matrix if norm is None else rms(matrix, norm, 1e-3)).transpose(1, 2)
+        matrices.append(matrix)
+    dt = dt if weights[2] is None else rms(dt, weights[2], 1e-3)
     steps = F.softplus(dt + dt_bias).transpose(1, 2)
     rows = [
         recurrence(
             x[r],
             steps[r],
             A,
-            *(per_channel(m, r, dim, seqlen) for m in (B, C)),
+            *(per_channel(m, r, dim, seqlen) for m in matrices),
             D,
             z[r],
             torch.zeros_like(A),
@@ -267,9 +274,7 @@ def test_mamba_inner_fn(norms, given):
         for r in range(batch)
     ]
     want = torch.stack(rows).transpose(1, 2) @ out_proj.T + out_bias
-    inputs = [xz, weight, bias, x_proj, dt_proj, out_proj, out_bias, A, D, dt_bias]
-    inputs += [*(() if given else biases), *(weights if norms else ())]
-    same_with_gradients(got, want, inputs)
+    same_with_gradients(got, want, [*inputs, *biases, *weights])
 
 
 @pytest.mark.parametrize("indices", [False, True])

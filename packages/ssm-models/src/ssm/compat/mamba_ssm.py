@@ -368,7 +368,8 @@ def mamba_inner_fn(
         xz: (B, 2 D, L), float64 | float32 | bfloat16 | float16: what in_proj gives, channels first.
         conv1d_weight: (D, 1, W).
         conv1d_bias: (D,) or None.
-        x_proj_weight: (R + 2 N, D). Projection to step size, B and C.
+        x_proj_weight: (R + 2 N, D). Projection to step size, B and C; without the N rows of what is
+            given.
         delta_proj_weight: (D, R).
         out_proj_weight: (E, D).
         out_proj_bias: (E,) or None.
@@ -411,25 +412,24 @@ def mamba_inner_fn(
     rank, dstate = delta_proj_weight.shape[1], A.shape[-1]
     x, z = xz.chunk(2, dim=1)
     x = ops.dw_causal_conv(x, conv1d_weight, conv1d_bias, "silu")
-    dt, projected_B, projected_C = F.linear(x.transpose(1, 2), x_proj_weight).split(
-        [rank, dstate, dstate], dim=-1
-    )
+    projected = F.linear(x.transpose(1, 2), x_proj_weight)  # (B, L, R + 2 N)
 
     def normed(tensor, weight):
         return tensor if weight is None else rmsnorm_fn(tensor, weight, None, eps=b_c_dt_rms_eps)
 
-    def matrix(given, projected, bias, weight):
+    def matrix(given, columns, bias, weight):
         if given is not None:
             return given
-        projected = projected if bias is None else projected + bias.to(projected.dtype)
-        return normed(projected, weight).transpose(1, 2)
+        part = projected[..., columns]
+        part = part if bias is None else part + bias.to(part.dtype)
+        return normed(part, weight).transpose(1, 2)
 
     y = ops.selective_scan(
         x,
-        normed(F.linear(dt, delta_proj_weight), dt_rms_weight).transpose(1, 2),
+        normed(F.linear(projected[..., :rank], delta_proj_weight), dt_rms_weight).transpose(1, 2),
         A,
-        matrix(B, projected_B, B_proj_bias, b_rms_weight),
-        matrix(C, projected_C, C_proj_bias, c_rms_weight),
+        matrix(B, slice(rank, rank + dstate), B_proj_bias, b_rms_weight),
+        matrix(C, slice(-dstate, None), C_proj_bias, c_rms_weight),
         D,
         z,
         delta_bias,
