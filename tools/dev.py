@@ -43,6 +43,8 @@ REQUIREMENTS = (
         "pytest>=8",
         "safetensors",
     ),
+    # Tests and a bench compare with it; nothing else needs it.
+    ("transformers>=5.23,<5.24",),
 )
 
 SUMMARY = "{passed} passed, {failed} failed, {skipped} skipped"
