@@ -11,6 +11,10 @@ from safetensors.torch import save_file
 
 from ssm.models.config import MambaConfig
 from ssm.models.lm import MambaLMHeadModel
+from ssm.utils import dialects
+from ssm.utils.dialects.canonical import canonical, difference
+from ssm.utils.dialects.configs import read_values, write_values
+from tests.published_configs import RELEASED
 
 # config.json as published, made small; behind it the tensors of a block that mamba_ssm makes of it.
 MAMBA1 = {
@@ -175,3 +179,15 @@ def test_names_that_share_a_storage_are_not_tied_by_it(tmp_path):
     torch.save(tensors, tmp_path / "pytorch_model.bin")
     model = load(tmp_path, dtype="auto")
     assert model.lm_head.weight.data_ptr() != model.backbone.embedding.weight.data_ptr()
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_configs_of_released_models(name):
+    values, millions = RELEASED[name]
+    config = read_values(dialects.find(values), values, dialects.GENERIC)
+    model = MambaLMHeadModel(config, device="meta")
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(millions * 1e6, rel=1e-3)
+    written = write_values(dialects.find(values), config, dialects.GENERIC)
+    again = read_values(dialects.find(written), written, dialects.GENERIC)
+    assert not difference(canonical(again), canonical(config))
+    assert again.attn_cfg.get("softmax_scale") == config.attn_cfg.get("softmax_scale")

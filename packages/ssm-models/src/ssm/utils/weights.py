@@ -145,7 +145,7 @@ def save_pretrained(
         ValueError: the format is not known or cannot say what the model is.
         OSError: the directory cannot be written.
     """
-    dialect, text = _format(model.config, format)
+    dialect, values = _format(model.config, format)
     limit = _bytes(max_shard_size)
     directory = Path(save_directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -167,6 +167,11 @@ def save_pretrained(
         content = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2)
         write_file(directory / index, lambda path: path.write_text(content, encoding="utf-8"))
         written.append(index)
+    if dialect is not dialects.STATE_SPACES:
+        # What transformers loads a checkpoint as, unless it is told something else.
+        key = "dtype" if "dtype" in values else "torch_dtype"
+        values[key] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    text = json.dumps(values, indent=2) + "\n"
     write_file(directory / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
     for path in directory.iterdir():
         if OURS.fullmatch(path.name) and path.name not in written:
@@ -233,10 +238,10 @@ def _assign(model, tensors: dict[str, Tensor], stored: dict[str, torch.dtype]) -
             parameter._stored_dtype = stored[name]
 
 
-def _format(config, format: str) -> tuple[dialects.Dialect, str]:
-    """Return the table for a format, and the text of its config."""
+def _format(config, format: str) -> tuple[dialects.Dialect, dict]:
+    """Return the table for a format, and the values of its config."""
     if format == "safetensors":
-        return dialects.STATE_SPACES, config.to_json()
+        return dialects.STATE_SPACES, config.to_dict()
     if format == "mamba_ssm":
         values = {k: v for k, v in config.to_dict().items() if k not in OUR_FIELDS}
         values["ssm_cfg"] = {k: v for k, v in config.ssm_cfg.items() if k not in OUR_ARGUMENTS}
@@ -246,7 +251,7 @@ def _format(config, format: str) -> tuple[dialects.Dialect, str]:
                 "save_pretrained: format mamba_ssm must be able to say what the config says, "
                 f"got another {', '.join(lost)}"
             )
-        return dialects.STATE_SPACES, json.dumps(values, indent=2) + "\n"
+        return dialects.STATE_SPACES, values
     if format in dialects.FAMILIES:
         families = [dialects.FAMILIES[format]]
     elif format == "hf":
@@ -258,8 +263,7 @@ def _format(config, format: str) -> tuple[dialects.Dialect, str]:
     faults = []
     for family in families:
         try:
-            values = write_values(family, config, dialects.GENERIC)
-            return family, json.dumps(values, indent=2) + "\n"
+            return family, write_values(family, config, dialects.GENERIC)
         except ValueError as error:
             faults.append(str(error))
     if len(faults) == 1:

@@ -47,6 +47,8 @@ BAMBA = Dialect(
         "head_dim": lambda form: form["attn_cfg"]["head_dim"],
         "rms_norm_eps": lambda form: form["norm_epsilon"],
         "rope_parameters": hybrid.rope_fields,
+        # Where versions before 5 look.
+        "rope_theta": lambda form: hybrid.rope_fields(form)["rope_theta"],
     },
     ours={
         "pad_vocab_size_multiple": 1,
@@ -54,7 +56,11 @@ BAMBA = Dialect(
         "ssm_cfg.layer": "Mamba2",
         "mlp_cfg.multiple_of": 1,
     },
-    fixed={"hidden_act": ("silu", "swish"), "partial_rotary_factor": (0.5,)},
+    fixed={
+        "hidden_act": ("silu", "swish"),
+        "partial_rotary_factor": (0.5,),
+        "sliding_window": (None,),
+    },
     agree={"attn_rotary_emb": lambda v: hybrid.head_dim_of(v) // 2},
     ignored=frozenset(hybrid.NO_EFFECT | {"layer_types", "layers_block_type"}),
     nullable=hybrid.NULLABLE,

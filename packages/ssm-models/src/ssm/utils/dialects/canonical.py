@@ -121,9 +121,7 @@ def _ssm(values: dict, d_model: int, used: bool) -> dict:
     if layer == "Mamba1":
         if found["dt_rank"] == "auto":
             found["dt_rank"] = math.ceil(d_model / 16)
-        if found["expand"] == int(found["expand"]):
-            found["expand"] = int(found["expand"])  # transformers refuses 2.0
-        found["d_inner"] = int(found["expand"] * d_model)
+        found["d_inner"] = int(found.pop("expand") * d_model)
         if used and found["bcdt_norm"] is None:
             found["bcdt_norm_eps"] = None
         return found

@@ -95,8 +95,6 @@ def write_values(dialect: Dialect, config: MambaConfig, generic: frozenset[str])
     values = dict(config.foreign) if is_same else {}
     values |= {"architectures": [dialect.architecture], "model_type": dialect.name}
     try:
-        for name, allowed in dialect.fixed.items():
-            values.setdefault(name, allowed[0])
         for entry in dialect.fields:
             values[entry.name] = _get(form, entry.ours)
         for name, compute in dialect.emit.items():
@@ -137,8 +135,8 @@ def _fill(dialect: Dialect, values: Values, generic: frozenset[str]) -> Values:
     for name, value in values.items():
         if name not in known | generic and not name.startswith("_"):
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ValueError(f"{dialect.name}: field must be a known one, got {name!r}{hint}")
+            hint = f"did you mean {near[0]!r}?" if near else "remove it if it changes no result"
+            raise ValueError(f"{dialect.name}: field must be a known one, got {name!r} ({hint})")
         present = dialect.legacy.get(name, name)
         if present in full and difference(full[present], value):
             raise ValueError(

@@ -6,7 +6,7 @@ import math
 
 from ssm.utils.dialects import hybrid
 from ssm.utils.dialects.bamba import BAMBA
-from ssm.utils.dialects.mamba2 import expand_of
+from ssm.utils.dialects.mamba import ratio
 from ssm.utils.dialects.table import Dialect, Field
 
 
@@ -16,6 +16,11 @@ def _inner(values) -> int:
 
 def _multiplier(name: str, index: int):
     return lambda values: (values[name] or [1.0] * 5)[index]
+
+
+def _key_multiplier(attention) -> float:
+    root, scale = math.sqrt(attention["head_dim"]), attention["softmax_scale"]
+    return hybrid.undone(scale * root, lambda x: x / root, scale)
 
 
 FALCON_H1 = Dialect(
@@ -59,9 +64,7 @@ FALCON_H1 = Dialect(
         "attn_cfg.rotary_emb_dim": hybrid.head_dim_of,
         # (q, m k) = m (q, k): the factor of the keys is one of the scores.
         "attn_cfg.softmax_scale": lambda v: v["key_multiplier"] / math.sqrt(hybrid.head_dim_of(v)),
-        "ssm_cfg.expand": lambda v: expand_of(
-            {"inner": _inner(v), "one": 1, "width": v["hidden_size"]}, "inner", "one", "width"
-        ),
+        "ssm_cfg.expand": lambda v: ratio(_inner(v), v["hidden_size"]),
         "ssm_cfg.rmsnorm": lambda v: v["mamba_rms_norm"],
         "ssm_cfg.norm_before_gate": lambda v: v["mamba_norm_before_gate"],
         "ssm_cfg.multipliers": lambda v: v["ssm_multipliers"] or [1.0] * 5,
@@ -69,10 +72,8 @@ FALCON_H1 = Dialect(
         "mlp_cfg.out_multiplier": _multiplier("mlp_multipliers", 1),
     },
     emit={
-        **{k: v for k, v in BAMBA.emit.items() if k != "attn_layer_indices"},
-        "key_multiplier": lambda form: hybrid.shortest(
-            form["attn_cfg"]["softmax_scale"] * math.sqrt(form["attn_cfg"]["head_dim"])
-        ),
+        **{k: v for k, v in BAMBA.emit.items() if k not in ("attn_layer_indices", "mamba_expand")},
+        "key_multiplier": lambda form: _key_multiplier(form["attn_cfg"]),
         "mamba_d_ssm": lambda form: form["ssm_cfg"]["d_inner"],
         "mamba_norm_before_gate": lambda form: bool(form["ssm_cfg"]["norm_before_gate"]),
         "mamba_rms_norm": lambda form: form["ssm_cfg"]["rmsnorm"],
@@ -84,7 +85,7 @@ FALCON_H1 = Dialect(
         "ssm_multipliers": lambda form: form["ssm_cfg"]["multipliers"],
     },
     ours=BAMBA.ours,
-    fixed={"hidden_act": ("silu", "swish")},
+    fixed={"hidden_act": ("silu", "swish"), "attn_layer_indices": (None,)},
     ignored=frozenset(
         hybrid.NO_EFFECT
         | {"layer_types", "layers_block_type", "mamba_use_mlp", "mlp_expansion_factor"}

@@ -48,7 +48,9 @@ GRANITE = Dialect(
     emit={
         **{k: v for k, v in BAMBA.emit.items() if k != "attn_layer_indices"},
         "layer_types": hybrid.layer_types,
-        "logits_scaling": lambda form: hybrid.shortest(1 / form["logits_multiplier"]),
+        "logits_scaling": lambda form: hybrid.undone(
+            1 / form["logits_multiplier"], lambda x: 1 / x, form["logits_multiplier"]
+        ),
         "num_local_experts": lambda form: 0,
         "position_embedding_type": lambda form: (
             "rope" if form["attn_cfg"]["rotary_emb_dim"] else None

@@ -211,13 +211,16 @@ def rope_fields(form) -> dict:
     return settings
 
 
-def shortest(value: float) -> float:
-    """Return the number with few digits that a result of one or two roundings stands for.
+def undone(value: float, again, wanted: float) -> float:
+    """Return the number that a computation was made of, as it was probably written.
 
     Args:
-        value: any number.
+        value: the inverse computation's result, with its rounding.
+        again: the computation.
+        wanted: its result.
 
     Returns:
-        It, rounded to 15 significant digits.
+        value rounded to 15 digits if that gives what is wanted, else value.
     """
-    return float(f"{value:.15g}")
+    short = float(f"{value:.15g}")
+    return short if again(short) == wanted else value

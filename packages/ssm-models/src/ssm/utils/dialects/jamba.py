@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ssm.utils.dialects import hybrid
-from ssm.utils.dialects.mamba import rank_of
+from ssm.utils.dialects.mamba import rank_of, ratio
 from ssm.utils.dialects.table import Dialect, Field
 
 
@@ -35,7 +35,6 @@ JAMBA = Dialect(
         Field("tie_word_embeddings", "tie_embeddings", False),
         Field("mamba_d_state", "ssm_cfg.d_state", 16),
         Field("mamba_d_conv", "ssm_cfg.d_conv", 4),
-        Field("mamba_expand", "ssm_cfg.expand", 2),
         Field("mamba_proj_bias", "ssm_cfg.bias", False),
         Field("mamba_conv_bias", "ssm_cfg.conv_bias", True),
         *hybrid.ATTENTION_FIELDS,
@@ -47,6 +46,7 @@ JAMBA = Dialect(
         "expert_layer_period": 2,
         "head_dim": None,
         "mamba_dt_rank": "auto",
+        "mamba_expand": 2,
         "num_experts": 16,
         "rms_norm_eps": 1e-6,
     },
@@ -56,11 +56,13 @@ JAMBA = Dialect(
         "norm_epsilon": lambda v: v["rms_norm_eps"],
         "ssm_cfg.bcdt_norm_eps": lambda v: v["rms_norm_eps"],
         "ssm_cfg.dt_rank": rank_of("hidden_size", "mamba_dt_rank"),
+        "ssm_cfg.expand": lambda v: v["mamba_expand"],
     },
     emit={
         "attn_layer_offset": lambda form: [*form["attn_layer_idx"], form["n_layer"]][0],
         "attn_layer_period": _period,
         "mamba_dt_rank": lambda form: form["ssm_cfg"]["dt_rank"],
+        "mamba_expand": lambda form: ratio(form["ssm_cfg"]["d_inner"], form["d_model"]),
         "num_experts": lambda form: 1,
         "rms_norm_eps": lambda form: form["norm_epsilon"],
     },
@@ -73,7 +75,11 @@ JAMBA = Dialect(
         "attn_cfg.out_proj_bias": False,
         "mlp_cfg.multiple_of": 1,
     },
-    fixed={"hidden_act": ("silu", "swish")},
+    fixed={
+        "hidden_act": ("silu", "swish"),
+        "mamba_inner_layernorms": (True,),
+        "sliding_window": (None,),
+    },
     ignored=frozenset(
         hybrid.NO_EFFECT
         | {
@@ -82,7 +88,6 @@ JAMBA = Dialect(
             "layers_block_type",
             "layer_types",
             "num_experts_per_tok",
-            "sliding_window",
             "n_ctx",
             "calc_logits_for_entire_prompt",
         }

@@ -39,6 +39,33 @@ def rank_of(hidden: str, rank: str):
     return resolve
 
 
+def inner_of(values) -> int:
+    """Return the channels inside of a block.
+
+    Args:
+        values: foreign config.
+
+    Returns:
+        ``intermediate_size``, or what ``expand`` makes of the width of the model.
+    """
+    if values["intermediate_size"] is not None:
+        return values["intermediate_size"]
+    return int(values["expand"] * values["hidden_size"])
+
+
+def ratio(inner: int, width: int) -> int | float:
+    """Return inner / width.
+
+    Args:
+        inner: channels inside.
+        width: of the model.
+
+    Returns:
+        An int where it is one: transformers refuses 2.0.
+    """
+    return inner // width if inner % width == 0 else inner / width
+
+
 MAMBA = Dialect(
     name="mamba",
     architecture="MambaForCausalLM",
@@ -48,22 +75,28 @@ MAMBA = Dialect(
         Field("vocab_size", "vocab_size", 50280),
         Field("state_size", "ssm_cfg.d_state", 16),
         Field("conv_kernel", "ssm_cfg.d_conv", 4),
-        Field("expand", "ssm_cfg.expand", 2),
         Field("use_bias", "ssm_cfg.bias", False),
         Field("use_conv_bias", "ssm_cfg.conv_bias", True),
         Field("layer_norm_epsilon", "norm_epsilon", 1e-5),
         Field("residual_in_fp32", "residual_in_fp32", True),
         Field("tie_word_embeddings", "tie_embeddings", True),
     ),
-    defaults={"time_step_rank": "auto"},
-    derive={"ssm_cfg.dt_rank": rank_of("hidden_size", "time_step_rank")},
-    emit={"time_step_rank": lambda form: form["ssm_cfg"]["dt_rank"]},
+    # falcon-mamba-7b says expand 16 and means the width that intermediate_size says; so do both.
+    defaults={"expand": 2, "intermediate_size": None, "time_step_rank": "auto"},
+    derive={
+        "ssm_cfg.dt_rank": rank_of("hidden_size", "time_step_rank"),
+        "ssm_cfg.expand": lambda values: ratio(inner_of(values), values["hidden_size"]),
+    },
+    emit={
+        "expand": lambda form: ratio(form["ssm_cfg"]["d_inner"], form["d_model"]),
+        "intermediate_size": lambda form: form["ssm_cfg"]["d_inner"],
+        "time_step_rank": lambda form: form["ssm_cfg"]["dt_rank"],
+    },
     ours={"pad_vocab_size_multiple": 1, "ssm_cfg.layer": "Mamba1"},
     fixed={"hidden_act": ("silu", "swish")},
     agree={
-        "intermediate_size": lambda values: int(values["expand"] * values["hidden_size"]),
         # Checkpoints that were converted from state-spaces carry some of its fields.
-        "d_inner": lambda values: int(values["expand"] * values["hidden_size"]),
+        "d_inner": lambda values: inner_of(values),
         "d_model": lambda values: values["hidden_size"],
         "n_layer": lambda values: values["num_hidden_layers"],
         "rms_norm": lambda values: True,

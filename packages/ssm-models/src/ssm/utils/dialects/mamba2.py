@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ssm.utils.dialects.mamba import INITIAL
+from ssm.utils.dialects.mamba import INITIAL, ratio
 from ssm.utils.dialects.table import Dialect, Field
 
 NO_LIMIT = [0.0, math.inf]
@@ -22,8 +22,7 @@ def expand_of(values, heads: str, width: str, hidden: str):
     Returns:
         An int where it is one.
     """
-    inner = values[heads] * values[width]
-    return inner // values[hidden] if inner % values[hidden] == 0 else inner / values[hidden]
+    return ratio(values[heads] * values[width], values[hidden])
 
 
 def limit_of(values):
@@ -69,12 +68,7 @@ MAMBA2 = Dialect(
     },
     emit={
         "num_heads": lambda form: form["ssm_cfg"]["nheads"],
-        "expand": lambda form: expand_of(
-            {"inner": form["ssm_cfg"]["d_inner"], "one": 1, "width": form["d_model"]},
-            "inner",
-            "one",
-            "width",
-        ),
+        "expand": lambda form: ratio(form["ssm_cfg"]["d_inner"], form["d_model"]),
         "layer_norm_epsilon": lambda form: form["norm_epsilon"],
         "time_step_limit": lambda form: form["ssm_cfg"]["dt_limit"],
     },
@@ -85,10 +79,21 @@ MAMBA2 = Dialect(
         "d_model": lambda v: v["hidden_size"],
         "n_layer": lambda v: v["num_hidden_layers"],
         "rms_norm": lambda v: True,
-        "norm_before_gate": lambda v: False,
+        "attn_layer_idx": lambda v: [],
+        "d_intermediate": lambda v: 0,
     },
+    # norm_before_gate was written as true by a version that never used it.
     ignored=frozenset(
-        {*INITIAL, "chunk_size", "fused_add_norm", "pad_vocab_size_multiple", "time_step_rank"}
+        {
+            *INITIAL,
+            "attn_cfg",
+            "chunk_size",
+            "fused_add_norm",
+            "norm_before_gate",
+            "pad_vocab_size_multiple",
+            "ssm_cfg",
+            "time_step_rank",
+        }
     ),
     nullable=frozenset({"time_step_limit"}),
     refused=(

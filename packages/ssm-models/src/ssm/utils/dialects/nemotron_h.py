@@ -78,6 +78,8 @@ NEMOTRON_H = Dialect(
     },
     agree={
         "num_hidden_layers": lambda v: len(_kinds(v)),
+        "num_query_groups": lambda v: v["num_key_value_heads"],
+        "mamba_state_dim": lambda v: v["ssm_state_size"],
     },
     legacy={
         "layer_types": "layers_block_type",
@@ -98,6 +100,7 @@ NEMOTRON_H = Dialect(
         | {
             "chunk_size",
             "expand",
+            "hidden_act",
             "hidden_dropout",
             "mamba_proj_bias",
             "mamba_ssm_cache_dtype",

@@ -53,7 +53,8 @@ class Dialect:
         derive: our path -> function that computes it from theirs.
         emit: their field -> function that computes it from ours.
         ours: our path -> its value in every checkpoint of this format.
-        fixed: their field -> values that are supported; the first is the default.
+        fixed: their field -> values that are supported; the first is the default,
+            there too, and so never written.
         agree: their field that repeats others -> function that computes what it must be.
         legacy: former name of a field -> present name.
         nullable: fields that may be null although their default is not.
