@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="also run the tests marked `goldens`: all backends against upstream's tensors",
     )
-    for name in ("mamba", "conv"):
+    for name in ("mamba", "conv", "rotary"):
         parser.addoption(
             f"--{name}-repo",
             metavar="CLONE",

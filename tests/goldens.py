@@ -12,8 +12,8 @@ from safetensors.numpy import load
 FOLDER = Path(__file__).resolve().parents[1] / "goldens"
 REFRESH = "see goldens/README.md; `python3 tools/refresh_goldens.py` writes them anew"
 REFRESH_UPSTREAM = (
-    "see goldens/README.md; `python3 tools/refresh_goldens.py --mamba-repo CLONE --conv-repo CLONE`"
-    " writes them anew"
+    "see goldens/README.md; `python3 tools/refresh_goldens.py --mamba-repo CLONE --conv-repo CLONE"
+    " --rotary-repo CLONE` writes them anew"
 )
 
 

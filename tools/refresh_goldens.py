@@ -2,8 +2,8 @@
 """Write the goldens: of our own reference, or of the official implementation.
 
 Usage: tools/refresh_goldens.py [--output DIR]
-       tools/refresh_goldens.py --mamba-repo CLONE [--conv-repo CLONE] [--device cpu|cuda:N]
-                                [--allow-other-commit] [--output DIR]
+       tools/refresh_goldens.py --mamba-repo CLONE [--conv-repo CLONE] [--rotary-repo CLONE]
+                                [--device cpu|cuda:N] [--allow-other-commit] [--output DIR]
 
 The first form writes DIR/ops/<op>/<case>.safetensors with DIR/manifest.json for each small case of
 tests/cases.py, and held_out.json and greedy.json beside each checkpoint DIR/models/<name>/.
@@ -13,7 +13,8 @@ float64 on these rounded arguments and are rounded once.
 The second form writes DIR/upstream/<cpu|cuda>/ with a manifest.json of its own: each call of
 tests/golden_cases.py, run by the code of a clone of state-spaces/mamba; on a CPU by its pure
 PyTorch references in float64, without Triton or compiled extensions. It needs einops. Calls of the
-causal convolution need a clone of Dao-AILab/causal-conv1d too; without one, their goldens stay.
+causal convolution need a clone of Dao-AILab/causal-conv1d too, and rotary embeddings one of
+Dao-AILab/flash-attention; without one, their goldens stay as they are.
 The clones must be unchanged and at the commits in tools/goldens/clone.py.
 
 The same machine and the same versions give the same bytes.
@@ -37,7 +38,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="refresh_goldens", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--output", type=Path, default=ROOT / "goldens", metavar="DIR", help="default: goldens/")
-    for repository in (clone.MAMBA, clone.CONV):
+    for repository in clone.REPOSITORIES:
         what = f"clone of {repository.name} at {repository.commit[:12]}"
         add(repository.option, type=Path, metavar="CLONE", help=what)
     add("--device", default="cpu", help="where upstream's code runs: cpu (default) or cuda:N")
@@ -47,13 +48,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="take clones at other commits; the manifest names them",
     )
     found = parser.parse_args(arguments)
+    others = found.conv_repo is not None or found.rotary_repo is not None
     if found.mamba_repo is None:
-        if found.conv_repo is not None or found.allow_other_commit or found.device != "cpu":
-            parser.error("--conv-repo, --allow-other-commit and --device need --mamba-repo")
+        if others or found.allow_other_commit or found.device != "cpu":
+            parser.error("--mamba-repo must be given with any option but --output, got none")
     elif found.device.partition(":")[0] not in ("cpu", "cuda"):
         parser.error(f"--device must be cpu or cuda:N, got {found.device}")
-    elif found.device != "cpu" and found.conv_repo is not None:
-        parser.error("--conv-repo is for --device cpu: a GPU uses the installed causal_conv1d")
+    elif found.device != "cpu" and others:
+        parser.error("--conv-repo and --rotary-repo are for cpu: a GPU uses installed packages")
+    given = (found.mamba_repo, found.conv_repo, found.rotary_repo)
+    pairs = zip(clone.REPOSITORIES, given, strict=True)
+    found.clones = {repository: path for repository, path in pairs if path is not None}
     return found
 
 
@@ -71,9 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
             files = operators.refresh(place)
             checkpoints.refresh(place)
         else:
-            files = upstream.refresh(
-                place, given.mamba_repo, given.conv_repo, given.device, given.allow_other_commit
-            )
+            files = upstream.refresh(place, given.clones, given.device, given.allow_other_commit)
             place = place / "upstream" / given.device.partition(":")[0]
     except (Fault, OSError) as fault:
         print(f"refresh_goldens: {fault}", file=sys.stderr)

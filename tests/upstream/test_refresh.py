@@ -115,7 +115,7 @@ def test_device_without_hardware_is_refused(repository, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(Fault, match="--device must be one of this machine, got cuda:0"):
-        upstream.refresh(repository / "output", repository, None, "cuda:0", True)
+        upstream.refresh(repository / "output", {clone.MAMBA: repository}, "cuda:0", True)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +124,7 @@ def test_device_without_hardware_is_refused(repository, monkeypatch):
         ["--device", "cuda:0"],
         ["--allow-other-commit"],
         ["--conv-repo", "x"],
+        ["--rotary-repo", "x"],
         ["--mamba-repo", "x", "--device", "tpu"],
         ["--mamba-repo", "x", "--device", "cuda:0", "--conv-repo", "x"],
     ],
@@ -146,13 +147,14 @@ def test_kernel_that_is_called_on_a_cpu_stops_the_run():
 def test_float64_is_kept_and_nothing_else():
     import torch
 
-    from tools.goldens.upstream_functions import KeepFloat64
+    from tools.goldens.upstream_loading import KeepFloat64
 
     wide, half = torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.bfloat16)
     with KeepFloat64():
         assert wide.float() is wide
         assert wide.to(torch.float32) is wide
         assert wide.to(dtype=torch.float32) is wide
+        assert torch.arange(3, dtype=torch.float32).dtype == torch.float64
         assert half.float().dtype == torch.float32
         assert wide.to(torch.int64).dtype == torch.int64
         assert wide.half().dtype == torch.float16
@@ -170,11 +172,11 @@ def test_files_do_not_depend_on_the_order_of_names():
 @pytest.fixture
 def clones(request) -> list[str]:
     """Options that name real clones of upstream."""
-    mamba = request.config.getoption("--mamba-repo")
-    conv = request.config.getoption("--conv-repo")
-    if mamba is None or conv is None:
-        pytest.skip("needs --mamba-repo CLONE and --conv-repo CLONE")
-    return ["--mamba-repo", mamba, "--conv-repo", conv]
+    options = [repository.option for repository in clone.REPOSITORIES]
+    found = {option: request.config.getoption(option) for option in options}
+    if None in found.values():
+        pytest.skip(f"needs {', '.join(options)}, each with a CLONE")
+    return [word for pair in found.items() for word in pair]
 
 
 @pytest.mark.goldens
@@ -200,7 +202,7 @@ def test_refreshing_gives_the_goldens(clones, tmp_path):
 
 
 @pytest.mark.goldens
-def test_goldens_of_the_convolution_stay_without_its_clone(clones, tmp_path):
+def test_goldens_stay_where_their_clone_is_not_given(clones, tmp_path):
     run = [sys.executable, TOOL, "--output", tmp_path]
     subprocess.run([*run, *clones], check=True, capture_output=True)
     place = tmp_path / "upstream/cpu"

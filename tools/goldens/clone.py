@@ -49,6 +49,13 @@ CONV = Repository(
     "causal_conv1d",
     "0d2252d161f25f7907bbd05985c08ab98d255874",
 )
+ROTARY = Repository(
+    "Dao-AILab/flash-attention",
+    "--rotary-repo",
+    "flash_attn",
+    "060c9188beec3a8b62b33a3bfa6d5d2d44975fab",
+)
+REPOSITORIES = (MAMBA, CONV, ROTARY)
 
 
 def check(repository: Repository, folder: Path, allow_other_commit: bool = False) -> str:
@@ -132,14 +139,15 @@ _STAND_INS = (
     "triton.language",
     "selective_scan_cuda",
     "causal_conv1d.cpp_functions",
+    "flash_attn.ops.triton.rotary",
     "huggingface_hub",
     "transformers",
     "transformers.generation",
     "transformers.utils",
     "transformers.utils.hub",
 )
-# Imports that upstream expects to fail where the package is missing; it has a fallback then.
-_MISSING = ("causal_conv1d", "flash_attn", "flash_attn.layers.rotary")
+# Packages without which upstream has fallbacks; they count as missing unless a clone was loaded.
+_OPTIONAL = ("causal_conv1d", "flash_attn")
 
 
 @contextlib.contextmanager
@@ -166,7 +174,7 @@ def modules(repository: Repository, folder: Path, names: tuple[str, ...], device
     """Import modules of a clone.
 
     Args:
-        repository: the clone is of; on a GPU an installed causal_conv1d serves instead of a clone.
+        repository: the clone is of.
         folder: root of the clone.
         names: modules, from the package's folder on, in the order in which they are imported.
         device: "cpu" puts the stand-ins in place of kernels.
@@ -183,17 +191,35 @@ def modules(repository: Repository, folder: Path, names: tuple[str, ...], device
     if device == "cpu":
         standing = {name: _StandIn(name) for name in _STAND_INS}
         standing["triton"].language = standing["triton.language"]
-        standing |= dict.fromkeys(_MISSING)
+        standing |= {name: None for name in _OPTIONAL if name not in sys.modules}
     if package not in sys.modules:
         # Its own __init__.py would import all modules, before any of them can be looked at.
         sys.modules[package] = _package(package, folder / package)
     standing.pop(package, None)
     with _replaced(standing):
-        try:
-            found = {n.split(".")[-1]: importlib.import_module(f"{package}.{n}") for n in names}
-        except ImportError as error:
-            raise Fault(
-                f"{error.name} must be installed to import {repository.name} on {device}, got "
-                f"{type(error).__name__}: {error}; only refreshing upstream's goldens needs it"
-            ) from None
-    return found
+        return installed(repository, names, device)
+
+
+def installed(repository: Repository, names: tuple[str, ...], device: str) -> dict:
+    """Import modules of a repository's package from where Python finds it.
+
+    Args:
+        repository: whose package it is.
+        names: modules, from the package's folder on.
+        device: for the message.
+
+    Returns:
+        Last part of a module's name -> module.
+
+    Raises:
+        Fault: the package, or something that it imports, is not installed.
+    """
+    try:
+        return {
+            n.split(".")[-1]: importlib.import_module(f"{repository.package}.{n}") for n in names
+        }
+    except ImportError as error:
+        raise Fault(
+            f"{error.name} must be installed to import {repository.name} on {device}, got "
+            f"{type(error).__name__}: {error}; only refreshing upstream's goldens needs it"
+        ) from None

@@ -1,40 +1,8 @@
-"""Upstream's functions, called by our names: references on a CPU, kernels on a GPU.
-
-``load`` imports upstream; on a CPU it also puts references where upstream's modules would call
-kernels, before those modules import them.
-"""
+"""Upstream's functions, called with our arguments."""
 
 from __future__ import annotations
 
-import contextlib
-from pathlib import Path
-
-import torch
-from torch.overrides import TorchFunctionMode
-
-from tools.goldens import clone
-from tools.goldens.files import Fault
-
-_OPERATORS = (
-    "ops.triton.layer_norm",
-    "ops.triton.layernorm_gated",
-    "ops.triton.selective_state_update",
-    "ops.selective_scan_interface",
-    "ops.triton.ssd_chunk_state",
-    "ops.triton.ssd_state_passing",
-    "ops.triton.ssd_chunk_scan",
-    "ops.triton.ssd_combined",
-)
-_MODULES = (
-    "modules.ssd_minimal",
-    "modules.mamba_simple",
-    "modules.mamba2",
-    "modules.mha",
-    "models.config_mamba",
-    "models.mixer_seq_simple",
-    "utils.generation",
-)
-_CONV_MODULES = ("causal_conv1d_interface",)
+from tools.goldens.upstream_loading import Upstream
 
 # Reference -> the function that runs kernels; both are in the same file. Others have no kernel.
 _KERNELS = {
@@ -53,125 +21,6 @@ _KERNELS = {
 # Outputs through which upstream's kernels let no gradient flow.
 CUT_ON_CUDA = {"selective_scan_interface.selective_scan_ref": ("last_state",)}
 
-ARITHMETIC = {
-    "cpu": "references of upstream in float64; its casts to float32 are left out",
-    "cuda": "kernels of upstream in float32, as they are",
-}
-
-
-class KeepFloat64(TorchFunctionMode):
-    """Leaves out casts from float64 to float32, so that upstream's formulas run in float64.
-
-    Upstream widens half types with ``.float()`` here and there; on float64 that would be the one
-    rounding that decides how closely its result can be held.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        """Run a function of torch, or return a float64 tensor as it is in place of a cast."""
-        kwargs = kwargs or {}
-        if func in (torch.Tensor.float, torch.Tensor.to) and args[0].dtype == torch.float64:
-            wanted = (*args[1:], *kwargs.values())
-            if func is torch.Tensor.float or torch.float32 in wanted:
-                return args[0]
-        return func(*args, **kwargs)
-
-
-class Upstream:
-    """Upstream's code, loaded.
-
-    Args:
-        files: last part of a module's name -> module.
-        device: where everything runs.
-    """
-
-    def __init__(self, files: dict, device: str) -> None:
-        self.files = files
-        self.device = device
-        self.on_cpu = device == "cpu"
-
-    def function(self, name: str):
-        """Return the function that a golden names, `<file>.<function>`, or its kernel on a GPU."""
-        file, _, reference = name.partition(".")
-        return getattr(
-            self.files[file], reference if self.on_cpu else _KERNELS.get(name, reference)
-        )
-
-    def has(self, name: str) -> bool:
-        """Return whether the file of a function was loaded."""
-        return name.partition(".")[0] in self.files
-
-    def arithmetic(self) -> contextlib.AbstractContextManager:
-        """Return the context in which upstream's code is run."""
-        return KeepFloat64() if self.on_cpu else contextlib.nullcontext()
-
-    def dtype(self) -> torch.dtype:
-        """Return the element type of the computation."""
-        return torch.float64 if self.on_cpu else torch.float32
-
-
-def load(mamba: Path, conv: Path | None, device: str) -> Upstream:
-    """Import upstream.
-
-    Args:
-        mamba: clone of state-spaces/mamba.
-        conv: clone of causal-conv1d, or None. On a GPU the installed package serves.
-        device: "cpu" or "cuda:N".
-
-    Raises:
-        Fault: something that upstream imports is missing.
-    """
-    kind = device.partition(":")[0]
-    files = clone.modules(clone.MAMBA, mamba, _OPERATORS, kind)
-    if kind == "cpu":
-        _replace_kernels(files)
-    files |= clone.modules(clone.MAMBA, mamba, _MODULES, kind)
-    if conv is not None:
-        files |= clone.modules(clone.CONV, conv, _CONV_MODULES, kind)
-    return Upstream(files, device)
-
-
-def _replace_kernels(files: dict) -> None:
-    """Put references where modules of upstream call kernels."""
-    layer_norm, gated = files["layer_norm"], files["layernorm_gated"]
-    scan, combined = files["selective_scan_interface"], files["ssd_combined"]
-
-    def layer_norm_fn(*args, is_rms_norm=False, residual_in_fp32=False, **kwargs):
-        reference = layer_norm.rms_norm_ref if is_rms_norm else layer_norm.layer_norm_ref
-        return reference(*args, **kwargs)
-
-    def rms_norm_fn(*args, residual_in_fp32=False, **kwargs):
-        return layer_norm.rms_norm_ref(*args, **kwargs)
-
-    def chunk_scan(
-        x, dt, A, B, C, chunk_size, seq_idx=None, cu_seqlens=None, return_final_states=False,
-        return_varlen_states=False, **kwargs,
-    ):  # fmt: skip
-        if seq_idx is not None or cu_seqlens is not None:
-            raise Fault("packed sequences must not be asked for on cpu, got seq_idx or cu_seqlens")
-        states = []
-
-        def scan_and_keep_state(*args, **named):
-            out, last_state = scan.selective_scan_ref(*args, return_last_state=True, **named)
-            states.append(last_state)
-            return out
-
-        # The one reference for any number of steps returns no state, and looks this name up when
-        # it is called.
-        scan.selective_scan_fn = scan_and_keep_state
-        try:
-            y = combined.ssd_selective_scan(x, dt, A, B, C, **kwargs)
-        finally:
-            scan.selective_scan_fn = scan.selective_scan_ref
-        return (y, states[0].unflatten(1, x.shape[2:])) if return_final_states else y
-
-    layer_norm.layer_norm_fn = layer_norm_fn
-    layer_norm.rms_norm_fn = rms_norm_fn
-    gated.rmsnorm_fn = gated.rms_norm_ref
-    scan.selective_scan_fn = scan.selective_scan_ref
-    combined.mamba_chunk_scan_combined = chunk_scan
-    update = files["selective_state_update"]
-    update.selective_state_update = update.selective_state_update_ref
-
 
 def call(upstream: Upstream, golden, arguments: dict) -> dict:
     """Return the outputs of a golden's function by our names.
@@ -184,10 +33,22 @@ def call(upstream: Upstream, golden, arguments: dict) -> dict:
     Returns:
         Output name -> tensor.
     """
+    file, _, name = golden.function.partition(".")
+    if not upstream.on_cpu:
+        name = _KERNELS.get(golden.function, name)
+    function = getattr(upstream.files[file], name)
     with upstream.arithmetic():
-        return _CONVERSIONS[golden.function](
-            upstream, upstream.function(golden.function), dict(arguments)
-        )
+        return _CONVERSIONS[golden.function](upstream, function, dict(arguments))
+
+
+def call_compat(upstream: Upstream, golden, arguments: dict) -> dict:
+    """Return the outputs of a golden of ``tests.golden_cases.COMPAT`` by their number."""
+    file, _, name = golden.function.partition(".")
+    if not upstream.on_cpu:
+        name = golden.ours.partition(".")[2]
+    with upstream.arithmetic():
+        found = getattr(upstream.files[file], name)(**arguments)
+    return {str(i): t for i, t in enumerate(found if isinstance(found, tuple) else (found,))}
 
 
 def _selective_scan(upstream, function, a):

@@ -8,7 +8,7 @@ from torch import nn
 
 from tools.goldens.files import SEED, Fault
 from tools.goldens.operators import draw_weights
-from tools.goldens.upstream_functions import Upstream
+from tools.goldens.upstream_loading import Upstream
 
 # Greedy tokens are compared exactly, so the likeliest must be ahead by more than any rounding.
 MARGIN = 1e-3
