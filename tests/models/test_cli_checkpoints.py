@@ -17,7 +17,7 @@ from ssm.models.config import MambaConfig
 from ssm.models.lm import MambaLMHeadModel
 from ssm.text import ByteVocabulary
 from ssm.training import evaluate
-from ssm.utils import tensor_files
+from ssm.utils.safetensors_file import SafetensorsFile
 from tests.families import FAMILIES, build, needs_transformers
 
 
@@ -45,7 +45,7 @@ def test_inspect_reads_headers_only(checkpoint, capsys, monkeypatch):
     def read(*args, **kwargs):
         raise AssertionError("a tensor was read")
 
-    monkeypatch.setattr(tensor_files.SafetensorsFile, "read", read)
+    monkeypatch.setattr(SafetensorsFile, "read", read)
     assert run("inspect", checkpoint, "--json", "--tensors") == 0
     found = json.loads(capsys.readouterr().out)
     tensors = {n: t for p in checkpoint.glob("*.safetensors") for n, t in load_file(p).items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from functools import partial, reduce
 from pathlib import Path
@@ -13,25 +12,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ssm.models.config import OUR_FIELDS, MambaConfig
-from ssm.modules.precision import at_least_fp32
 from ssm.utils import dialects
 from ssm.utils.checkpoint import TIED, Checkpoint, different_twins, open_checkpoint, plan_reading
-from ssm.utils.dialects.canonical import canonical, difference
-from ssm.utils.dialects.configs import write_values
-from ssm.utils.dialects.names import pieces_of
 from ssm.utils.files import write_file
 from ssm.utils.hub import BIN_FILE, CONFIG_FILE, SAFETENSORS_FILE, find_directory
+from ssm.utils.saving import FP32_NAMES, choose_format, kept, parse_size, spread, tensors_to_write
 from ssm.utils.tensor_files import INDEX_ENDING
 
-# Rounding these to 8 bits changes the recurrence; they stay float32 in every model dtype.
-FP32_NAMES = (".A_log", ".D", ".dt_bias", ".dt_proj.bias")
-FORMATS = ("safetensors", "mamba_ssm", "hf")
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # Two tensors that should be one are compared in pieces of this size.
 TWIN_BYTES = 1 << 20
-# Arguments of mixers that mamba_ssm does not have.
-OUR_ARGUMENTS = ("bcdt_norm", "bcdt_norm_eps", "norm_eps", "multipliers")
 # Names that this module may have written, and that a later save replaces.
 OURS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 
@@ -101,7 +90,7 @@ def from_pretrained(
         parts = pieces[name]
         kinds = [files.entries[piece.name].dtype for piece in parts]
         stored[name] = reduce(torch.promote_types, kinds)
-        kind = _kept(name, dtype or stored[name])
+        kind = kept(name, dtype or stored[name])
         if on_meta:
             tensors[name] = torch.empty(shapes[name], device="meta", dtype=kind)
         elif len(parts) == 1:
@@ -145,24 +134,24 @@ def save_pretrained(
         ValueError: the format is not known or cannot say what the model is.
         OSError: the directory cannot be written.
     """
-    dialect, values = _format(model.config, format)
-    limit = _bytes(max_shard_size)
+    dialect, values = choose_format(model.config, format)
+    limit = parse_size(max_shard_size)
     directory = Path(save_directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = _tensors_to_write(model, dialect, dtype, keep_twin=format == "mamba_ssm")
+    tensors = tensors_to_write(model, dialect, dtype, keep_twin=format == "mamba_ssm")
     written = []
     if format == "mamba_ssm":
         write_file(directory / BIN_FILE, lambda path: torch.save(tensors, path))
         written.append(BIN_FILE)
     else:
-        for name, names in _shards(tensors, limit):
+        for name, names in spread(tensors, limit):
             part = {key: tensors[key].contiguous() for key in names}
             write = partial(save_file, part, metadata={"format": "pt"})
             write_file(directory / name, write)
             written.append(name)
     if len(written) > 1:
         index = SAFETENSORS_FILE + INDEX_ENDING
-        where = {key: name for name, names in _shards(tensors, limit) for key in names}
+        where = {key: name for name, names in spread(tensors, limit) for key in names}
         total = sum(tensor.nbytes for tensor in tensors.values())
         content = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2)
         write_file(directory / index, lambda path: path.write_text(content, encoding="utf-8"))
@@ -210,11 +199,6 @@ def _dtype(dtype) -> torch.dtype | None:
     return dtype
 
 
-def _kept(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that a tensor has in a model of a dtype."""
-    return at_least_fp32(dtype) if name.endswith(FP32_NAMES) else dtype
-
-
 def _check_twins(checkpoint: Checkpoint, first: str, second: str) -> None:
     """Make sure, piece by piece, that a weight under two names is one."""
     files = checkpoint.tensors
@@ -236,115 +220,3 @@ def _assign(model, tensors: dict[str, Tensor], stored: dict[str, torch.dtype]) -
         parameter.__dict__.update(marks.get(name, {}))
         if name.endswith(FP32_NAMES):
             parameter._stored_dtype = stored[name]
-
-
-def _format(config, format: str) -> tuple[dialects.Dialect, dict]:
-    """Return the table for a format, and the values of its config."""
-    if format == "safetensors":
-        return dialects.STATE_SPACES, config.to_dict()
-    if format == "mamba_ssm":
-        values = {k: v for k, v in config.to_dict().items() if k not in OUR_FIELDS}
-        values["ssm_cfg"] = {k: v for k, v in config.ssm_cfg.items() if k not in OUR_ARGUMENTS}
-        lost = difference(canonical(config), canonical(MambaConfig(**values)))
-        if lost:
-            raise ValueError(
-                "save_pretrained: format mamba_ssm must be able to say what the config says, "
-                f"got another {', '.join(lost)}"
-            )
-        return dialects.STATE_SPACES, values
-    if format in dialects.FAMILIES:
-        families = [dialects.FAMILIES[format]]
-    elif format == "hf":
-        source = config.foreign.get("model_type")
-        families = sorted(dialects.FAMILIES.values(), key=lambda family: family.name != source)
-    else:
-        choice = ", ".join((*FORMATS, *dialects.FAMILIES))
-        raise ValueError(f"save_pretrained: format must be one of {choice}, got {format!r}")
-    faults = []
-    for family in families:
-        try:
-            return family, write_values(family, config, dialects.GENERIC)
-        except ValueError as error:
-            faults.append(str(error))
-    if len(faults) == 1:
-        raise ValueError(faults[0])
-    reasons = [fault.partition("says, got ")[2] for fault in faults]
-    pairs = zip((family.name for family in families), reasons, strict=True)
-    raise ValueError(
-        "save_pretrained: format hf must have a family for the config, got none: "
-        + "; ".join(f"{name}: {reason}" for name, reason in pairs)
-    )
-
-
-def _tensors_to_write(model, dialect, dtype, keep_twin: bool) -> dict[str, Tensor]:
-    """Return stored name -> tensor on the CPU."""
-    state = model.state_dict()
-    parameters = dict(model.named_parameters())
-    if model.config.tie_embeddings and not keep_twin:
-        # One storage under two names is refused by the format; the loader restores the tie.
-        del state[TIED[0]]
-    form = canonical(model.config)
-    parts: dict[str, list] = {}
-    done: dict[int, Tensor] = {}
-    for name, value in state.items():
-        ours = done.get(value.data_ptr())
-        if ours is None:
-            kind = dtype or getattr(parameters.get(name), "_stored_dtype", value.dtype)
-            ours = _written(name, value.detach(), dtype, kind)
-            if value.numel():
-                done[value.data_ptr()] = ours
-        for piece in pieces_of(dialect, form, name, tuple(value.shape)):
-            rows = ours[piece.row : piece.row + piece.stop - piece.start]
-            parts.setdefault(piece.name, []).append((piece.start, rows))
-    found = {}
-    for name, pieces in parts.items():
-        pieces.sort(key=lambda pair: pair[0])
-        rows = [tensor for _, tensor in pieces]
-        if len(rows) > 1:
-            found[name] = torch.cat(rows)
-        else:
-            # A part of a tensor shares its storage with the others, which the format refuses.
-            is_part = rows[0].untyped_storage().nbytes() != rows[0].nbytes
-            found[name] = rows[0].clone() if is_part else rows[0]
-    return found
-
-
-def _written(name: str, value: Tensor, dtype, stored: torch.dtype) -> Tensor:
-    """Return a tensor as it goes into the file."""
-    if dtype is not None:
-        return value.to("cpu", _kept(name, dtype))
-    rounded = value.to("cpu", stored)
-    return rounded if torch.equal(rounded.to(value.dtype), value.cpu()) else value.cpu()
-
-
-def _bytes(size: int | str) -> int:
-    """Return a number of bytes from an int or a text like "5GB"."""
-    found = size
-    if isinstance(size, str):
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)", size.strip().upper())
-        found = int(float(match[1]) * UNITS[match[2]]) if match else 0
-    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
-        raise ValueError(
-            "save_pretrained: max_shard_size must be a number of bytes or a text like '5GB', "
-            f"got {size!r}"
-        )
-    return found
-
-
-def _shards(tensors: dict[str, Tensor], limit: int) -> list[tuple[str, list[str]]]:
-    """Spread names over files of at most ``limit`` bytes; a larger tensor has a file of its own."""
-    groups: list[list[str]] = [[]]
-    room = limit
-    for name, tensor in tensors.items():
-        if tensor.nbytes > room and groups[-1]:
-            groups.append([])
-            room = limit
-        groups[-1].append(name)
-        room -= tensor.nbytes
-    if len(groups) == 1:
-        return [(SAFETENSORS_FILE, groups[0])]
-    stem, ending = os.path.splitext(SAFETENSORS_FILE)
-    return [
-        (f"{stem}-{number:05}-of-{len(groups):05}{ending}", names)
-        for number, names in enumerate(groups, 1)
-    ]
