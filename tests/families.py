@@ -88,6 +88,14 @@ FAMILIES = {
         "granitemoehybrid",
         {**GRANITE, "position_embedding_type": "rope", "tie_word_embeddings": True},
     ),
+    "granitemoehybrid-attention": (
+        "granitemoehybrid",
+        {**GRANITE, "position_embedding_type": "rope", "layer_types": ["full_attention"] * 3},
+    ),
+    "bamba-recurrent": (
+        "bamba",
+        {**SMALL, **ATTENTION, **MAMBA2, "intermediate_size": 48, "time_step_limit": None},
+    ),
     "jamba": (
         "jamba",
         {
@@ -114,6 +122,23 @@ FAMILIES = {
             "n_groups": 2,
             "ssm_state_size": 16,
             "chunk_size": 16,
+        },
+    ),
+    "nemotron_h-recurrent": (
+        "nemotron_h",
+        {
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "layers_block_type": ["linear_attention", "mlp", "linear_attention"],
+            **ATTENTION,
+            "intermediate_size": 48,
+            "mlp_bias": True,
+            "use_bias": True,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 8,
+            "n_groups": 1,
+            "ssm_state_size": 16,
+            "time_step_min": 0.01,
         },
     ),
     "falcon_h1": ("falcon_h1", FALCON_H1),

@@ -136,6 +136,8 @@ def _written(name: str, value: Tensor, dtype, stored: torch.dtype) -> Tensor:
     """Return a tensor as it goes into the file."""
     if dtype is not None:
         return value.to("cpu", kept(name, dtype))
+    if stored == value.dtype:
+        return value.cpu()
     rounded = value.to("cpu", stored)
     return rounded if torch.equal(rounded.to(value.dtype), value.cpu()) else value.cpu()
 
