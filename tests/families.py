@@ -94,7 +94,7 @@ FAMILIES = {
     ),
     "bamba-recurrent": (
         "bamba",
-        {**SMALL, **ATTENTION, **MAMBA2, "intermediate_size": 48, "time_step_limit": None},
+        {**SMALL, **ATTENTION, **MAMBA2, "intermediate_size": 48},
     ),
     "jamba": (
         "jamba",

@@ -99,7 +99,9 @@ def test_transformers_reads_what_we_write(saved, case, tmp_path):
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert (tmp_path / "model.safetensors.index.json").is_file()
-    assert torch.equal(again.eval()(IDS, use_cache=False).logits, theirs(IDS, use_cache=False).logits)
+    assert torch.equal(
+        again.eval()(IDS, use_cache=False).logits, theirs(IDS, use_cache=False).logits
+    )
 
 
 @each_case
