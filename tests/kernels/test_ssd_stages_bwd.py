@@ -373,9 +373,24 @@ def test_initial_states_need_no_gradient():
     assert_equal(backward("ssd_state_passing", arguments, given, out=out), want)
 
 
-@pytest.mark.parametrize("stage", ["ssd_chunk_cumsum", "ssd_chunk_state", "ssd_chunk_output"])
-def test_nan_in_skipped_steps_changes_nothing(stage):
+def with_skipped_steps(stage: str, layout: str) -> dict:
+    """Return arguments with skipped steps, between sequences or, without a gate, inside of one.
+
+    A gate would clear what the gradient of an output holds there.
+    """
     arguments = make(named(stage, "seq_idx"))
+    if layout == "holes":
+        arguments["seq_idx"] = np.zeros_like(arguments["seq_idx"])
+        arguments["seq_idx"][:, [0, 3, 10, 11, 17, 23, 32]] = -1
+        if "z" in arguments:
+            arguments["z"] = None
+    return arguments
+
+
+@pytest.mark.parametrize("layout", ["sequences", "holes"])
+@pytest.mark.parametrize("stage", ["ssd_chunk_cumsum", "ssd_chunk_state", "ssd_chunk_output"])
+def test_nan_in_skipped_steps_changes_nothing(stage, layout):
+    arguments = with_skipped_steps(stage, layout)
     given, ids = output_gradients(stage, arguments), arguments["seq_idx"]
     skipped, size = ids < 0, 8
     assert skipped.any()
@@ -387,7 +402,7 @@ def test_nan_in_skipped_steps_changes_nothing(stage):
 
     def poison(values: dict) -> dict:
         found = dict(values)
-        for name in bad.keys() & values.keys():
+        for name in bad.keys() & {n for n, v in values.items() if v is not None}:
             mask = bad[name]
             mask = mask.reshape(mask.shape + (1,) * (values[name].ndim - mask.ndim))
             found[name] = np.where(mask, np.nan, values[name])
@@ -398,6 +413,22 @@ def test_nan_in_skipped_steps_changes_nothing(stage):
     assert_equal(found, want)
     for name in {"x", "B", "C", "z"} & found.keys():
         assert not found[name][skipped].any(), name
+
+
+@pytest.mark.parametrize("layout", ["sequences", "holes"])
+@pytest.mark.parametrize("stage", ["ssd_chunk_cumsum", "ssd_chunk_state", "ssd_chunk_output"])
+def test_skipped_steps_have_no_gradient_whatever_comes_back(stage, layout):
+    arguments = with_skipped_steps(stage, layout)
+    given = {n: np.full_like(v, np.nan) for n, v in output_gradients(stage, arguments).items()}
+    found, skipped = backward(stage, arguments, given), arguments["seq_idx"] < 0
+    for name in {"x", "B", "C", "z"} & found.keys():
+        assert np.isnan(found[name][~skipped]).any(), name
+        assert not found[name][skipped].any(), name
+    lines = found["dt"]
+    if stage != "ssd_chunk_cumsum":
+        lines = np.moveaxis(lines.reshape(*lines.shape[:2], -1), 1, 2)[:, : skipped.shape[1]]
+    assert np.isnan(lines[~skipped]).any()
+    assert not lines[skipped].any()
 
 
 def test_what_is_beyond_the_end_is_not_read():

@@ -298,6 +298,27 @@ def test_opcheck(stage, name, has_gradients):
     torch.library.opcheck(op, [arguments[n] for n in ORDERS[stage]])
 
 
+# Arguments of the backward operators: by name, or the number of an output.
+BACKWARD = {
+    "ssd_chunk_cumsum": ("dt", "A", "dt_bias", "seq_idx", 0, 1, "softplus", "low", "high"),
+    "ssd_chunk_state": ("x", "B", "dt", "dA_cumsum", "seq_idx", 0),
+    "ssd_state_passing": (0, "dA_cumsum", "seq_idx", 0, 1),
+    "ssd_bmm_chunk": ("C", "B", 0),
+    "ssd_chunk_output": (*ORDERS["ssd_chunk_output"], 0),
+}
+
+
+@pytest.mark.parametrize("name", ["odd", "seq_idx", "bare", "empty_batch"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_opcheck_backward(stage, name):
+    """On what the forward gave: it has the shapes of the gradients, and passes for one."""
+    arguments = make_tensors(named(stage, name), dtype=torch.float32)
+    outputs = outputs_of(getattr(compiled, stage)(**arguments))
+    arguments |= {"low": 0.0, "high": 1.0}
+    values = [outputs[n].clone() if isinstance(n, int) else arguments[n] for n in BACKWARD[stage]]
+    torch.library.opcheck(getattr(torch.ops.ssm, f"{stage}_bwd").default, values)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(dynamic):
     torch._dynamo.reset()
