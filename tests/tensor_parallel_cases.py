@@ -259,6 +259,34 @@ def case_language_model(group):
             )
 
 
+def case_options_of_published_hybrids(group):
+    """Attention beside a recurrence, blocks that are an MLP alone, factors: in a language model."""
+    ids = torch.randint(16, (BATCH, LENGTH))
+    shape = config(
+        n_layer=3,
+        ssm_cfg={"layer": "Mamba2", "d_state": 4, "headdim": 4, "multipliers": [2, 0.5, 3, 2, 1.5]},
+        attn_layer_idx=[0],
+        parallel_cfg={"ssm_out_multiplier": 0.5, "attention_in_multiplier": 2.0},
+        mlp_layer_idx=[2],
+        mlp_cfg={"layer": "MLP", "bias": True},
+        residual_multiplier=0.7,
+        embedding_multiplier=3.0,
+        logits_multiplier=0.5,
+    )
+    for cut in (False, True):
+        torch.manual_seed(5)
+        whole = MambaLMHeadModel(shape, dtype=torch.float64)
+        torch.manual_seed(5 + rank_of(group))
+        parallel = MambaLMHeadModel(
+            shape, dtype=torch.float64, process_group=group, sequence_parallel=cut
+        )
+        want, got = whole(ids).logits, parallel(ids).logits
+        close(got, want)
+        for logits in (want, got):
+            logits.square().sum().backward()
+        check_gradients(whole, parallel)
+
+
 def refuses(kind, text, function, *args, **kwargs):
     with pytest.raises(kind) as error:
         function(*args, **kwargs)
