@@ -142,6 +142,10 @@ def test_versions_are_checked(monkeypatch):
     assert str(caught.value) == "enable: transformers must be version 5 or later, got 4.57.1"
     assert integration.status()["level"] is None
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "5.99.0")
+    with pytest.raises(RuntimeError) as caught:
+        integration.enable("mixers")
+    sentence = "enable: level mixers must have transformers 5.23.*, got 5.99.0"
+    assert str(caught.value) == sentence
     with pytest.warns(UserWarning, match=r"enable: transformers 5\.99\.0 was not tested"):
         integration.enable()
     assert not integration.status()["tested"]

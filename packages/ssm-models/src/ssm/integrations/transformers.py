@@ -112,7 +112,8 @@ def enable(level: str = "functions") -> None:
 
     Raises:
         ValueError: level is no level.
-        RuntimeError: transformers is not installed, or older than 5.
+        RuntimeError: transformers is not installed, or older than 5, or, for level "mixers", not a
+            tested version.
 
     Warns:
         UserWarning: this version of transformers was not tested, or a family in it is not what it
@@ -123,7 +124,7 @@ def enable(level: str = "functions") -> None:
     """
     if level not in LEVELS:
         raise ValueError(f"enable: level must be one of {', '.join(LEVELS)}, got {level!r}")
-    _check_version(_version())
+    _check_version(_version(), level)
     if _level == [level]:
         return
     disable()
@@ -201,18 +202,22 @@ def _is_tested(version: str) -> bool:
     return ".".join(version.split(".")[:2]) in TESTED
 
 
-def _check_version(version: str | None) -> None:
+def _check_version(version: str | None, level: str) -> None:
+    tested = ", ".join(f"{number}.*" for number in TESTED)
     if version is None:
         raise RuntimeError("enable: transformers must be installed, got no such package")
     if int(version.split(".")[0]) < 5:
         raise RuntimeError(f"enable: transformers must be version 5 or later, got {version}")
-    if not _is_tested(version):
-        tested = ", ".join(f"{number}.*" for number in TESTED)
-        warnings.warn(
-            f"enable: transformers {version} was not tested with these kernels ({tested} was); "
-            "families that differ are left as they are",
-            stacklevel=3,
-        )
+    if _is_tested(version):
+        return
+    if level == "mixers":
+        # Forward passes know attributes and caches that change between versions.
+        raise RuntimeError(f"enable: level mixers must have transformers {tested}, got {version}")
+    warnings.warn(
+        f"enable: transformers {version} was not tested with these kernels ({tested} was); "
+        "families that differ are left as they are",
+        stacklevel=3,
+    )
 
 
 def _missing(module: ModuleType, family: Family, level: str) -> str:
