@@ -124,9 +124,9 @@ def enable(level: str = "functions") -> None:
     """
     if level not in LEVELS:
         raise ValueError(f"enable: level must be one of {', '.join(LEVELS)}, got {level!r}")
-    _check_version(_version(), level)
     if _level == [level]:
         return
+    _check_version(_version(), level)
     disable()
     _level.append(level)
     sys.meta_path.insert(0, _FINDER)

@@ -20,6 +20,57 @@ from ssm.integrations.transformers_functions import NO_LIMIT, layout, serves
 from ssm.modules.precision import at_least_fp32
 
 
+def mamba1_mixer(original: Callable) -> Callable:
+    """Return the forward of a Mamba-1 mixer: Mamba, Falcon Mamba, Jamba.
+
+    Args:
+        original: the forward that it replaces; it serves where we have no kernels.
+    """
+
+    @functools.wraps(original)
+    def forward(self, hidden_states, cache_params=None, attention_mask=None, **kwargs):
+        if not takes(self, hidden_states):
+            return original(self, hidden_states, cache_params, attention_mask, **kwargs)
+        meta = layout(kwargs.get("seq_idx"), kwargs.get("cu_seqlens"), cache_params is not None)
+        xz = self.in_proj(masked(hidden_states, attention_mask))
+        if can_step(self, hidden_states, cache_params, attention_mask, meta):
+            y = _mamba1_step(self, xz[:, 0], cache_params)[:, None]
+        else:
+            y = _mamba1_scan(self, xz, cache_params, attention_mask, meta)
+        return self.out_proj(y.to(hidden_states.dtype))
+
+    return forward
+
+
+def mamba2_mixer(original: Callable) -> Callable:
+    """Return the forward of a Mamba-2 mixer: all families but the three of :func:`mamba1_mixer`.
+
+    Args:
+        original: the forward that it replaces; it serves where we have no kernels.
+    """
+
+    @functools.wraps(original)
+    def forward(self, hidden_states, cache_params=None, attention_mask=None, **kwargs):
+        if not takes(self, hidden_states):
+            return original(self, hidden_states, cache_params, attention_mask, **kwargs)
+        dtype = hidden_states.dtype
+        meta = layout(kwargs.get("seq_idx"), kwargs.get("cu_seqlens"), cache_params is not None)
+        hidden_states = masked(hidden_states, attention_mask)
+        scaled = hasattr(self, "ssm_in_multiplier")  # Falcon H1
+        if scaled:
+            hidden_states = hidden_states * self.ssm_in_multiplier
+        zxdt = self.in_proj(hidden_states)
+        if scaled:
+            zxdt = zxdt * self.mup_vector
+        if can_step(self, hidden_states, cache_params, attention_mask, meta):
+            y = _mamba2_step(self, zxdt[:, 0], cache_params)[:, None]
+        else:
+            y = _mamba2_scan(self, zxdt, cache_params, attention_mask, meta)
+        return self.out_proj(y.to(dtype))
+
+    return forward
+
+
 def takes(mixer, hidden_states) -> bool:
     """Return whether our forward takes a call of a mixer.
 
@@ -43,124 +94,22 @@ def masked(hidden_states, attention_mask):
     return (hidden_states * attention_mask[:, :, None]).to(hidden_states.dtype)
 
 
-def mamba1_mixer(original: Callable) -> Callable:
-    """Return the forward of a Mamba-1 mixer: Mamba, Falcon Mamba, Jamba.
+def can_step(mixer, hidden_states, cache, attention_mask, meta) -> bool:
+    """Return whether a call is one token behind a filled cache, whose states are changed in place.
 
     Args:
-        original: the forward that it replaces; it serves where we have no kernels.
+        mixer: of transformers.
+        hidden_states: (B, L, D), any dtype.
+        cache: of transformers, or None.
+        attention_mask: (B, L) or None.
+        meta: SeqMeta or None.
     """
-
-    @functools.wraps(original)
-    def forward(self, hidden_states, cache_params=None, attention_mask=None, **kwargs):
-        if not takes(self, hidden_states):
-            return original(self, hidden_states, cache_params, attention_mask, **kwargs)
-        dtype, seqlen = hidden_states.dtype, hidden_states.shape[1]
-        meta = layout(kwargs.get("seq_idx"), kwargs.get("cu_seqlens"), cache_params is not None)
-        hidden_states = masked(hidden_states, attention_mask)
-        x, z = self.in_proj(hidden_states).transpose(1, 2).chunk(2, dim=1)  # (B, D, L)
-        x, state = convolved(self, x, cache_params, meta)
-        x = masked(x.transpose(1, 2), attention_mask)
-        dt, B, C = self.x_proj(x).split(
-            [self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1
-        )
-        if hasattr(self, "dt_layernorm"):
-            dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
-        if type(self.dt_proj) is nn.Linear:
-            # The bias is added by the operator, in float32.
-            dt, bias = F.linear(dt, self.dt_proj.weight), self.dt_proj.bias
-        else:
-            dt, bias = self.dt_proj(dt), None
-        A = -torch.exp(self.A_log.to(at_least_fp32(self.A_log.dtype)))
-        if state is not None and seqlen == 1 and meta is None:
-            y = ops.selective_state_step(
-                state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, z[..., 0], bias, True
-            )[:, None]
-        else:
-            y = ops.selective_scan(
-                x.transpose(1, 2),
-                dt.transpose(1, 2),
-                A,
-                B.transpose(1, 2),
-                C.transpose(1, 2),
-                self.D,
-                z,
-                bias,
-                True,
-                cache_params is not None,
-                initial_state=state,
-                seq_meta=meta,
-            )
-            if cache_params is not None:
-                y, last = y
-                cache_params.update_recurrent_state(last, self.layer_idx)
-            y = y.transpose(1, 2)
-        return self.out_proj(y.to(dtype))
-
-    return forward
-
-
-def mamba2_mixer(original: Callable) -> Callable:
-    """Return the forward of a Mamba-2 mixer: all families but the three of :func:`mamba1_mixer`.
-
-    Args:
-        original: the forward that it replaces; it serves where we have no kernels.
-    """
-
-    @functools.wraps(original)
-    def forward(self, hidden_states, cache_params=None, attention_mask=None, **kwargs):
-        if not takes(self, hidden_states):
-            return original(self, hidden_states, cache_params, attention_mask, **kwargs)
-        dtype, seqlen = hidden_states.dtype, hidden_states.shape[1]
-        meta = layout(kwargs.get("seq_idx"), kwargs.get("cu_seqlens"), cache_params is not None)
-        hidden_states = masked(hidden_states, attention_mask)
-        scaled = hasattr(self, "ssm_in_multiplier")  # Falcon H1
-        if scaled:
-            hidden_states = hidden_states * self.ssm_in_multiplier
-        projected = self.in_proj(hidden_states)
-        if scaled:
-            projected = projected * self.mup_vector
-        z, x, dt = projected.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
-        x, state = convolved(self, x.transpose(1, 2), cache_params, meta)
-        x = masked(x.transpose(1, 2), attention_mask)
-        width = self.n_groups * self.ssm_state_size
-        x, B, C = x.split([self.intermediate_size, width, width], dim=-1)
-        x = x.unflatten(-1, (self.num_heads, self.head_dim))
-        B = B.unflatten(-1, (self.n_groups, self.ssm_state_size))
-        C = C.unflatten(-1, (self.n_groups, self.ssm_state_size))
-        A = -torch.exp(self.A_log.to(at_least_fp32(self.A_log.dtype)))
-        normed = getattr(self, "mamba_rms_norm", True)
-        gate = None if normed else z.unflatten(-1, (self.num_heads, self.head_dim))
-        limit = NO_LIMIT if self.time_step_limit is None else tuple(self.time_step_limit)
-        if state is not None and seqlen == 1 and meta is None:
-            dt, bias, softplus = limited(dt[:, 0], self.dt_bias, limit)
-            gate = None if gate is None else gate[:, 0]
-            y = ops.selective_state_step(
-                state, x[:, 0], dt, A, B[:, 0], C[:, 0], self.D, gate, bias, softplus
-            )[:, None]
-        else:
-            y = ops.ssd_chunk_scan(
-                x,
-                dt,
-                A,
-                B,
-                C,
-                self.chunk_size,
-                self.D,
-                gate,
-                meta,
-                state,
-                dt_bias=self.dt_bias,
-                softplus=True,
-                dt_limit=limit,
-                return_final_states=cache_params is not None,
-            )
-            if cache_params is not None:
-                y, last = y
-                cache_params.update_recurrent_state(last, layer_idx=self.layer_idx)
-        y = y.flatten(2)
-        return self.out_proj((self.norm(y, z) if normed else y).to(dtype))
-
-    return forward
+    if cache is None or hidden_states.shape[1] != 1:
+        return False
+    if attention_mask is not None or meta is not None:
+        return False
+    index = mixer.layer_idx
+    return cache.get_conv_state(index) is not None and not cache.is_recording_past(index)
 
 
 def convolved(mixer, x, cache, meta):
@@ -174,30 +123,134 @@ def convolved(mixer, x, cache, meta):
 
     Returns:
         y: (B, D, L), dtype of x.
-        state: the recurrent state in the cache, which the scan continues from, or None.
+        state: the recurrent state in the cache, from which the scan continues, or None.
     """
-    weight, bias = mixer.conv1d.weight, mixer.conv1d.bias
-    if cache is None:
-        return ops.dw_causal_conv(x, weight, bias, mixer.activation, seq_meta=meta), None
-    index, seqlen = mixer.layer_idx, x.shape[2]
-    window, state = cache.get_conv_state(index), cache.get_recurrent_state(index)
-    if window is not None and seqlen == 1 and meta is None and not cache.is_recording_past(index):
-        return ops.dw_causal_conv_step(x, window, weight, bias, mixer.activation), state
-    before = None
-    if window is not None:
-        # A copy: the cache writes over its window.
-        before = window[..., window.shape[-1] - weight.shape[-1] + 1 :].clone()
-    cache.update_conv_state(x, index, conv_kernel_size=mixer.conv_kernel_size)
+    weight, bias, before, state = mixer.conv1d.weight, mixer.conv1d.bias, None, None
+    if cache is not None:
+        index = mixer.layer_idx
+        window, state = cache.get_conv_state(index), cache.get_recurrent_state(index)
+        if window is not None:
+            # A copy: the cache writes over its window.
+            before = window[..., window.shape[-1] - weight.shape[-1] + 1 :].clone()
+        cache.update_conv_state(x, index, conv_kernel_size=mixer.conv_kernel_size)
     y = ops.dw_causal_conv(x, weight, bias, mixer.activation, initial_state=before, seq_meta=meta)
     return y, state
 
 
-def limited(dt, bias, limit):
-    """Return dt, its bias and whether softplus is left to the step operator, which has no limit."""
-    if limit == NO_LIMIT:
-        return dt, bias, True
-    dt = dt.to(at_least_fp32(dt.dtype)) + bias
-    return F.softplus(dt).clamp(*limit), None, False
+def stepped(mixer, x, cache):
+    """Run one step of the convolution: x (B, D) -> (B, D), and return the recurrent state too."""
+    window, conv = cache.get_conv_state(mixer.layer_idx), mixer.conv1d
+    y = ops.dw_causal_conv_step(x, window, conv.weight, conv.bias, mixer.activation)
+    return y, cache.get_recurrent_state(mixer.layer_idx)
+
+
+def decay_rates(mixer):
+    """Return A = -exp(A_log), in float32 or better."""
+    return -torch.exp(mixer.A_log.to(at_least_fp32(mixer.A_log.dtype)))
+
+
+def _mamba1_select(mixer, x):
+    """From x (..., D) the step sizes (..., D), their bias if the operator adds it, and B and C."""
+    width = mixer.ssm_state_size
+    dt, B, C = mixer.x_proj(x).split([mixer.time_step_rank, width, width], dim=-1)
+    if hasattr(mixer, "dt_layernorm"):  # Falcon Mamba, Jamba
+        dt, B, C = mixer.dt_layernorm(dt), mixer.b_layernorm(B), mixer.c_layernorm(C)
+    if type(mixer.dt_proj) is nn.Linear:
+        # The operator adds the bias in float32.
+        return F.linear(dt, mixer.dt_proj.weight), mixer.dt_proj.bias, B, C
+    return mixer.dt_proj(dt), None, B, C
+
+
+def _mamba1_step(mixer, xz, cache):
+    """One token: xz (B, 2 D) -> (B, D)."""
+    x, z = xz.chunk(2, dim=-1)
+    x, state = stepped(mixer, x, cache)
+    dt, bias, B, C = _mamba1_select(mixer, x)
+    A = decay_rates(mixer)
+    return ops.selective_state_step(state, x, dt, A, B, C, mixer.D, z, bias, True)
+
+
+def _mamba1_scan(mixer, xz, cache, attention_mask, meta):
+    """Any number of tokens: xz (B, L, 2 D) -> (B, L, D)."""
+    x, z = xz.transpose(1, 2).chunk(2, dim=1)
+    x, state = convolved(mixer, x, cache, meta)
+    x = masked(x.transpose(1, 2), attention_mask)
+    dt, bias, B, C = _mamba1_select(mixer, x)
+    x, dt, B, C = (t.transpose(1, 2) for t in (x, dt, B, C))
+    arguments = (x, dt, decay_rates(mixer), B, C, mixer.D, z, bias, True, cache is not None)
+    y = ops.selective_scan(*arguments, initial_state=state, seq_meta=meta)
+    if cache is not None:
+        y, state = y
+        cache.update_recurrent_state(state, mixer.layer_idx)
+    return y.transpose(1, 2)
+
+
+def _mamba2_split(mixer, zxdt):
+    """From (..., 2 D + 2 G N + H) the gate, what is convolved, and the step sizes."""
+    return zxdt.split([mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], dim=-1)
+
+
+def _mamba2_heads(mixer, z, xBC):
+    """From (..., D + 2 G N) x (..., H, P), B and C (..., G, N); and the gate of the operator.
+
+    The gate is None where a norm applies it.
+    """
+    groups, heads = (mixer.n_groups, mixer.ssm_state_size), (mixer.num_heads, mixer.head_dim)
+    width = mixer.n_groups * mixer.ssm_state_size
+    x, B, C = xBC.split([mixer.intermediate_size, width, width], dim=-1)
+    gate = None if _is_normed(mixer) else z.unflatten(-1, heads)
+    return x.unflatten(-1, heads), B.unflatten(-1, groups), C.unflatten(-1, groups), gate
+
+
+def _is_normed(mixer) -> bool:
+    return getattr(mixer, "mamba_rms_norm", True)  # an option of Falcon H1
+
+
+def _limit(mixer) -> tuple:
+    return NO_LIMIT if mixer.time_step_limit is None else tuple(mixer.time_step_limit)
+
+
+def _mamba2_step(mixer, zxdt, cache):
+    """One token: zxdt (B, 2 D + 2 G N + H) -> (B, D)."""
+    z, xBC, dt = _mamba2_split(mixer, zxdt)
+    xBC, state = stepped(mixer, xBC, cache)
+    x, B, C, gate = _mamba2_heads(mixer, z, xBC)
+    bias, softplus, limit = mixer.dt_bias, True, _limit(mixer)
+    if limit != NO_LIMIT:
+        # The operator knows no limit, so it gets finished step sizes.
+        dt = F.softplus(dt.to(at_least_fp32(dt.dtype)) + bias).clamp(*limit)
+        bias, softplus = None, False
+    A = decay_rates(mixer)
+    y = ops.selective_state_step(state, x, dt, A, B, C, mixer.D, gate, bias, softplus).flatten(1)
+    return mixer.norm(y, z) if _is_normed(mixer) else y
+
+
+def _mamba2_scan(mixer, zxdt, cache, attention_mask, meta):
+    """Any number of tokens: zxdt (B, L, 2 D + 2 G N + H) -> (B, L, D)."""
+    z, xBC, dt = _mamba2_split(mixer, zxdt)
+    xBC, state = convolved(mixer, xBC.transpose(1, 2), cache, meta)
+    x, B, C, gate = _mamba2_heads(mixer, z, masked(xBC.transpose(1, 2), attention_mask))
+    y = ops.ssd_chunk_scan(
+        x,
+        dt,
+        decay_rates(mixer),
+        B,
+        C,
+        mixer.chunk_size,
+        mixer.D,
+        gate,
+        meta,
+        state,
+        dt_bias=mixer.dt_bias,
+        softplus=True,
+        dt_limit=_limit(mixer),
+        return_final_states=cache is not None,
+    )
+    if cache is not None:
+        y, state = y
+        cache.update_recurrent_state(state, layer_idx=mixer.layer_idx)
+    y = y.flatten(2)
+    return mixer.norm(y, z) if _is_normed(mixer) else y
 
 
 def gated_norm(original: Callable) -> Callable:
