@@ -5,6 +5,7 @@ over the whole text instead of several.
 """
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -161,12 +162,20 @@ def test_gradients(family, level, served):
 
 
 @families
-def test_training_equals_evaluation(family, level):
-    """The fused training functions of upstream differ from evaluation for two families."""
+def test_training_equals_evaluation(family, level, monkeypatch):
+    """The fused training functions of upstream, if installed, are wrong for two families."""
     model, ids = tiny(family), tokens()
+    modeling = sys.modules[type(model).__module__]
+    fused = "mamba_inner_fn" if family in MAMBA1 else "mamba2_split_conv1d_scan_combined"
+
+    def installed(tensor, *args, **kwargs):
+        raise AssertionError("a fused training function was called")
+
+    monkeypatch.setattr(modeling, fused, installed)
     integration.enable(level)
     evaluated = model(ids).logits
     close("train mode", model.train()(ids).logits, evaluated)
+    integration.disable()
 
 
 @pytest.mark.parametrize("before", [False, True])
@@ -195,6 +204,57 @@ def test_bfloat16_is_no_worse(family, level):
     assert ours.mean() <= 1.2 * plain.mean()
     assert ours.max() <= 2 * plain.max()
     assert torch.isfinite(continued(model, ids, STEPS)).all()
+
+
+@families
+def test_autocast_is_no_worse(family, level):
+    model, ids = tiny(family).train(), tokens()
+    truth, errors = model(ids).logits.detach(), []
+    for change in (lambda: None, lambda: integration.enable(level)):
+        change()
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            result = model(ids, labels=ids)
+        result.loss.backward()
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+        errors.append((result.logits.detach().float() - truth).abs().mean())
+    assert errors[1] <= 1.2 * errors[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_other_dtypes(family, level, dtype):
+    model = tiny(family).to(dtype)
+    want = generated(model)
+    integration.enable(level)
+    got = generated(model)
+    assert torch.equal(got.sequences, want.sequences)
+    assert got.logits[0].dtype == want.logits[0].dtype
+    assert (got.logits[-1] - want.logits[-1]).abs().max() < 2e-2
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_offloaded_weights_are_fetched(family, served):
+    """Accelerate hooks the forward of a child; the mixer reads the child's weights past it."""
+
+    class Hook:
+        fetched = 0
+
+        def pre_forward(self, module, *args):
+            Hook.fetched += 1
+
+        def post_forward(self, module, output):
+            return output
+
+    model, ids = tiny(family), tokens()
+    with torch.no_grad():
+        want = model(ids).logits
+        integration.enable("mixers")
+        for mixer in mixers_of(model):
+            mixer.conv1d._hf_hook = Hook()
+        close("logits", model(ids).logits, want)
+    assert Hook.fetched == 2
+    assert kernels_of(family, False) <= served  # the functions of the original are served
 
 
 @families
