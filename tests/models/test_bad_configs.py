@@ -1,0 +1,131 @@
+"""Configs that are refused: one sentence that names the file and the field, and no model.
+
+Judge: the sentence that each fault must give.
+"""
+
+import json
+
+import pytest
+import torch
+
+from ssm.models.config import MambaConfig
+from ssm.models.lm import MambaLMHeadModel
+from ssm.utils import dialects
+from ssm.utils.dialects.configs import read_values
+from tests.families import FAMILIES
+
+
+def model(**kwargs):
+    torch.manual_seed(0)
+    return MambaLMHeadModel(MambaConfig(d_model=8, n_layer=2, vocab_size=16, **kwargs))
+
+
+def load(path, **kwargs):
+    return MambaLMHeadModel.from_pretrained(path, **kwargs)
+
+
+def refused(path, message, kind=ValueError, file="config.json"):
+    """Expect one sentence of one exception type, with the name of the file."""
+    with pytest.raises(kind, match=message) as error:
+        load(path)
+    assert type(error.value) is kind
+    assert str(path / file) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 1500
+    return str(error.value)
+
+
+def config_of(case):
+    """Return a config.json as transformers would write it, without transformers."""
+    name, fields = FAMILIES[case]
+    return {"model_type": name, **fields}
+
+
+# Case of FAMILIES, changed fields -> what must be said.
+CONFIGS = [
+    (
+        "mamba",
+        {"hiden_size": 3},
+        r"field must be a known one, got 'hiden_size' \(did you mean 'hid",
+    ),
+    ("mamba", {"d_inner": 65}, "d_inner must be 64 by the other fields, got 65"),
+    ("mamba", {"quantization_config": {}}, "config must do without quantization_config"),
+    ("mamba", {"text_config": {}}, r"got 'text_config' .remove it if it changes no result."),
+    ("mamba", {"d_model": 31}, "d_model must be 32 by the other fields, got 31"),
+    ("mamba", {"hidden_act": "gelu"}, "hidden_act must be 'silu' or 'swish', got 'gelu'"),
+    ("mamba", {"hidden_size": "32"}, "hidden_size must be a finite number, got '32'"),
+    ("mamba", {"hidden_size": 32.5}, "must be an int, got 32.5|d_model|dt_rank"),
+    ("mamba", {"vocab_size": None}, "vocab_size must be a finite number, got None"),
+    ("mamba", {"use_bias": 1}, "use_bias must be a bool, got 1"),
+    ("falcon_h1", {"mlp_multipliers": [1.0]}, "the fields behind mlp_cfg.out_multiplier must be"),
+    ("bamba", {"rope_theta": -1}, "rope_theta must be a positive number, got -1"),
+    ("mamba2", {"time_step_limit": [float("nan"), 1.0]}, r"dt_limit must be \(low, high\)"),
+    ("mamba2", {"time_step_limit": [0.0, {"__float__": "NaN"}]}, r"dt_limit must be \(low, high\)"),
+    ("mamba2", {"time_step_limit": [1.0, 0.1]}, r"dt_limit must be \(low, high\)"),
+    ("mamba2", {"time_step_limit": "none"}, "dt_limit must be two numbers, got 'none'"),
+    ("mamba2", {"num_heads": 7}, "num_heads head_dim that is not expand hidden_size"),
+    ("mamba2", {"n_groups": 3}, "ngroups must divide d_ssm / headdim = 8 heads, got 3"),
+    (
+        "mamba2",
+        {"layer_norm_epsilon": float("nan")},
+        "layer_norm_epsilon must be a finite number, got nan",
+    ),
+    ("bamba", {"mamba_d_head": 9}, "mamba_d_head that is not mamba_expand hidden_size"),
+    ("bamba", {"attn_layer_indices": [7]}, "attn_layer_idx must be below 3, got 7"),
+    ("bamba", {"rope_scaling": {"rope_type": "yarn"}}, "rope_type must be 'default', got 'yarn'"),
+    ("granitemoehybrid", {"num_local_experts": 4}, "without experts .num_local_experts"),
+    ("granitemoehybrid", {"layer_types": ["mamba"]}, "layer_types of another number"),
+    ("granitemoehybrid", {"layer_types": ["mamba", "mamba", "x"]}, "layer types must be of .*'x'"),
+    ("granitemoehybrid", {"residual_multiplier": 0.0}, "residual_multiplier must be positive"),
+    ("jamba", {"num_experts": 16}, "jamba: config must do without experts .num_experts"),
+    ("nemotron_h", {"hybrid_override_pattern": "ME*-"}, "without experts .blocks of type moe"),
+    ("nemotron_h", {"num_hidden_layers": 4}, "num_hidden_layers must be 5 by the other fields"),
+    ("nemotron_h", {"mamba_n_groups": 4}, "n_groups must be 2 as n_groups, got 4"),
+    ("falcon_h1", {"mamba_d_ssm": 48}, "mamba_d_head that is not mamba_d_ssm"),
+    ("falcon_h1", {"ssm_multipliers": [1.0, 2.0]}, "multipliers must be five numbers"),
+    ("falcon_h1", {"projectors_bias": True}, "a bias in one of the two projections"),
+]
+
+
+@pytest.mark.parametrize(("case", "change", "message"), CONFIGS)
+def test_bad_config(tmp_path, case, change, message):
+    model().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config_of(case), **change}))
+    refused(tmp_path, message)
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_every_case_is_understood_without_transformers(case):
+    values = config_of(case)
+    config = read_values(dialects.find(values), values, dialects.GENERIC)
+    MambaLMHeadModel(config, device="meta")
+
+
+@pytest.mark.parametrize("name", ["zamba", "zamba2", "mamba3", "llama", "mixtral", 3])
+def test_other_families_are_refused_by_name(tmp_path, name):
+    model().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": name}))
+    refused(tmp_path, rf"model_type must .* got {name!r}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", "config must be a dict, got list"),
+        ("[" * 100000, "must be a JSON file"),
+        ('{"ssm_cfg": {"layer": "Mamba3"}}', "must be one of Mamba1, Mamba2, got 'Mamba3'"),
+        ('{"ssm_cfg": {"layer": ["Mamba2"]}}', "must be one of Mamba1, Mamba2"),
+        ('{"ssm_cfg": {"d_stat": 3}}', r"got 'd_stat' \(did you mean 'd_state'\?\)"),
+        ('{"ssm_cfg": {"layer": "Mamba2", "dt_limit": [NaN, 1]}}', "dt_limit must be"),
+        ('{"d_model": null}', "d_model must be an int, got None"),
+        ('{"attn_layer_idx": [0], "mlp_layer_idx": [0]}', "must not name blocks of attn_layer_idx"),
+        (
+            '{"architectures": ["MambaForCausalLM"], "hidden_sise": 8}',
+            "mamba: field must be a known",
+        ),
+    ],
+)
+def test_bad_state_spaces_config(tmp_path, text, message):
+    model().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    refused(tmp_path, message)
