@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ssm.modules.norm import add_norm, is_fusable
+from ssm.modules.parallel import ParallelMixer
 
 
 class Block(nn.Module):
@@ -99,9 +100,10 @@ class Block(nn.Module):
 
     def mixers(self) -> list[nn.Module]:
         """Return the modules that have a state: none, the mixer, or both of a parallel pair."""
-        if self.mixer is None:
-            return []
-        return list(getattr(self.mixer, "mixers", [self.mixer]))
+        mixer = self.mixer
+        if isinstance(mixer, ParallelMixer):
+            return list(mixer.mixers)
+        return [] if mixer is None else [mixer]
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs
