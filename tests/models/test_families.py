@@ -104,6 +104,17 @@ def test_transformers_reads_what_we_write(saved, case, tmp_path):
     )
 
 
+@pytest.mark.parametrize("case", ["mamba", "bamba-biased", "granitemoehybrid-rope"])
+def test_model_that_was_saved_without_its_head(saved, case, tmp_path):
+    _, theirs, ours = saved(case)
+    theirs.base_model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert not [name for name in stored if name.startswith(("backbone.", "model.", "lm_head."))]
+    again = MambaLMHeadModel.from_pretrained(tmp_path)
+    for name, value in ours.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
 @each_case
 def test_native_format_keeps_everything(saved, case, tmp_path):
     _, _, ours = saved(case)

@@ -67,5 +67,6 @@ BAMBA = Dialect(
     refused=hybrid.MAMBA2_REFUSED,
     names=hybrid.NAMES,
     attention_names=hybrid.ATTENTION_NAMES,
+    aliases=hybrid.ALIASES,
     skipped=hybrid.SKIPPED,
 )

@@ -107,5 +107,6 @@ FALCON_H1 = Dialect(
         "mixer.attention.in_proj": hybrid.QKV,
         "mixer.attention.out_proj": "self_attn.o_proj",
     },
+    aliases=hybrid.ALIASES,
     skipped=hybrid.SKIPPED,
 )

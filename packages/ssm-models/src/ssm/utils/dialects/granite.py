@@ -89,5 +89,6 @@ GRANITE = Dialect(
         "mlp.fc2": "shared_mlp.output_linear",
     },
     attention_names=hybrid.ATTENTION_NAMES,
+    aliases=hybrid.ALIASES,
     skipped=hybrid.SKIPPED,
 )

@@ -88,6 +88,8 @@ NAMES = {
     "mlp.fc1": Parts(("feed_forward.up_proj", "feed_forward.gate_proj")),
     "mlp.fc2": "feed_forward.down_proj",
 }
+# A model without its head has no prefix.
+ALIASES = ((r"^(embed_tokens|layers|final_layernorm|norm)\.", r"model.\1."),)
 # Buffers that older versions stored.
 SKIPPED = r"\.rotary_emb\.inv_freq$"
 

@@ -100,4 +100,5 @@ JAMBA = Dialect(
         "mixer.C_norm": "mamba.c_layernorm",
     },
     attention_names=hybrid.ATTENTION_NAMES,
+    aliases=hybrid.ALIASES,
 )

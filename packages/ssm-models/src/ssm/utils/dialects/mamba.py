@@ -20,6 +20,12 @@ INITIAL = {
     "use_mambapy",
 }
 
+# A model without its head has no prefix; and transformers reads both spellings of the embedding.
+ALIASES = (
+    (r"^(embeddings?|layers|norm_f)\.", r"backbone.\1."),
+    (r"^backbone\.embedding\.", "backbone.embeddings."),
+)
+
 
 def rank_of(hidden: str, rank: str):
     """Return a function that resolves the rank of the step sizes.
@@ -104,8 +110,7 @@ MAMBA = Dialect(
     },
     ignored=frozenset({*INITIAL, "fused_add_norm", "pad_vocab_size_multiple"}),
     names={"backbone.embedding": "backbone.embeddings"},
-    # transformers reads both spellings.
-    aliases=((r"^backbone\.embedding\.", "backbone.embeddings."),),
+    aliases=ALIASES,
 )
 
 FALCON_MAMBA = replace(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ssm.utils.dialects.mamba import INITIAL, ratio
+from ssm.utils.dialects.mamba import ALIASES, INITIAL, ratio
 from ssm.utils.dialects.table import Dialect, Field
 
 NO_LIMIT = [0.0, math.inf]
@@ -103,7 +103,7 @@ MAMBA2 = Dialect(
         ),
     ),
     names={"backbone.embedding": "backbone.embeddings"},
-    aliases=((r"^backbone\.embedding\.", "backbone.embeddings."),),
+    aliases=ALIASES,
 )
 
 CODESTRAL = Dialect(

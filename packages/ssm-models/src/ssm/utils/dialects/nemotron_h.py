@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from ssm.utils.dialects import hybrid
+from ssm.utils.dialects.mamba import ALIASES
 from ssm.utils.dialects.mamba2 import expand_of
 from ssm.utils.dialects.table import Dialect, Field, Parts
 
@@ -138,7 +139,7 @@ NEMOTRON_H = Dialect(
         "mixer.in_proj": Parts(("mixer.q_proj", "mixer.k_proj", "mixer.v_proj"), hybrid.qkv_rows),
         "mixer.out_proj": "mixer.o_proj",
     },
-    aliases=((r"^model\.", "backbone."), (r"\.mixer\._fp32_params\.", ".mixer.")),
+    aliases=((r"^model\.", "backbone."), *ALIASES, (r"\.mixer\._fp32_params\.", ".mixer.")),
     # Layers for the prediction of several tokens.
     skipped=r"^mtp\.",
 )
