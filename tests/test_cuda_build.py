@@ -13,7 +13,7 @@ from ssm_kernels import _build
 
 # Beyond these, fewer blocks run at a time than the launch bounds of the kernels promise: 65536
 # registers of a multiprocessor over 256 threads of a block and the blocks that a file asks for.
-MOST_REGISTERS = {"selective_scan_fwd": 128, "selective_scan_bwd": 128}
+MOST_REGISTERS = {"selective_scan_fwd": 128}
 ANY_OTHER = 255
 
 

@@ -31,15 +31,21 @@ def runs_cuda_kernels() -> bool:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _cuda_kernels_serve() -> None:
-    """Let the CUDA kernels of the library that SSM_TEST_CUDA_HOST names serve CPU arrays."""
+def table() -> int | None:
+    """Let the CUDA kernels of the library that SSM_TEST_CUDA_HOST names serve CPU arrays.
+
+    Returns:
+        The address of their table, if there is such a library.
+    """
     if not runs_cuda_kernels():
-        return
+        return None
     from ssm_kernels import _cpu
 
-    table = ctypes.CDLL(os.environ["SSM_TEST_CUDA_HOST"]).ssm_cuda_host_kernels
-    table.restype = ctypes.c_void_p
-    _cpu._use_cuda_kernels(table())
+    kernels = ctypes.CDLL(os.environ["SSM_TEST_CUDA_HOST"]).ssm_cuda_host_kernels
+    kernels.restype = ctypes.c_void_p
+    address = kernels()
+    _cpu._use_cuda_kernels(address)
+    return address
 
 
 @pytest.fixture(autouse=True)

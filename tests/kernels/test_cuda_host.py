@@ -4,11 +4,13 @@ The other files of this folder run on these sources as well, where SSM_TEST_CUDA
 Judge: the float64 loops of tests/judge.py, and one call of the whole for parts of it.
 """
 
+import ctypes
 import os
 
 import numpy as np
 import pytest
 import ssm_kernels
+from ssm_kernels import _cpu
 
 from tests import judge
 
@@ -67,3 +69,65 @@ def test_segments_and_slabs(dim, dstate, seqlen, sequences):
     want_y, want_state = judge.selective_scan(**inputs, softplus=True, seq_meta=seq_meta)
     np.testing.assert_allclose(y, want_y, rtol=1e-11, atol=1e-11)
     np.testing.assert_allclose(last_state, want_state, rtol=1e-11, atol=1e-11)
+
+
+def gradients(inputs: dict, meta_of_call: dict, cotangents: dict) -> dict:
+    """Run both directions on whatever kernels serve; return every output."""
+    (batch, dim, seqlen), dstate = inputs["u"].shape, inputs["A"].shape[1]
+    found = {f"d{name}": np.full_like(value, np.nan) for name, value in inputs.items()}
+    y, last_state = np.full_like(inputs["u"], np.nan), np.full_like(inputs["initial_state"], np.nan)
+    checkpoints = np.full((batch, (seqlen + 31) // 32, dstate, dim), np.nan)
+    ssm_kernels.selective_scan_fwd(
+        **inputs, **meta_of_call, y=y, last_state=last_state, checkpoints=checkpoints
+    )
+    ssm_kernels.selective_scan_bwd(
+        **inputs, **meta_of_call, checkpoints=checkpoints, **cotangents, **found
+    )
+    return found
+
+
+@pytest.mark.parametrize("sequences", ["none", "rows", "packed"])
+@pytest.mark.parametrize(
+    ("dim", "dstate", "seqlen", "constant"),
+    [
+        (3, 5, 700, ""),
+        (70, 16, 515, "B"),
+        (2, 40, 1024, "C"),
+        (3, 200, 40, "BC"),
+        (9, 130, 520, ""),
+    ],
+)
+def test_gradients_of_segments_and_slabs(dim, dstate, seqlen, constant, sequences, table):
+    batch, inputs = 2, scan_inputs(2, dim, dstate, seqlen)
+    make = np.random.default_rng(9).standard_normal
+    inputs |= {name: make((dim, dstate)) for name in constant}
+    ids, per_sequence, num_states = judge.positions(meta(sequences, batch, seqlen), batch, seqlen)
+    inputs["initial_state"] = make((num_states, dim, dstate))
+    called = {
+        "seq_idx": None if sequences == "none" else ids,
+        "softplus": True,
+        "state_per_sequence": per_sequence,
+    }
+    cotangents = {"dy": make(inputs["u"].shape), "dlast_state": make((num_states, dim, dstate))}
+    got = gradients(inputs, called, cotangents)
+    _cpu._use_cuda_kernels(0)
+    try:
+        want = gradients(inputs, called, cotangents)
+    finally:
+        _cpu._use_cuda_kernels(table)
+    for name, value in want.items():
+        scale = np.abs(value).max()
+        np.testing.assert_allclose(got[name], value, rtol=1e-10, atol=1e-12 * scale, err_msg=name)
+
+
+def test_host_sees_a_race_and_a_stray_access():
+    table = ctypes.CDLL(os.environ["SSM_TEST_CUDA_HOST"])
+    fault = table.ssm_cuda_host_fault
+    fault.restype = ctypes.c_char_p
+    assert [fault(kind).decode().partition(":")[0] for kind in range(5)] == [
+        "",
+        "shared memory read in a race",
+        "shared memory written in a race",
+        "shared memory read before written",
+        "shared memory out of bounds",
+    ]

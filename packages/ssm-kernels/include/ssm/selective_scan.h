@@ -53,11 +53,13 @@ struct SelectiveScanGrads {
 /// Throws std::invalid_argument naming the argument, the rule and the value.
 SSM_API void selective_scan_fwd(const SelectiveScanArgs& args, const Exec& exec = {});
 
-/// Bytes of `Exec::workspace` that the forward needs, from u, A, B and C.
-SSM_API std::int64_t selective_scan_fwd_workspace(const SelectiveScanArgs& args);
-
 /// Needs `args.checkpoints` as the forward wrote it; `args.y` and `args.last_state` are not read.
 SSM_API void selective_scan_bwd(const SelectiveScanArgs& args, const SelectiveScanGrads& grads,
                                 const Exec& exec = {});
+
+/// Bytes of `Exec::workspace`, from u, A, B and C; the backward also looks whether D and dt_bias
+/// are there.
+SSM_API std::int64_t selective_scan_fwd_workspace(const SelectiveScanArgs& args);
+SSM_API std::int64_t selective_scan_bwd_workspace(const SelectiveScanArgs& args);
 
 }  // namespace ssm

@@ -27,7 +27,8 @@ NB_MODULE(_cuda, module) {
     module.def(
         "fault", [] { return ssm::cuda::device_fault(); },
         "Why no GPU can be used, in the words of the CUDA runtime; '' if one can.");
-    module.attr("architectures") = SSM_GPU_ARCHS;
+    module.attr("architectures") = nb::str(SSM_GPU_ARCHS).attr("split")();
+    module.attr("operators") = nb::str(SSM_CUDA_OPERATORS).attr("split")();
     nb::module_::import_("ssm_kernels._cpu")
         .attr("_use_cuda_kernels")(reinterpret_cast<std::uintptr_t>(&kernels));
 }

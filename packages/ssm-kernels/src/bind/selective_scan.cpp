@@ -49,7 +49,8 @@ void backward(const Input& u, const Input& delta, const Input& A, const Input& B
               const Input& dlast_state, const Output& du, const Output& ddelta, const Output& dA,
               const Output& dB, const Output& dC, const Output& dD, const Output& dz,
               const Output& ddt_bias, const Output& dinitial_state, bool softplus,
-              bool state_per_sequence, int num_threads) {
+              bool state_per_sequence, int num_threads, std::intptr_t stream,
+              const Output& workspace) {
     SelectiveScanArgs args = inputs(u, delta, A, B, C, D, z, dt_bias, initial_state, seq_idx,
                                     softplus, state_per_sequence);
     args.checkpoints = view(kOp, "checkpoints", checkpoints);
@@ -65,7 +66,18 @@ void backward(const Input& u, const Input& delta, const Input& A, const Input& B
                                    .ddt_bias = view(kOp, "ddt_bias", ddt_bias),
                                    .dinitial_state = view(kOp, "dinitial_state", dinitial_state)};
     const nb::gil_scoped_release unlocked;
-    selective_scan_bwd(args, grads, {.num_threads = num_threads});
+    selective_scan_bwd(args, grads, settings(kOp, num_threads, stream, workspace));
+}
+
+template <std::int64_t (*bytes)(const SelectiveScanArgs&)>
+std::int64_t workspace(const Input& u, const Input& A, const Input& B, const Input& C,
+                       const Input& D, const Input& dt_bias) {
+    return bytes({.u = view(kOp, "u", u),
+                  .A = view(kOp, "A", A),
+                  .B = view(kOp, "B", B),
+                  .C = view(kOp, "C", C),
+                  .D = view(kOp, "D", D),
+                  .dt_bias = view(kOp, "dt_bias", dt_bias)});
 }
 
 }  // namespace
@@ -105,19 +117,28 @@ Raises:
     ValueError: a shape, dtype, device or value breaks the contract; the message names the argument.
     TypeError: an argument is not an array with DLPack, or an output is read-only.
 )");
-    module.def(
-        "selective_scan_fwd_workspace",
-        [](const Input& u, const Input& A, const Input& B, const Input& C) {
-            return selective_scan_fwd_workspace({.u = view(kOp, "u", u),
-                                                 .A = view(kOp, "A", A),
-                                                 .B = view(kOp, "B", B),
-                                                 .C = view(kOp, "C", C)});
-        },
-        "u"_a.none(), "A"_a.none(), "B"_a.none(), "C"_a.none(),
-        R"(Say how much working memory selective_scan_fwd needs.
+    module.def("selective_scan_fwd_workspace", &workspace<selective_scan_fwd_workspace>,
+               "u"_a.none(), "A"_a.none(), "B"_a.none(), "C"_a.none(), "D"_a = none,
+               "dt_bias"_a = none,
+               R"(Say how much working memory selective_scan_fwd needs.
 
 Args:
-    u, A, B, C: as for selective_scan_fwd. Only their shapes, dtypes and devices are looked at.
+    u, A, B, C, D, dt_bias: as for selective_scan_fwd. Only shapes, dtypes and devices are looked
+        at, and of D and dt_bias, whether they are there.
+
+Returns:
+    Bytes; 0 on the CPU.
+
+Raises:
+    ValueError, TypeError: as selective_scan_fwd.
+)");
+    module.def("selective_scan_bwd_workspace", &workspace<selective_scan_bwd_workspace>,
+               "u"_a.none(), "A"_a.none(), "B"_a.none(), "C"_a.none(), "D"_a = none,
+               "dt_bias"_a = none,
+               R"(Say how much working memory selective_scan_bwd needs.
+
+Args:
+    u, A, B, C, D, dt_bias: as for selective_scan_fwd_workspace.
 
 Returns:
     Bytes; 0 on the CPU.
@@ -131,7 +152,8 @@ Raises:
                "dy"_a.none(), "dlast_state"_a = none, "du"_a.none(), "ddelta"_a.none(),
                "dA"_a.none(), "dB"_a.none(), "dC"_a.none(), "dD"_a = none, "dz"_a = none,
                "ddt_bias"_a = none, "dinitial_state"_a = none, "softplus"_a = false,
-               "state_per_sequence"_a = false, "num_threads"_a = 0,
+               "state_per_sequence"_a = false, "num_threads"_a = 0, "stream"_a = 0,
+               "workspace"_a = none,
                R"(Gradients of selective_scan_fwd; the inputs are the ones the forward got.
 
 Args:
@@ -140,6 +162,7 @@ Args:
     dlast_state: (S, D, N). Gradient of last_state; zero when None.
     du, ddelta, dA, dB, dC, dD, dz, ddt_bias, dinitial_state: outputs shaped like their inputs. dD,
         dz and ddt_bias are needed where the input was given; dinitial_state is optional.
+    workspace: at least selective_scan_bwd_workspace bytes.
 
 Raises:
     ValueError, TypeError: as selective_scan_fwd.

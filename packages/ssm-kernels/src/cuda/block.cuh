@@ -67,21 +67,26 @@ class Block {
     /// the values with every exchange, which costs a tenth of one sum_lanes per value.
     template <int kValues, int kLanes, int kStride, class Get>
     SSM_DEVICE void scatter_sums(Get&& get) {
-        Real(&values)[kValues] = get(registers_);
-        const int own = static_cast<int>(threadIdx.x) / kStride;
-        SSM_UNROLL
-        for (int lanes = kLanes / 2, half = kValues / 2; lanes > 0; lanes /= 2, half /= 2) {
-            const bool upper = own & lanes;
-            SSM_UNROLL
-            for (int i = 0; i < half; ++i) {
-                const Real sent = upper ? values[i] : values[i + half];
-                const Real kept = upper ? values[i + half] : values[i];
-                values[i] = kept + __shfl_xor_sync(0xffffffffu, sent, lanes * kStride);
-            }
-        }
+        exchange<kValues / 2, kLanes / 2, kStride>(get(registers_));
     }
 
   private:
+    /// One step of scatter_sums: a template, since the compiler leaves such a loop as one, and the
+    /// registers it indexes in memory.
+    template <int kHalf, int kLanes, int kStride, int kValues>
+    static SSM_DEVICE void exchange(Real (&values)[kValues]) {
+        if constexpr (kLanes > 0) {
+            const bool upper = threadIdx.x & kLanes * kStride;
+            SSM_UNROLL
+            for (int i = 0; i < kHalf; ++i) {
+                const Real sent = upper ? values[i] : values[i + kHalf];
+                const Real kept = upper ? values[i + kHalf] : values[i];
+                values[i] = kept + __shfl_xor_sync(0xffffffffu, sent, kLanes * kStride);
+            }
+            exchange<kHalf / 2, kLanes / 2, kStride>(values);
+        }
+    }
+
     Real* shared_;
     typename Kernel::Registers registers_;
 };

@@ -15,17 +15,24 @@ namespace ssm::cuda {
 /// X(name, arguments...): one launcher. Arguments are checked and canonical, as the CPU kernels get
 /// them; `Exec::workspace` holds what <name>_workspace asks for. Throws std::runtime_error when a
 /// launch fails.
-#define SSM_CUDA_KERNELS(X)                                       \
-    X(selective_scan_fwd, const SelectiveScanArgs&, std::int64_t) \
-    X(swiglu_fwd, const SwigluArgs&)                              \
+#define SSM_CUDA_KERNELS(X)                                                                  \
+    X(selective_scan_fwd, const SelectiveScanArgs&, std::int64_t)                            \
+    X(selective_scan_bwd, const SelectiveScanArgs&, const SelectiveScanGrads&, std::int64_t) \
+    X(swiglu_fwd, const SwigluArgs&)                                                         \
     X(swiglu_bwd, const SwigluArgs&, const SwigluGrads&)
 
 #define SSM_DECLARE_KERNEL(name, ...) void name(__VA_ARGS__, const Exec&);
 SSM_CUDA_KERNELS(SSM_DECLARE_KERNEL)
 #undef SSM_DECLARE_KERNEL
 
-/// Bytes of working memory, a function of shapes only.
-std::int64_t selective_scan_fwd_workspace(const SelectiveScanArgs& args);
+/// X(name, argument): the bytes of working memory of a launcher, a function of shapes only.
+#define SSM_CUDA_WORKSPACES(X)                                \
+    X(selective_scan_fwd_workspace, const SelectiveScanArgs&) \
+    X(selective_scan_bwd_workspace, const SelectiveScanArgs&)
+
+#define SSM_DECLARE_WORKSPACE(name, argument) std::int64_t name(argument);
+SSM_CUDA_WORKSPACES(SSM_DECLARE_WORKSPACE)
+#undef SSM_DECLARE_WORKSPACE
 
 struct Kernels {
     /// The device whose tensors the launchers take. The host's, where they were compiled for it:
@@ -34,16 +41,16 @@ struct Kernels {
 #define SSM_KERNEL_ENTRY(name, ...) void (*name)(__VA_ARGS__, const Exec&);
     SSM_CUDA_KERNELS(SSM_KERNEL_ENTRY)
 #undef SSM_KERNEL_ENTRY
-    std::int64_t (*selective_scan_fwd_workspace)(const SelectiveScanArgs&);
+#define SSM_WORKSPACE_ENTRY(name, argument) std::int64_t (*name)(argument);
+    SSM_CUDA_WORKSPACES(SSM_WORKSPACE_ENTRY)
+#undef SSM_WORKSPACE_ENTRY
 };
 
 /// The table of the kernels linked beside this function.
 inline constexpr Kernels linked_kernels(DeviceType serves) {
-    return {serves,
-#define SSM_KERNEL_ADDRESS(name, ...) &name,
-            SSM_CUDA_KERNELS(SSM_KERNEL_ADDRESS)
-#undef SSM_KERNEL_ADDRESS
-                & selective_scan_fwd_workspace};
+#define SSM_ADDRESS(name, ...) &name,
+    return {serves, SSM_CUDA_KERNELS(SSM_ADDRESS) SSM_CUDA_WORKSPACES(SSM_ADDRESS)};
+#undef SSM_ADDRESS
 }
 
 }  // namespace ssm::cuda

@@ -7,17 +7,6 @@ namespace ssm::cuda {
 
 namespace {
 
-constexpr const char* kOp = "selective_scan";
-
-/// What a segment does to the state that enters it: state = decay * entering + own, with decay =
-/// exp(A * time) or, where `open` is 0 because a sequence began, 0.
-template <class Real>
-struct Ends {
-    Real* own;   // (B, segments, D, N)
-    Real* time;  // (B, segments, D)
-    Real* open;  // (B, segments, D)
-};
-
 /// kEnds: only write the ends of the segments.
 template <class Real, int kLanes, bool kEnds>
 struct Forward {
@@ -45,7 +34,7 @@ struct Forward {
     Plane<3> y;           // (B, D, L)
     Plane<3> last_state;  // (S, D, N)
     Real* checkpoints;    // (B, ceil(L / kScanTile), N, D): the states that enter the tiles
-    Ends<Real> ends;
+    SegmentEnds<Real> ends;
 
     /// Only the widest arrangement meets more states than its lanes hold.
     SSM_DEVICE int slabs() const {
@@ -132,13 +121,6 @@ struct Forward {
         }
     }
 
-    SSM_DEVICE Real initial(std::int64_t sequence, std::int64_t channel, std::int64_t state) const {
-        if (!in.initial_state || state >= in.dstate) return 0;
-        return in.initial_state.template load<Real>(sequence * in.initial_state.stride[0] +
-                                                    channel * in.initial_state.stride[1] +
-                                                    state * in.initial_state.stride[2]);
-    }
-
     /// The state that enters the segment: what the segments before it make of the initial one.
     template <class Block>
     SSM_DEVICE void enter(Block& block, const ScanPart& part, int thread, int slab,
@@ -146,22 +128,17 @@ struct Forward {
         load_constants(block, part, thread, slab, r);
         r.time = 0;
         r.open = 1;
-        const std::int64_t channel = part.first_channel + channel_of(thread);
-        const bool owned = channel_of(thread) < part.channels;
+        const ScanOwned owned = owned_by<kLanes>(in, part, thread, slab);
         SSM_UNROLL
         for (int s = 0; s < kScanStates; ++s) {
-            const std::int64_t state = state_of(thread, slab) + s;
             r.h[s] = 0;
-            if (kEnds || !owned) continue;
+            if (kEnds || s >= owned.states) continue;
             // With states per sequence the first sequence begins like every other one.
-            if (!in.state_per_sequence) r.h[s] = initial(part.row, channel, state);
-            if (state >= in.dstate) continue;
-            for (std::int64_t segment = 0; segment < part.segment; ++segment) {
-                const std::int64_t place = (part.row * in.segments + segment) * in.dim + channel;
-                const Real own = ends.own[place * in.dstate + state];
-                r.h[s] =
-                    ends.open[place] != 0 ? exp2_of(r.A[s] * ends.time[place]) * r.h[s] + own : own;
-            }
+            if (!in.state_per_sequence)
+                r.h[s] = state_at<Real>(in.initial_state, part.row, owned, s);
+            for (std::int64_t segment = 0; segment < part.segment; ++segment)
+                r.h[s] = ends.pass(in, part.row, segment, owned.channel, owned.state + s, r.A[s],
+                                   r.h[s]);
         }
     }
 
@@ -183,17 +160,11 @@ struct Forward {
     SSM_DEVICE void load_slab(Block& block, const ScanPart& part, int thread, std::int64_t begin,
                               int slab, int steps) const {
         if (!in.constant_B)
-            load_states<Real, kSlab>(block, thread, kB, in.B,
-                                     part.row * in.B.stride[0] +
-                                         part.first_channel / in.group_dim_B * in.B.stride[1] +
-                                         begin * in.B.stride[3],
-                                     slab * kSlab, in.dstate, steps);
+            load_states<Real, kSlab>(in, block, part, thread, kB, in.B, in.group_dim_B, begin, slab,
+                                     steps);
         if (!kEnds && !in.constant_C)
-            load_states<Real, kSlab>(block, thread, kC, in.C,
-                                     part.row * in.C.stride[0] +
-                                         part.first_channel / in.group_dim_C * in.C.stride[1] +
-                                         begin * in.C.stride[3],
-                                     slab * kSlab, in.dstate, steps);
+            load_states<Real, kSlab>(in, block, part, thread, kC, in.C, in.group_dim_C, begin, slab,
+                                     steps);
     }
 
     /// The recurrence over one tile, for the states of one slab. Takes the sequence before the tile
@@ -273,26 +244,14 @@ struct Forward {
         // The first sequence of a row goes on from the state of the row, which is there already.
         if (before < 0 && !in.state_per_sequence) return;
         if (!kEnds && before >= 0 && in.state_per_sequence)
-            put_state(part, thread, slab, before, r);
+            put_states(last_state, before, owned_by<kLanes>(in, part, thread, slab), r.h);
         if (slab == 0) r.time = r.open = 0;
         SSM_UNROLL
         for (int s = 0; s < kScanStates; ++s)
-            r.h[s] = in.state_per_sequence && channel_of(thread) < part.channels
-                         ? initial(next, part.first_channel + channel_of(thread),
-                                   state_of(thread, slab) + s)
+            r.h[s] = in.state_per_sequence
+                         ? state_at<Real>(in.initial_state, next,
+                                          owned_by<kLanes>(in, part, thread, slab), s)
                          : Real(0);
-    }
-
-    SSM_DEVICE void put_state(const ScanPart& part, int thread, int slab, std::int64_t sequence,
-                              const Registers& r) const {
-        if (!last_state || channel_of(thread) >= part.channels) return;
-        const std::int64_t channel = part.first_channel + channel_of(thread);
-        SSM_UNROLL
-        for (int s = 0; s < kScanStates; ++s)
-            if (state_of(thread, slab) + s < in.dstate)
-                last_state.store(sequence * last_state.stride[0] + channel * last_state.stride[1] +
-                                     (state_of(thread, slab) + s) * last_state.stride[2],
-                                 r.h[s]);
     }
 
     SSM_DEVICE void save(const ScanPart& part, int thread, int slab, std::int64_t tile,
@@ -345,63 +304,29 @@ struct Forward {
                 ends.open[place] = r.open;
             }
         } else if (part.end == in.seqlen && (sequence >= 0 || !in.state_per_sequence)) {
-            put_state(part, thread, slab, in.state_per_sequence ? sequence : part.row, r);
+            put_states(last_state, in.state_per_sequence ? sequence : part.row,
+                       owned_by<kLanes>(in, part, thread, slab), r.h);
         }
-    }
-};
-
-/// last_state = initial_state, or 0: what remains of a sequence without steps.
-template <class Real>
-struct CopyStates {
-    static constexpr int kThreads = kScanThreads;
-    static constexpr int kBlocksPerUnit = 1;
-    struct Registers {};
-
-    Plane<3> from, to;  // (S, D, N)
-    std::int64_t dim, dstate, elements;
-
-    std::int64_t shared_size() const { return 0; }
-
-    template <class Block>
-    SSM_DEVICE void operator()(Block& block, std::int64_t index) const {
-        block.each([&](int thread, Registers&) {
-            const std::int64_t element = index * kThreads + thread;
-            if (element >= elements) return;
-            const std::int64_t state = element % dstate, channel = element / dstate % dim;
-            const std::int64_t sequence = element / dstate / dim;
-            const auto offset = [&](const Plane<3>& tensor) {
-                return sequence * tensor.stride[0] + channel * tensor.stride[1] +
-                       state * tensor.stride[2];
-            };
-            to.store(offset(to), from ? from.template load<Real>(offset(from)) : Real(0));
-        });
     }
 };
 
 template <class Real, int kLanes>
 void start(const ScanInputs& in, const SelectiveScanArgs& args, const Exec& exec) {
     const Device device = args.u.device;
-    const std::int64_t parts =
-        in.batch * in.segments * in.group_tiles * (in.group_dim > 0 ? in.dim / in.group_dim : 0);
+    const std::int64_t parts = scan_parts(in);
     const auto checkpoints =
         args.checkpoints.ndim == kAbsent ? nullptr : static_cast<Real*>(args.checkpoints.data);
-    Ends<Real> ends{};
+    SegmentEnds<Real> ends;
     if (in.segments > 1) {
-        const std::int64_t channels = in.batch * in.segments * in.dim;
-        ends.own = static_cast<Real*>(exec.workspace);
-        ends.time = ends.own + channels * in.dstate;
-        ends.open = ends.time + channels;
-        launch<Real>(kOp, Forward<Real, kLanes, true>{in, {}, {}, nullptr, ends}, parts, device,
+        ends = {in, static_cast<Real*>(exec.workspace)};
+        launch<Real>(kScanOp, Forward<Real, kLanes, true>{in, {}, {}, nullptr, ends}, parts, device,
                      exec);
     }
-    if (in.state_per_sequence && args.last_state.ndim != kAbsent) {
-        const CopyStates<Real> copy{in.initial_state, plane<3>(args.last_state), in.dim, in.dstate,
-                                    in.num_states * in.dim * in.dstate};
-        launch<Real>(kOp, copy, (copy.elements + kScanThreads - 1) / kScanThreads, device, exec);
-    }
-    launch<Real>(kOp,
-                 Forward<Real, kLanes, false>{in, plane<3>(args.y), plane<3>(args.last_state),
-                                              checkpoints, ends},
+    const Plane<3> last_state = plane<3>(args.last_state);
+    if (in.state_per_sequence && last_state)
+        copy_states<Real>(in, in.initial_state, last_state, device, exec);
+    launch<Real>(kScanOp,
+                 Forward<Real, kLanes, false>{in, plane<3>(args.y), last_state, checkpoints, ends},
                  parts, device, exec);
 }
 
@@ -409,8 +334,8 @@ void start(const ScanInputs& in, const SelectiveScanArgs& args, const Exec& exec
 
 std::int64_t selective_scan_fwd_workspace(const SelectiveScanArgs& args) {
     const ScanInputs in = scan_inputs(args, 0);
-    const std::int64_t size = args.u.dtype == DType::f64 ? sizeof(double) : sizeof(float);
-    return in.segments > 1 ? in.batch * in.segments * in.dim * (in.dstate + 2) * size : 0;
+    return args.u.dtype == DType::f64 ? SegmentEnds<double>::size(in) * 8
+                                      : SegmentEnds<float>::size(in) * 4;
 }
 
 void selective_scan_fwd(const SelectiveScanArgs& args, std::int64_t num_states, const Exec& exec) {

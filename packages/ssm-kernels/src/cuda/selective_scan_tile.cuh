@@ -12,6 +12,7 @@
 
 namespace ssm::cuda {
 
+constexpr const char* kScanOp = "selective_scan";
 constexpr int kScanTile = kSelectiveScanCheckpoint;  // steps of a tile
 constexpr int kScanStates = 4;                       // of one thread
 constexpr int kScanThreads = 256;
@@ -34,6 +35,7 @@ struct ScanInputs {
     std::int64_t batch, dim, seqlen, dstate, num_states;
     std::int64_t group_dim_B, group_dim_C;  // channels that share B, and C
     std::int64_t group_dim, group_tiles;    // channels that share both, and blocks along them
+    std::int64_t blocks_along;              // blocks along all channels
     std::int64_t segments, segment_steps;   // the latter a multiple of kScanTile
     bool constant_B, constant_C, softplus, state_per_sequence;
 };
@@ -61,9 +63,10 @@ inline ScanInputs scan_inputs(const SelectiveScanArgs& args, std::int64_t num_st
     in.group_dim = in.dim / groups;
     const std::int64_t channels = kScanThreads / scan_lanes(in.dstate);
     in.group_tiles = (in.group_dim + channels - 1) / channels;
+    in.blocks_along = groups * in.group_tiles;
 
     const std::int64_t tiles = (in.seqlen + kScanTile - 1) / kScanTile;
-    const std::int64_t blocks = in.batch * groups * in.group_tiles;
+    const std::int64_t blocks = in.batch * in.blocks_along;
     // Cutting walks the steps twice: it takes more than two segments to gain.
     std::int64_t segments = blocks > 0 ? kFullDevice / blocks : 1;
     segments = std::min({segments, kMostSegments, tiles / kLeastSegmentTiles});
@@ -98,6 +101,74 @@ SSM_DEVICE ScanPart scan_part(const ScanInputs& in, std::int64_t index) {
     return part;
 }
 
+/// What a segment does to the state, or the gradient of one, that enters it: decay * entering +
+/// own, with decay = exp(A * time) or, where `open` is 0 because a sequence began, 0.
+template <class Real>
+struct SegmentEnds {
+    Real* own = nullptr;   // (B, segments, D, N)
+    Real* time = nullptr;  // (B, segments, D)
+    Real* open = nullptr;  // (B, segments, D)
+
+    SegmentEnds() = default;
+    SegmentEnds(const ScanInputs& in, Real* memory) {
+        const std::int64_t channels = in.batch * in.segments * in.dim;
+        own = memory, time = own + channels * in.dstate, open = time + channels;
+    }
+    /// Elements, as many as keep what comes after them aligned.
+    static std::int64_t size(const ScanInputs& in) {
+        const std::int64_t all = in.batch * in.segments * in.dim * (in.dstate + 2);
+        return in.segments > 1 ? (all + 3) / 4 * 4 : 0;
+    }
+    /// What `segment` makes of an entering value; A in units of log2.
+    SSM_DEVICE Real pass(const ScanInputs& in, std::int64_t row, std::int64_t segment,
+                         std::int64_t channel, std::int64_t state, Real A, Real entering) const {
+        const std::int64_t place = (row * in.segments + segment) * in.dim + channel;
+        const Real added = own[place * in.dstate + state];
+        return open[place] != 0 ? exp2_of(A * time[place]) * entering + added : added;
+    }
+};
+
+/// to = from, or 0: states (S, D, N) of sequences without steps.
+template <class Real>
+struct CopyStates {
+    static constexpr int kThreads = kScanThreads;
+    static constexpr int kBlocksPerUnit = 1;
+    struct Registers {};
+
+    Plane<3> from, to;
+    std::int64_t dim, dstate, elements;
+
+    std::int64_t shared_size() const { return 0; }
+
+    template <class Block>
+    SSM_DEVICE void operator()(Block& block, std::int64_t index) const {
+        block.each([&](int thread, Registers&) {
+            const std::int64_t element = index * kThreads + thread;
+            if (element >= elements) return;
+            const std::int64_t state = element % dstate, channel = element / dstate % dim;
+            const std::int64_t sequence = element / dstate / dim;
+            const auto offset = [&](const Plane<3>& tensor) {
+                return sequence * tensor.stride[0] + channel * tensor.stride[1] +
+                       state * tensor.stride[2];
+            };
+            to.store(offset(to), from ? from.template load<Real>(offset(from)) : Real(0));
+        });
+    }
+};
+
+template <class Real>
+void copy_states(const ScanInputs& in, const Plane<3>& from, const Plane<3>& to,
+                 const Device& device, const Exec& exec) {
+    const CopyStates<Real> kernel{from, to, in.dim, in.dstate, in.num_states * in.dim * in.dstate};
+    launch<Real>(kScanOp, kernel, (kernel.elements + kScanThreads - 1) / kScanThreads, device,
+                 exec);
+}
+
+/// Blocks of one launch over all channels and segments.
+inline std::int64_t scan_parts(const ScanInputs& in) {
+    return in.batch * in.segments * in.blocks_along;
+}
+
 /// The sequence of a step, or -1 where it is skipped.
 SSM_DEVICE std::int32_t sequence_at(const ScanInputs& in, std::int64_t row, std::int64_t step) {
     if (!in.seq_idx) return 0;
@@ -112,6 +183,27 @@ SSM_DEVICE std::int32_t sequence_before(const ScanInputs& in, std::int64_t row, 
     std::int32_t id = -1;
     while (step > 0 && id < 0) id = sequence_at(in, row, --step);
     return id;
+}
+
+/// Steps of a tile as bits.
+struct ScanMarks {
+    std::uint32_t skipped, begins;
+};
+
+SSM_DEVICE ScanMarks scan_marks(const ScanInputs& in, std::int64_t row, std::int64_t begin,
+                                int steps) {
+    ScanMarks marks{0, 0};
+    if (!in.seq_idx) return marks;
+    std::int32_t sequence = sequence_before(in, row, begin);
+    for (int step = 0; step < steps; ++step) {
+        const std::int32_t next = sequence_at(in, row, begin + step);
+        if (next < 0) marks.skipped |= 1u << step;
+        if (next < 0 || next == sequence) continue;
+        // The first sequence of a row goes on from the state of the row.
+        if (sequence >= 0 || in.state_per_sequence) marks.begins |= 1u << step;
+        sequence = next;
+    }
+    return marks;
 }
 
 /// The end of the steps from `step` on that are of one sequence, or all skipped; at most `end`.
@@ -193,13 +285,17 @@ SSM_DEVICE void add_bias(const ScanInputs& in, Block& block, int thread, int pla
     });
 }
 
-/// Copies the states [first, first + kSlab) of B or C, from `offset` on, into shared memory as
-/// (step, state). What does not exist is zero.
+/// Copies the states of one slab of B or C into shared memory, as (step, state). What does not
+/// exist is zero, and so are the steps whose bit is in `skipped`.
 template <class Real, int kSlab, class Block>
-SSM_DEVICE void load_states(Block& block, int thread, int place, const Plane<4>& tensor,
-                            std::int64_t offset, std::int64_t first, std::int64_t dstate,
-                            int steps) {
+SSM_DEVICE void load_states(const ScanInputs& in, Block& block, const ScanPart& part, int thread,
+                            int place, const Plane<4>& tensor, std::int64_t group_dim,
+                            std::int64_t begin, int slab, int steps, std::uint32_t skipped = 0) {
     const bool steps_are_neighbours = tensor.stride[3] == 1;
+    const std::int64_t first = std::int64_t{slab} * kSlab;
+    const std::int64_t offset = part.row * tensor.stride[0] +
+                                part.first_channel / group_dim * tensor.stride[1] +
+                                first * tensor.stride[2] + begin * tensor.stride[3];
     visit(tensor.dtype, [&](auto* type) {
         using Memory = std::remove_pointer_t<decltype(type)>;
         const Memory* from = static_cast<const Memory*>(tensor.data) + offset;
@@ -207,14 +303,52 @@ SSM_DEVICE void load_states(Block& block, int thread, int place, const Plane<4>&
         for (int element = thread; element < kScanTile * kSlab; element += kScanThreads) {
             const int step = steps_are_neighbours ? element % kScanTile : element / kSlab;
             const int state = steps_are_neighbours ? element / kScanTile : element % kSlab;
-            const bool exists = step < steps && first + state < dstate;
-            block.write(
-                place + step * kSlab + state,
-                exists ? static_cast<Real>(widen(
-                             from[(first + state) * tensor.stride[2] + step * tensor.stride[3]]))
-                       : Real(0));
+            const bool exists = step < steps && first + state < in.dstate && !(skipped >> step & 1);
+            block.write(place + step * kSlab + state,
+                        exists ? static_cast<Real>(widen(
+                                     from[state * tensor.stride[2] + step * tensor.stride[3]]))
+                               : Real(0));
         }
     });
+}
+
+/// The states that one thread owns in one slab: the first `states` of state, state + 1, ...
+struct ScanOwned {
+    std::int64_t channel, state;
+    int states;
+};
+
+template <int kLanes>
+SSM_DEVICE ScanOwned owned_by(const ScanInputs& in, const ScanPart& part, int thread, int slab) {
+    ScanOwned owned{part.first_channel + thread / kLanes,
+                    (std::int64_t{slab} * kLanes + thread % kLanes) * kScanStates, kScanStates};
+    if (thread / kLanes >= part.channels || owned.state >= in.dstate)
+        owned.states = 0;
+    else if (in.dstate - owned.state < kScanStates)
+        owned.states = static_cast<int>(in.dstate - owned.state);
+    return owned;
+}
+
+/// One of the owned elements of states (S, D, N); 0 where there is none.
+template <class Real>
+SSM_DEVICE Real state_at(const Plane<3>& states, std::int64_t sequence, const ScanOwned& owned,
+                         int s) {
+    if (!states || s >= owned.states) return 0;
+    return states.template load<Real>(sequence * states.stride[0] +
+                                      owned.channel * states.stride[1] +
+                                      (owned.state + s) * states.stride[2]);
+}
+
+template <class Real>
+SSM_DEVICE void put_states(const Plane<3>& states, std::int64_t sequence, const ScanOwned& owned,
+                           const Real (&values)[kScanStates]) {
+    if (!states) return;
+    SSM_UNROLL
+    for (int s = 0; s < kScanStates; ++s)
+        if (s < owned.states)
+            states.store(sequence * states.stride[0] + owned.channel * states.stride[1] +
+                             (owned.state + s) * states.stride[2],
+                         values[s]);
 }
 
 }  // namespace ssm::cuda

@@ -131,11 +131,17 @@ std::int64_t selective_scan_fwd_workspace(const SelectiveScanArgs& given) {
     return gpu != nullptr ? gpu->selective_scan_fwd_workspace(args) : 0;
 }
 
+std::int64_t selective_scan_bwd_workspace(const SelectiveScanArgs& given) {
+    SelectiveScanArgs args = given;
+    check_sizes(Checker(kOp, args.u.device), args);
+    const auto* gpu = cuda_kernels(kOp, args.u.device);
+    return gpu != nullptr ? gpu->selective_scan_bwd_workspace(args) : 0;
+}
+
 void selective_scan_bwd(const SelectiveScanArgs& given, const SelectiveScanGrads& grads,
                         const Exec& exec) {
     const auto [args, num_states] =
         check_inputs(given, {given.initial_state, grads.dlast_state, grads.dinitial_state});
-    check_device_served(kOp, args.u.device);
     const Checker check(kOp, args.u.device);
     const Axis batch{"B", args.u.shape[0]}, dim{"D", args.u.shape[1]}, seqlen{"L", args.u.shape[2]};
     const Axis dstate{"N", args.A.shape[1]}, states{"S", num_states};
@@ -155,6 +161,10 @@ void selective_scan_bwd(const SelectiveScanArgs& given, const SelectiveScanGrads
     if (present(args.z)) check.output("dz", grads.dz, {batch, dim, seqlen});
     if (present(args.dt_bias)) check.output("ddt_bias", grads.ddt_bias, {dim});
     check.optional_output("dinitial_state", grads.dinitial_state, {states, dim, dstate});
+    if (const auto* gpu = cuda_kernels(kOp, args.u.device)) {
+        const WithWorkspace with(kOp, exec, args.u.device, gpu->selective_scan_bwd_workspace(args));
+        return gpu->selective_scan_bwd(args, canonical, num_states, with.exec());
+    }
     const RunTable runs(kOp, args.seq_idx, batch.size, seqlen.size, args.state_per_sequence,
                         num_states);
     cpu::selective_scan_bwd.active()(args, canonical, runs.view(), thread_count(exec));

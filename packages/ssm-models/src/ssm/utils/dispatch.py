@@ -74,9 +74,10 @@ def _load(op: str, device_type: str) -> Callable | str:
     key = (op, device_type)
     if key not in _attempts:
         try:
-            importlib.import_module(_KERNELS[device_type])
-            function = getattr(importlib.import_module(f"ssm.ops.compiled.{FILES.get(op, op)}"), op)
-            _attempts[key] = function
+            kernels, file = importlib.import_module(_KERNELS[device_type]), FILES.get(op, op)
+            if device_type == "cuda" and file not in kernels.operators:
+                raise NotImplementedError("this version of ssm-kernels has none of this operator")
+            _attempts[key] = getattr(importlib.import_module(f"ssm.ops.compiled.{file}"), op)
         except Exception as error:  # any fault of a backend must leave the reference usable
             _attempts[key] = f"{type(error).__name__}: {error}"
     return _attempts[key]
@@ -139,6 +140,8 @@ def implementation(op: str, tensor: torch.Tensor) -> Callable:
         This project's design: the best loadable backend serves, the reference always can.
     """
     device_type = tensor.device.type if isinstance(tensor, torch.Tensor) else "none"
+    if device_type == "cuda" and tensor.dtype == torch.float64:
+        return _reference(op)  # kernels of a GPU compute in float32
     if torch.compiler.is_compiling():
         return getattr(_choices, _resolve(op, device_type))
     if _forced.get() is None:

@@ -14,6 +14,7 @@ _is_compiling = torch.compiler.is_compiling
 _dispatch_depth = torch._C._len_torch_dispatch_stack
 _transform_level = torch._C._functorch.maybe_current_level
 _is_grad_enabled = torch.is_grad_enabled
+_num_threads = torch.get_num_threads
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
@@ -105,12 +106,35 @@ def refuse_as(check: Callable) -> Callable:
     return decorate
 
 
+def settings(tensor: torch.Tensor, workspace: Callable | None = None, *inputs) -> dict:
+    """Return how a kernel runs on the device of a tensor, as keyword arguments.
+
+    Args:
+        tensor: the main input.
+        workspace: the function that says how many bytes of working memory the kernel needs on a
+            GPU, from ``inputs``; None: it needs none.
+        inputs: what ``workspace`` takes.
+
+    Returns:
+        On the CPU torch's number of threads; on a GPU torch's current stream and the memory.
+
+    Source:
+        This project's design: kernels allocate nothing and are given their stream.
+    """
+    if not tensor.is_cuda:
+        return {"num_threads": _num_threads()}
+    found = {"stream": torch.cuda.current_stream(tensor.device).cuda_stream}
+    if workspace is not None and (size := workspace(*inputs)):
+        found["workspace"] = tensor.new_empty(size, dtype=torch.uint8)
+    return found
+
+
 def define(schema: str, kernel: Callable, fake: Callable) -> Callable:
     """Register the operator ``ssm::<schema>``.
 
     Args:
         schema: name, arguments and results in torch's schema language.
-        kernel: called with CPU tensors of any strides; allocates and returns the results.
+        kernel: called with CPU or CUDA tensors of any strides; allocates and returns the results.
         fake: the same signature for tensors without data: shapes, dtypes and strides only.
 
     Returns:
@@ -121,7 +145,8 @@ def define(schema: str, kernel: Callable, fake: Callable) -> Callable:
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, kernel, "CPU")
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, kernel, key)
     torch.library.register_fake(f"ssm::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.ssm, name).default
 

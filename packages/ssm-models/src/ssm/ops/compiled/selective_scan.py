@@ -9,6 +9,7 @@ from ssm.ops.compiled.library import (
     is_eager,
     refuse_as,
     refuse_second_gradient,
+    settings,
 )
 from ssm.ops.python import check
 from ssm.ops.python.arithmetic import acc_dtype
@@ -18,6 +19,10 @@ _INPUTS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
     "Tensor? initial_state, Tensor? seq_idx"
 )
+
+
+def _settings(workspace, u, _, A, B, C, D, z, dt_bias, *rest):
+    return settings(u, workspace, u, A, B, C, D, dt_bias)
 
 
 def _allocate(u, delta, A, B, C, D, z, dt_bias, initial_state, seq_idx, num_states, save):
@@ -42,7 +47,7 @@ def _forward(*args):
         checkpoints=checkpoints if save else None,
         softplus=softplus,
         state_per_sequence=per_sequence,
-        num_threads=torch.get_num_threads(),
+        **_settings(ssm_kernels.selective_scan_fwd_workspace, *inputs),
     )
     return y, last_state, checkpoints
 
@@ -79,7 +84,7 @@ def _backward_kernel(*args):
         dinitial_state=dinitial_state,
         softplus=softplus,
         state_per_sequence=per_sequence,
-        num_threads=torch.get_num_threads(),
+        **_settings(ssm_kernels.selective_scan_bwd_workspace, *inputs),
     )
     return gradients
 

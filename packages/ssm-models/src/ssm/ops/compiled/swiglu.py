@@ -12,6 +12,7 @@ from ssm.ops.compiled.library import (
     is_eager,
     refuse_as,
     refuse_second_gradient,
+    settings,
 )
 from ssm.ops.python import check
 
@@ -27,7 +28,7 @@ def _allocate(gate, up=None):
 
 def _forward(gate, up):
     y = _allocate(gate, up)
-    ssm_kernels.swiglu_fwd(gate, up, y=y, num_threads=torch.get_num_threads())
+    ssm_kernels.swiglu_fwd(gate, up, y=y, **settings(gate))
     return y
 
 
@@ -44,7 +45,7 @@ def _backward_kernel(gate, up, dy):
         dy=dy,
         dgate=dgate,
         dup=None if up is None else dup,
-        num_threads=torch.get_num_threads(),
+        **settings(gate),
     )
     return dgate, dup
 
