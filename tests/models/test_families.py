@@ -34,8 +34,7 @@ def saved(tmp_path_factory):
 
 
 def close(got, want, tolerance=1e-5):
-    scale = want.abs().max().item()
-    torch.testing.assert_close(got, want, rtol=0, atol=tolerance * max(1.0, scale))
+    torch.testing.assert_close(got, want, rtol=0, atol=tolerance * want.abs().max().item())
 
 
 @each_case
