@@ -24,6 +24,7 @@ from tests.transformers_models import (
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
+from ssm.integrations import projection  # noqa: E402
 from ssm.integrations import transformers as integration  # noqa: E402
 
 FLOAT32 = TOLERANCES["transformers", "float32"]
@@ -118,6 +119,19 @@ def test_generation(family, level, served):
     integration.enable(level)
     got = generated(model)
     assert kernels_of(family, False) | kernels_of(family, True) <= served
+    assert torch.equal(got.sequences, want.sequences)
+    for step, (one, other) in enumerate(zip(got.logits, want.logits, strict=True)):
+        close(f"logits of step {step}", one, other)
+
+
+@families
+def test_products_of_large_projections(family, monkeypatch):
+    """As if the projections of these tiny models were large."""
+    model = tiny(family)
+    want = generated(model)
+    monkeypatch.setattr(projection, "_LARGE", 0)
+    integration.enable("mixers")
+    got = generated(model)
     assert torch.equal(got.sequences, want.sequences)
     for step, (one, other) in enumerate(zip(got.logits, want.logits, strict=True)):
         close(f"logits of step {step}", one, other)

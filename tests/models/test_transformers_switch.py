@@ -52,11 +52,11 @@ def in_fresh_process(code):
 
 def test_levels_replace_what_they_say():
     before = attributes()
-    integration.enable()
+    integration.enable("functions")
     assert {name for _, name in replaced(before)} == {
         name for family in integration.FAMILIES.values() for name in family.functions
     }
-    integration.enable("mixers")
+    integration.enable()
     assert replaced(before) == set(before)
     integration.enable("functions")
     assert len(replaced(before)) == 5 * len(integration.FAMILIES)
@@ -147,7 +147,7 @@ def test_versions_are_checked(monkeypatch):
     sentence = "enable: level mixers must have transformers 5.23.*, got 5.99.0"
     assert str(caught.value) == sentence
     with pytest.warns(UserWarning, match=r"enable: transformers 5\.99\.0 was not tested"):
-        integration.enable()
+        integration.enable("functions")
     assert not integration.status()["tested"]
     assert integration.status()["families"]["mamba"]["replaced"]
 
@@ -172,7 +172,7 @@ def test_modules_that_are_imported_later_are_served():
         """
         import sys
         from ssm.integrations import transformers as integration
-        integration.enable()
+        integration.enable("functions")
         assert "transformers" not in sys.modules
         assert not integration.status()["families"]["mamba"]["imported"]
         from transformers.models.mamba import modeling_mamba

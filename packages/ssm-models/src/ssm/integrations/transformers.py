@@ -99,16 +99,16 @@ _changes: dict[str, list[_Change]] = {}  # family -> what was replaced in it
 _refused: dict[str, str] = {}  # family -> why nothing was
 
 
-def enable(level: str = "functions") -> None:
+def enable(level: str = "mixers") -> None:
     """Serve the Mamba models of transformers, loaded or yet to be loaded, with our kernels.
 
     Calling it again with the same level does nothing; with another, it changes the level. What has
     no kernels here (a device, an activation) is left to transformers.
 
     Args:
-        level: "functions" replaces the kernel functions and computes what transformers computes.
-            "mixers" replaces the mixers and norms around them as well: it is faster, and it repairs
-            what transformers gets wrong (docs/transformers.md).
+        level: "mixers" replaces kernel functions, mixers and norms, and repairs what transformers
+            gets wrong (docs/transformers.md). "functions" replaces the kernel functions only and
+            computes what transformers computes; it depends less on the version and is slower.
 
     Raises:
         ValueError: level is no level.

@@ -1,7 +1,8 @@
 """Forward passes of transformers' Mamba mixers and their norms, on our operators.
 
-They read and write the caches of transformers, call projections as modules, and mask padding as
-transformers does, so that they may take the place of the original methods in any model. Two results
+They read and write the caches of transformers, call projections that are more than a product as
+modules, and mask padding as transformers does, so that they may take the place of the original
+methods in any model. Two results
 differ from the original's, because those are wrong: a Mamba-1 mixer continues from its state over
 several tokens instead of starting anew, and a step of decoding clamps step sizes as a prefill does.
 """
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ssm import ops
+from ssm.integrations.projection import project
 from ssm.integrations.transformers_functions import NO_LIMIT, layout, serves
 from ssm.modules.precision import at_least_fp32
 
@@ -32,12 +34,12 @@ def mamba1_mixer(original: Callable) -> Callable:
         if not takes(self, hidden_states):
             return original(self, hidden_states, cache_params, attention_mask, **kwargs)
         meta = layout(kwargs.get("seq_idx"), kwargs.get("cu_seqlens"), cache_params is not None)
-        xz = self.in_proj(masked(hidden_states, attention_mask))
+        xz = project(self.in_proj, masked(hidden_states, attention_mask))
         if can_step(self, hidden_states, cache_params, attention_mask, meta):
             y = _mamba1_step(self, xz[:, 0], cache_params)[:, None]
         else:
             y = _mamba1_scan(self, xz, cache_params, attention_mask, meta)
-        return self.out_proj(y.to(hidden_states.dtype))
+        return project(self.out_proj, y.to(hidden_states.dtype))
 
     return forward
 
@@ -59,14 +61,14 @@ def mamba2_mixer(original: Callable) -> Callable:
         scaled = hasattr(self, "ssm_in_multiplier")  # Falcon H1
         if scaled:
             hidden_states = hidden_states * self.ssm_in_multiplier
-        zxdt = self.in_proj(hidden_states)
+        zxdt = project(self.in_proj, hidden_states)
         if scaled:
             zxdt = zxdt * self.mup_vector
         if can_step(self, hidden_states, cache_params, attention_mask, meta):
             y = _mamba2_step(self, zxdt[:, 0], cache_params)[:, None]
         else:
             y = _mamba2_scan(self, zxdt, cache_params, attention_mask, meta)
-        return self.out_proj(y.to(dtype))
+        return project(self.out_proj, y.to(dtype))
 
     return forward
 
@@ -152,7 +154,7 @@ def decay_rates(mixer):
 def _mamba1_select(mixer, x):
     """From x (..., D) the step sizes (..., D), their bias if the operator adds it, and B and C."""
     width = mixer.ssm_state_size
-    dt, B, C = mixer.x_proj(x).split([mixer.time_step_rank, width, width], dim=-1)
+    dt, B, C = project(mixer.x_proj, x).split([mixer.time_step_rank, width, width], dim=-1)
     if hasattr(mixer, "dt_layernorm"):  # Falcon Mamba, Jamba
         dt, B, C = mixer.dt_layernorm(dt), mixer.b_layernorm(B), mixer.c_layernorm(C)
     if type(mixer.dt_proj) is nn.Linear:

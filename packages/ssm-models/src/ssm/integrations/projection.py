@@ -1,0 +1,84 @@
+"""Calls a projection in the way that is fastest for its number of rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
+
+from ssm.ops.compiled.library import is_eager
+
+# A weight of fewer elements stays in the caches, where torch's own way is as good as any.
+_LARGE = 1 << 18
+# Up to here a product is bound by reading the weight.
+_FEW_ROWS = 4
+# Parts of a weight, for the threads; more than two gain nothing where there are two.
+_PARTS = (8, 4, 2)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS[:3])
+
+
+def project(linear: nn.Module, x: Tensor) -> Tensor:
+    """Call a projection.
+
+    Args:
+        linear: nn.Linear or what replaced it. It is called, unless it is an nn.Linear without
+            hooks and no gradient is wanted: then nothing but the product can tell the difference.
+        x: (..., D_in), floating point.
+
+    Returns:
+        (..., D_out).
+
+    Source:
+        Measured, two threads: torch reads a float32 weight with 13 GB/s for one row, and with 35 if
+        it is asked for parts of it; for many rows oneDNN is a tenth to a fifth faster.
+    """
+    return multiply(x, linear.weight, linear.bias) if _is_plain(linear) else linear(x)
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute ``x @ weight.T + bias``.
+
+    Args:
+        x: (..., D_in), floating point.
+        weight: (D_out, D_in).
+        bias: (D_out,) or None.
+
+    Returns:
+        (..., D_out).
+    """
+    if not _is_ours(x, weight, bias):
+        return nn.functional.linear(x, weight, bias)
+    width, inner = weight.shape
+    rows = x.numel() // inner
+    if rows > _FEW_ROWS:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    parts = next((n for n in _PARTS if width % n == 0), 1)
+    columns = x.reshape(rows, inner).t().expand(parts, inner, rows)
+    y = torch.bmm(weight.view(parts, width // parts, inner), columns)
+    y = y.view(width, rows).t().contiguous().view(*x.shape[:-1], width)
+    return y if bias is None else y + bias
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Return whether to call a projection is to multiply, and nothing else."""
+    held = vars(linear)
+    if type(linear) is not nn.Linear or "forward" in held:
+        return False
+    hooked = any(held[name] for name in _HOOKS)
+    return not hooked and not any(getattr(torch_modules, name) for name in _GLOBAL_HOOKS)
+
+
+def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Return whether the product may be taken in another way than torch's own."""
+    return (
+        weight.numel() >= _LARGE
+        and x.dtype == weight.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.numel() > 0
+        and weight.is_contiguous()
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and is_eager(x, weight, bias)
+    )
