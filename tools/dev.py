@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
 """The commands of this repository; needs nothing but Python, a C++ compiler and the network once.
 
-Usage: python3 tools/dev.py demo | test [SUITE...] | build | setup   [--python PYTHON] [-j JOBS]
+Usage: python3 tools/dev.py demo | test [SUITE...] | build | setup
+                            [--python PYTHON] [-j JOBS] [--cuda]
 
     setup   make .venv and install what the build and the tests need
     build   setup, then configure and compile into build/; afterwards .venv/bin has python, pytest,
             ssm-models and ssm-kernels that use this checkout
     test    build, then run every test; the last line is `N passed, N failed, N skipped`
     demo    build, then let a small Mamba language model write text
+
+--cuda insists on the CUDA kernels, which are otherwise built where nvcc is found, and puts nvcc
+into .venv where there is none.
 
 A step that has nothing to do costs next to nothing, so there is no reason to call them one by one.
 """
@@ -45,6 +49,12 @@ REQUIREMENTS = (
     ),
     # Tests and a bench compare with it; nothing else needs it.
     ("transformers>=5.23,<5.24",),
+)
+
+# What nvcc is made of, as wheels; with --cuda on a machine without a toolkit.
+CUDA = tuple(
+    f"nvidia-{part}==13.0.*"
+    for part in ("cuda-nvcc", "cuda-crt", "cuda-runtime", "cuda-cccl", "nvvm")
 )
 
 SUMMARY = "{passed} passed, {failed} failed, {skipped} skipped"
@@ -159,6 +169,22 @@ def setup(arguments: argparse.Namespace) -> None:
     say(f"installed in {time.monotonic() - started:.0f} s")
 
 
+def setup_cuda() -> None:
+    """Put nvcc into .venv, unless the machine has one."""
+    nvcc = VENV / "bin/nvcc"
+    if shutil.which("nvcc") or nvcc.exists():
+        return
+    say(f"installing {', '.join(CUDA)}")
+    pip = (VENV / "bin/python", "-m", "pip", "install", "-q", "--disable-pip-version-check")
+    must("installing nvcc", *pip, *CUDA)
+    root = next(VENV.glob("lib/python3*/site-packages/nvidia/cu13"), None)
+    if root is None:
+        raise Fault("the wheels of nvcc must hold nvidia/cu13, and do not")
+    # The wheels keep libraries where nvcc does not look.
+    nvcc.write_text(f'#!/bin/sh\nexec "{root}/bin/nvcc" -L"{root}/lib" "$@"\n')
+    nvcc.chmod(0o755)
+
+
 def listing() -> str:
     """Hash the names of all files whose coming and going changes the build."""
     names = []
@@ -189,7 +215,10 @@ def link() -> None:
 def build(arguments: argparse.Namespace) -> None:
     """Configure when there is a reason to, and compile."""
     setup(arguments)
-    stamp, now = BUILD / "ssm-listing", f"{ROOT}\n{listing()}"
+    if arguments.cuda:
+        setup_cuda()
+    option = "-Dcuda=enabled" if arguments.cuda else "-Dcuda=auto"
+    stamp, now = BUILD / "ssm-listing", f"{ROOT}\n{listing()}\n{option}"
     found = stamp.read_text() if stamp.is_file() else ""
     if found != now:
         check_machine(arguments.python)
@@ -199,7 +228,7 @@ def build(arguments: argparse.Namespace) -> None:
         known = (
             ["--wipe"] if moved else ["--reconfigure"] if (BUILD / "build.ninja").is_file() else []
         )
-        must("meson setup", "meson", "setup", *known, BUILD)
+        must("meson setup", "meson", "setup", *known, option, BUILD)
         stamp.write_text(now)
     must("meson compile", "meson", "compile", "-C", BUILD, "-j", str(arguments.jobs))
     link()
@@ -286,6 +315,7 @@ def main() -> int:
     parser.add_argument("suites", nargs="*", help="test: only these, for example `kernels`")
     parser.add_argument("--python", default=sys.executable, help="interpreter to make .venv from")
     parser.add_argument("-j", "--jobs", type=int, default=2, help="parallel jobs (default 2)")
+    parser.add_argument("--cuda", action="store_true", help="build the CUDA kernels, nvcc included")
     arguments = parser.parse_args()
     try:
         return COMMANDS[arguments.command](arguments) or 0

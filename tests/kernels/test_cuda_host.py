@@ -131,3 +131,25 @@ def test_host_sees_a_race_and_a_stray_access():
         "shared memory read before written",
         "shared memory out of bounds",
     ]
+
+
+def test_workspace_is_the_callers():
+    inputs = scan_inputs(1, 3, 5, 700)
+    size = ssm_kernels.selective_scan_fwd_workspace(
+        *(inputs[name] for name in ("u", "A", "B", "C", "D", "dt_bias"))
+    )
+    assert size > 0
+    expected, y = np.empty_like(inputs["u"]), np.empty_like(inputs["u"])
+    ssm_kernels.selective_scan_fwd(**inputs, y=expected)
+    memory = np.full(size + 16, 0xFF, np.uint8)
+    start = -memory.ctypes.data % 16
+    ssm_kernels.selective_scan_fwd(**inputs, y=y, workspace=memory[start : start + size])
+    np.testing.assert_array_equal(y, expected)
+    assert (memory[:start] == 0xFF).all()
+    assert (memory[start + size :] == 0xFF).all()
+    with pytest.raises(ValueError, match=rf"workspace must have at least {size} bytes, got 16"):
+        ssm_kernels.selective_scan_fwd(**inputs, y=y, workspace=memory[start : start + 16])
+    with pytest.raises(ValueError, match="workspace must be aligned to 16 bytes"):
+        ssm_kernels.selective_scan_fwd(**inputs, y=y, workspace=memory[start + 1 :])
+    with pytest.raises(ValueError, match="workspace must be contiguous"):
+        ssm_kernels.selective_scan_fwd(**inputs, y=y, workspace=np.zeros((size, 2))[:, 0])

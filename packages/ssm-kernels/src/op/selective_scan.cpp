@@ -67,6 +67,7 @@ Checked check_inputs(const SelectiveScanArgs& given, std::initializer_list<Tenso
     check.rank("u", args.u, 3, "(B, D, L)");
     const Axis batch{"B", args.u.shape[0]}, dim{"D", args.u.shape[1]}, seqlen{"L", args.u.shape[2]};
     check.input("u", args.u, {batch, dim, seqlen});
+    (void)cuda_kernels(kOp, args.u.device);  // refuses a device that nothing serves
     check.input("delta", args.delta, {batch, dim, seqlen});
     check.rank("A", args.A, 2, "(D, N)");
     const Axis dstate{"N", args.A.shape[1]};

@@ -1,0 +1,256 @@
+#!/usr/bin/env python3
+"""Check and time the CUDA kernels on the machine at hand, in one command.
+
+Usage: tools/gpu_check.py [--minutes N] [--json FILE] [--part PART ...] [--op OP ...]
+
+Parts, in this order:
+  ceilings   copy and matrix-product rates of the GPU
+  matrix     every case of tests/cases.py in float32, bfloat16 and float16: outputs and gradients
+             against the reference in float64 on the CPU, and the same bits when called again
+  sanitizer  the small cases once more under compute-sanitizer's four tools
+  bench      median times of workloads of training size, replayed from a CUDA graph, with the time
+             that moving their tensors takes at the copy rate beside each, and those of mamba_ssm
+             and causal_conv1d on the same tensors where these are installed
+
+Needs torch with CUDA and ssm-kernels built with CUDA; nothing is fetched. FILE (default
+build/gpu_check.json) is written after each item and continued if it was begun on the same commit
+and GPU. Ends with status 1 if anything is wrong, after 50 faults at the latest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools.checkout import ROOT, find_packages
+
+PARTS = ("ceilings", "matrix", "sanitizer", "bench")
+DTYPES = ("float32", "bfloat16", "float16")
+MOST_FAULTS = 50
+SMALL = ("tiny", "odd", "packed_holes", "padded", "indices")
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+
+
+class Fault(Exception):
+    """A reason to stop; its text is the whole message."""
+
+
+class Report:
+    """What is known so far: item -> result. Kept in a file, so that a run can be continued."""
+
+    def __init__(self, path: Path, environment: dict, minutes: float | None):
+        self.path, self.deadline = path, time.monotonic() + 60 * minutes if minutes else None
+        self.found = {"environment": environment, "items": {}}
+        if path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            if before.get("environment") == environment:
+                self.found = before
+
+    @property
+    def items(self) -> dict:
+        """Return item -> result; a result with `fault` is one that is wrong."""
+        return self.found["items"]
+
+    def faults(self) -> dict:
+        """Return what is wrong."""
+        return {name: item["fault"] for name, item in self.items.items() if "fault" in item}
+
+    def run(self, name: str, measure, *arguments) -> None:
+        """Measure an item, unless it is known already or the time or the patience is over."""
+        late = self.deadline is not None and time.monotonic() > self.deadline
+        if name in self.items or late or len(self.faults()) >= MOST_FAULTS:
+            return
+        try:
+            result = measure(*arguments)
+        except Exception as error:  # one broken kernel must not hide the others
+            result = {"fault": f"{type(error).__name__}: {str(error)[:500]}"}
+        self.items[name] = result
+        print(f"{name:64} {summary(result)}", flush=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
+
+
+def summary(result: dict) -> str:
+    """Return a result in one line."""
+    if "fault" in result:
+        return f"FAULT {result['fault'].splitlines()[0]}"
+    shown = {n: f"{v:.4g}" if isinstance(v, float) else v for n, v in result.items()}
+    return "  ".join(f"{name} {value}" for name, value in shown.items())
+
+
+def environment_of(device: str) -> dict:
+    """Return what a result depends on.
+
+    Raises:
+        Fault: there is no GPU, or no kernels for it.
+    """
+    import torch
+
+    from tools import measure
+
+    facts = measure.facts(1)
+    found = {"commit": facts["commit"], "modified": facts["modified"], "device": device}
+    found["torch"] = torch.__version__
+    if device == "cpu":
+        return found
+    if not torch.cuda.is_available():
+        raise Fault("gpu_check needs a GPU that torch sees, and found none")
+    try:
+        from ssm_kernels import _cuda
+    except ImportError as error:
+        raise Fault(f"gpu_check needs ssm-kernels built with -Dcuda=enabled: {error}") from error
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True).stdout.strip().split("\n")[0]
+    return {
+        **found,
+        "gpu": torch.cuda.get_device_name(),
+        "driver": driver,
+        "architectures": list(_cuda.architectures),
+        "operators": list(_cuda.operators),
+    }
+
+
+def check_matrix(report: Report, operators: list[str], device: str, small: bool) -> None:
+    """Compare every case, or only the small ones in float32, with the reference in float64."""
+    from tests.cases import CASES
+
+    for op in operators:
+        for case in CASES[op]:
+            if small and str(case) not in SMALL:
+                continue
+            for dtype in DTYPES[:1] if small else DTYPES:
+                report.run(f"matrix/{op}/{case}/{dtype}", compare, op, case, dtype, device)
+
+
+def compare(op: str, case, dtype: str, device: str) -> dict:
+    """Return how the operator was served, or raise what is wrong."""
+    import torch
+
+    import ssm.ops
+    from ssm.ops.python import reference
+    from ssm.utils import dispatch
+    from tests.cases import make
+    from tests.tensors import tensors
+    from tests.tolerances import TOLERANCES, assert_close
+    from tools.goldens.operators import IN_PLACE, call, draw_weights, gradients, is_float
+
+    narrow = tensors(make(case, 1), getattr(torch, dtype))
+    wide = {n: a.double() if is_float(a) else a for n, a in narrow.items()}
+    there = {n: to_device(a, device) for n, a in narrow.items()}
+    with torch.no_grad():
+        want = call(op, getattr(reference, op), wide)
+        got = call(op, getattr(ssm.ops, op), there)
+        again = call(op, getattr(ssm.ops, op), there)
+    main = next(a for a in there.values() if is_float(a))
+    served = dispatch.why(op, main)
+    if f": {device}," not in served:
+        raise AssertionError(f"served by another backend: {served}")
+    for name, value in want.items():
+        assert_close(name, got[name], value, TOLERANCES[op, dtype])
+        if not torch.equal(bits(got[name]), bits(again[name])):
+            raise AssertionError(f"{name}: other bits in a second call")
+    if op in IN_PLACE:
+        return {"served": "outputs"}
+    weights = draw_weights(want)
+
+    def differentiate(function, arguments, like):
+        used = {n: w.to(like[n].device, like[n].dtype) for n, w in weights.items()}
+        return gradients(lambda given: call(op, function, given), arguments, used)
+
+    rounded = {n: w.to(got[n].dtype) for n, w in weights.items()}
+    weights = {n: w.double() for n, w in rounded.items()}
+    want = differentiate(getattr(reference, op), wide, want)
+    found = differentiate(getattr(ssm.ops, op), there, got)
+    again = differentiate(getattr(ssm.ops, op), there, got)
+    for name, value in want.items():
+        assert_close(f"d{name}", found[name], value, TOLERANCES[f"{op}_bwd", dtype])
+        if not torch.equal(bits(found[name]), bits(again[name])):
+            raise AssertionError(f"d{name}: other bits in a second call")
+    return {"served": "outputs and gradients"}
+
+
+def to_device(value, device: str):
+    """Return a tensor on the device; what is no tensor stays as it is."""
+    return value.to(device) if hasattr(value, "to") else value
+
+
+def bits(tensor):
+    """Return a tensor whose equality is that of bits, NaN included."""
+    import torch
+
+    sizes = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+    return tensor.detach().contiguous().view(sizes[tensor.element_size()])
+
+
+def check_sanitizer(report: Report, operators: list[str]) -> None:
+    """Run the small cases under every tool of compute-sanitizer."""
+    program = shutil.which("compute-sanitizer")
+    for tool in SANITIZERS:
+        for op in operators:
+            command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable]
+            command += [__file__, "--small", "--part", "matrix", "--op", op]
+            report.run(f"sanitizer/{tool}/{op}", sanitize, program, command)
+
+
+def sanitize(program: str | None, command: list[str]) -> dict:
+    """Run one tool; a fault is what it says."""
+    if program is None:
+        return {"skipped": "compute-sanitizer is not installed"}
+    scratch = ROOT / "build/gpu_check_small.json"
+    scratch.unlink(missing_ok=True)
+    done = subprocess.run(
+        [*command, "--json", str(scratch)], capture_output=True, text=True, timeout=600
+    )
+    if done.returncode != 0:
+        return {"fault": "\n".join((done.stdout + done.stderr).strip().splitlines()[-30:])}
+    return {"clean": True}
+
+
+def main() -> int:
+    """Run the parts; return the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, help="stop after about this time; default: never")
+    parser.add_argument("--json", type=Path, default=ROOT / "build/gpu_check.json")
+    parser.add_argument("--part", action="append", choices=PARTS, help="default: all")
+    parser.add_argument("--op", action="append", help="default: all that have CUDA kernels")
+    parser.add_argument("--small", action="store_true", help="only the small cases, in float32")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal"
+    )
+    arguments = parser.parse_args()
+    try:
+        find_packages()
+        environment = environment_of(arguments.device)
+    except Fault as fault:
+        print(f"gpu_check: {fault}", file=sys.stderr)
+        return 2
+    from tools import gpu_bench
+
+    rows = environment.get("operators") or ["selective_scan", "swiglu"]
+    operators = arguments.op or rows
+    report = Report(arguments.json, environment, arguments.minutes)
+    parts = arguments.part or PARTS
+    if "ceilings" in parts:
+        gpu_bench.measure_ceilings(report, arguments.device)
+    if "matrix" in parts:
+        check_matrix(report, operators, arguments.device, arguments.small)
+    if "sanitizer" in parts and arguments.device == "cuda":
+        check_sanitizer(report, operators)
+    if "bench" in parts:
+        gpu_bench.measure(report, operators, arguments.device)
+    faults = report.faults()
+    print(f"{len(report.items)} items, {len(faults)} faults: {arguments.json}")
+    return 1 if faults or not report.items else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
