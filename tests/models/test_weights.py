@@ -284,6 +284,24 @@ def test_failed_save_leaves_the_old_checkpoint(saved, monkeypatch):
     assert {p.name: p.read_bytes() for p in path.iterdir()} == before
 
 
+def test_failed_shard_leaves_the_old_checkpoint(saved, monkeypatch):
+    path, m = saved
+    m.save_pretrained(path, max_shard_size="2KB")
+    before = {p.name: p.read_bytes() for p in path.iterdir()}
+    assert len(before) > 4
+    written = []
+
+    def fail_late(tensors, target, metadata):
+        if len(written) == 2:
+            raise OSError("disk full")
+        written.append(save_file({n: t + 1 for n, t in tensors.items()}, target, metadata))
+
+    monkeypatch.setattr(weights, "save_file", fail_late)
+    with pytest.raises(OSError, match="disk full"):
+        m.save_pretrained(path, max_shard_size="2KB")
+    assert {p.name: p.read_bytes() for p in path.iterdir()} == before
+
+
 def test_saved_files_follow_the_umask(tmp_path):
     old = os.umask(0o022)
     try:

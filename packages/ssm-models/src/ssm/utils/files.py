@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 
@@ -17,15 +17,33 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: as ``write`` raises it; the temporary file is removed.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    write_files({path: write})
+
+
+def write_files(writes: Mapping[Path, Callable[[Path], object]]) -> None:
+    """Make several files, none of which is renamed before all are written.
+
+    So a write that fails leaves all of the old files, and not a mixture of old and new ones.
+
+    Args:
+        writes: file to make -> what makes the file that it is given the name of.
+
+    Raises:
+        OSError: as a ``write`` raises it; the temporary files are removed.
+    """
+    made = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in writes}
     try:
-        # Some writers make a file that only its owner can read; keep the mode that the umask gives.
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        write(temporary)
-        temporary.chmod(mode)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for path, temporary in made.items():
+            # Some writers make a file that only its owner can read; keep the mode that the umask
+            # gives.
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            writes[path](temporary)
+            temporary.chmod(mode)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+        for path, temporary in made.items():
+            os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in made.values():
+            temporary.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from functools import partial, reduce
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ssm.utils import dialects
 from ssm.utils.checkpoint import TIED, Checkpoint, different_twins, open_checkpoint, plan_reading
-from ssm.utils.files import write_file
+from ssm.utils.files import write_files
 from ssm.utils.hub import BIN_FILE, CONFIG_FILE, SAFETENSORS_FILE, find_directory
 from ssm.utils.saving import FP32_NAMES, choose_format, kept, parse_size, spread, tensors_to_write
 from ssm.utils.tensor_files import INDEX_ENDING
@@ -116,7 +117,7 @@ def save_pretrained(
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Write config.json and the weights, each to a temporary name that is renamed when complete.
+    """Write config.json and the weights, to temporary names that are renamed when all are complete.
 
     Args:
         model: with ``config``.
@@ -139,31 +140,27 @@ def save_pretrained(
     directory = Path(save_directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = tensors_to_write(model, dialect, dtype, keep_twin=format == "mamba_ssm")
-    written = []
+    writes: dict[str, Callable[[Path], object]] = {}
     if format == "mamba_ssm":
-        write_file(directory / BIN_FILE, lambda path: torch.save(tensors, path))
-        written.append(BIN_FILE)
+        writes[BIN_FILE] = partial(torch.save, tensors)
     else:
-        for name, names in spread(tensors, limit):
+        shards = spread(tensors, limit)
+        for name, names in shards:
             part = {key: tensors[key].contiguous() for key in names}
-            write = partial(save_file, part, metadata={"format": "pt"})
-            write_file(directory / name, write)
-            written.append(name)
-    if len(written) > 1:
-        index = SAFETENSORS_FILE + INDEX_ENDING
-        where = {key: name for name, names in spread(tensors, limit) for key in names}
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        content = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2)
-        write_file(directory / index, lambda path: path.write_text(content, encoding="utf-8"))
-        written.append(index)
+            writes[name] = partial(save_file, part, metadata={"format": "pt"})
+        if len(shards) > 1:
+            total = sum(tensor.nbytes for tensor in tensors.values())
+            where = {key: name for name, names in shards for key in names}
+            index = {"metadata": {"total_size": total}, "weight_map": where}
+            writes[SAFETENSORS_FILE + INDEX_ENDING] = partial(_write_json, index)
     if dialect is not dialects.STATE_SPACES:
         # What transformers loads a checkpoint as, unless it is told something else.
         key = "dtype" if "dtype" in values else "torch_dtype"
         values[key] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    text = json.dumps(values, indent=2) + "\n"
-    write_file(directory / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    writes[CONFIG_FILE] = partial(_write_json, values)
+    write_files({directory / name: write for name, write in writes.items()})
     for path in directory.iterdir():
-        if OURS.fullmatch(path.name) and path.name not in written:
+        if OURS.fullmatch(path.name) and path.name not in writes:
             path.unlink()
 
 
@@ -184,6 +181,10 @@ def build_on_meta(cls, checkpoint: Checkpoint):
         return cls(checkpoint.config, device="meta")
     except (TypeError, ValueError) as error:
         raise ValueError(f"{error} in {checkpoint.path}") from error
+
+
+def _write_json(values: dict, path: Path) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _dtype(dtype) -> torch.dtype | None:
