@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import statistics
 import time
 
+from tools import bench
 from tools.workload import Case
 
 # Rows of a training batch of a large model, and decoding at the batch sizes of servers.
@@ -101,10 +101,8 @@ def problem_of(op: str, case: Case, device: str):
     """Return the arguments of a workload with activations in bfloat16, and the bytes they are."""
     import torch
 
-    module = importlib.import_module(f"tools.bench.{op}")
-    problem = module.setup(
-        case if device != "cpu" else case.reduced(**LIMITS), torch.device(device)
-    )
+    case = case.reduced(**LIMITS) if device == "cpu" else case
+    problem = bench.workloads_of(op).setup(case, torch.device(device))
 
     def narrowed(index, value):
         is_activation = hasattr(value, "ndim") and value.ndim >= ACTIVATION_AXES
