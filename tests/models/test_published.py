@@ -14,6 +14,7 @@ from ssm.models.lm import MambaLMHeadModel
 from ssm.utils import dialects
 from ssm.utils.dialects.canonical import canonical, difference
 from ssm.utils.dialects.configs import read_values, write_values
+from tests.families import FAMILIES
 from tests.published_configs import RELEASED
 
 # config.json as published, made small; behind it the tensors of a block that mamba_ssm makes of it.
@@ -92,6 +93,12 @@ PUBLISHED = {
     ),
 }
 
+# Fields of upstream's MambaConfig, which refuses any other.
+UPSTREAM = set(
+    "d_model d_intermediate n_layer vocab_size ssm_cfg attn_layer_idx attn_cfg rms_norm "
+    "residual_in_fp32 fused_add_norm pad_vocab_size_multiple tie_embeddings".split()
+)
+
 
 def load(path, *args, **kwargs):
     return MambaLMHeadModel.from_pretrained(path, *args, **kwargs)
@@ -130,7 +137,20 @@ def test_state_spaces_checkpoints(name, tmp_path):
     assert back["lm_head.weight"].data_ptr() == back["backbone.embedding.weight"].data_ptr()
     written = json.loads((tmp_path / "back/config.json").read_text())
     assert {key: written[key] for key in config} == config
-    assert set(written) <= set(MambaConfig.__dataclass_fields__)
+    assert set(written) <= UPSTREAM
+
+
+def test_mamba_ssm_gets_a_model_of_transformers(tmp_path):
+    name, fields = FAMILIES["mamba2"]
+    values = {"model_type": name, **fields, "layer_norm_epsilon": 1e-5}
+    torch.manual_seed(0)
+    model = MambaLMHeadModel(read_values(dialects.find(values), values, dialects.GENERIC)).eval()
+    model.save_pretrained(tmp_path, format="mamba_ssm")
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert set(written) <= UPSTREAM
+    assert not {"norm_eps", "multipliers", "bcdt_norm"} & set(written["ssm_cfg"])
+    ids = torch.arange(9)[None]
+    assert torch.equal(load(tmp_path)(ids).logits, model(ids).logits)
 
 
 def test_mamba_ssm_is_refused_what_it_cannot_say(tmp_path):
