@@ -6,8 +6,6 @@ by finite differences.
 
 import ctypes
 import mmap
-import os
-import subprocess
 import sys
 
 import numpy as np
@@ -29,7 +27,6 @@ LONG = (
     ConvCase("long_wide", 1, 2, 2100, 300, layout="seq_idx"),
 )
 ALL = (*CASES[OP], *LONG)
-SKIP_FORCED = pytest.mark.skipif(not os.environ.get("SSM_ISA"), reason="SSM_ISA is not forced")
 
 
 def case_named(name: str) -> ConvCase:
@@ -225,20 +222,8 @@ def test_judge_gradients_match_finite_differences(case):
         np.testing.assert_allclose(numeric, gradient, rtol=1e-7, atol=1e-8, err_msg=name)
 
 
-@pytest.mark.parametrize("isa", ssm_kernels.available_isas())
-def test_every_isa(isa):
-    if os.environ.get("SSM_ISA"):
-        pytest.skip("SSM_ISA is already forced")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-p", "no:cacheprovider"]
-    path = os.pathsep.join(p for p in sys.path if p)
-    environment = {**os.environ, "SSM_ISA": isa, "PYTHONPATH": path}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-
-
-@SKIP_FORCED
-def test_isa_forced_is_isa_used():
-    assert ssm_kernels.active_isa() == os.environ["SSM_ISA"]
+def test_every_isa(on_other_isas):
+    on_other_isas(__file__)
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 6, 7, 8, 9])

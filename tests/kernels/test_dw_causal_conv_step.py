@@ -1,8 +1,6 @@
 """ssm_kernels.dw_causal_conv_step_fwd. Judge: the float64 NumPy loop of tests.judge."""
 
 import mmap
-import os
-import subprocess
 import sys
 
 import numpy as np
@@ -78,20 +76,8 @@ def test_matches_judge(case, dtype, layout):
             assert np.isnan(array.base).all()
 
 
-@pytest.mark.parametrize("isa", ssm_kernels.available_isas())
-def test_every_isa(isa):
-    if os.environ.get("SSM_ISA"):
-        pytest.skip("SSM_ISA is already forced")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-p", "no:cacheprovider"]
-    path = os.pathsep.join(p for p in sys.path if p)
-    environment = {**os.environ, "SSM_ISA": isa, "PYTHONPATH": path}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-
-
-@pytest.mark.skipif(not os.environ.get("SSM_ISA"), reason="SSM_ISA is not forced")
-def test_isa_forced_is_isa_used():
-    assert ssm_kernels.active_isa() == os.environ["SSM_ISA"]
+def test_every_isa(on_other_isas):
+    on_other_isas(__file__)
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 6, 7, 8])

@@ -1,9 +1,5 @@
 """ssm_kernels.selective_state_step_fwd. Judge: the float64 NumPy loop of tests.judge."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import ssm_kernels
@@ -15,7 +11,6 @@ from tests.tolerances import TOLERANCES, assert_close
 
 OP = "selective_state_step"
 DTYPES = ("float64", "float32", "float16")
-ISAS = ssm_kernels.available_isas()
 
 
 def typed(arguments: dict, dtype: str) -> dict:
@@ -46,23 +41,8 @@ def test_matches_judge(case, dtype):
     assert_close("state", state, want_state, TOLERANCES[OP, dtype])
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_every_isa(isa):
-    if os.environ.get("SSM_ISA"):
-        pytest.skip("SSM_ISA is already forced")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-p", "no:cacheprovider"]
-    environment = {
-        **os.environ,
-        "SSM_ISA": isa,
-        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-    }
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-
-
-@pytest.mark.skipif(not os.environ.get("SSM_ISA"), reason="SSM_ISA is not forced")
-def test_isa_forced_is_isa_used():
-    assert ssm_kernels.active_isa() == os.environ["SSM_ISA"]
+def test_every_isa(on_other_isas):
+    on_other_isas(__file__)
 
 
 @pytest.mark.parametrize("dstate", [1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 65, 129, 256])

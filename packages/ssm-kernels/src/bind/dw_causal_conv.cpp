@@ -25,19 +25,20 @@ DwCausalConvArgs inputs(const Input& x, const Input& weight, const Input& bias,
 
 void forward(const Input& x, const Input& weight, const Input& bias, const Input& initial_state,
              const Input& seq_idx, const Output& y, const Output& final_state, bool silu,
-             bool state_per_sequence, int num_threads) {
+             bool state_per_sequence, int num_threads, std::intptr_t stream) {
     DwCausalConvArgs args =
         inputs(x, weight, bias, initial_state, seq_idx, silu, state_per_sequence);
     args.y = view(kOp, "y", y);
     args.final_state = view(kOp, "final_state", final_state);
     const nb::gil_scoped_release unlocked;
-    dw_causal_conv_fwd(args, {.num_threads = num_threads});
+    dw_causal_conv_fwd(args, {.num_threads = num_threads, .stream = stream});
 }
 
 void backward(const Input& x, const Input& weight, const Input& bias, const Input& initial_state,
               const Input& seq_idx, const Input& dy, const Input& dfinal_state, const Output& dx,
               const Output& dweight, const Output& dbias, const Output& dinitial_state, bool silu,
-              bool state_per_sequence, int num_threads) {
+              bool state_per_sequence, int num_threads, std::intptr_t stream,
+              const Output& workspace) {
     const DwCausalConvArgs args =
         inputs(x, weight, bias, initial_state, seq_idx, silu, state_per_sequence);
     const DwCausalConvGrads grads{.dy = view(kOp, "dy", dy),
@@ -47,7 +48,7 @@ void backward(const Input& x, const Input& weight, const Input& bias, const Inpu
                                   .dbias = view(kOp, "dbias", dbias),
                                   .dinitial_state = view(kOp, "dinitial_state", dinitial_state)};
     const nb::gil_scoped_release unlocked;
-    dw_causal_conv_bwd(args, grads, {.num_threads = num_threads});
+    dw_causal_conv_bwd(args, grads, settings(kOp, num_threads, stream, workspace));
 }
 
 }  // namespace
@@ -57,7 +58,7 @@ void register_dw_causal_conv(nb::module_& module) {
     module.def("dw_causal_conv_fwd", &forward, "x"_a.none(), "weight"_a.none(), "bias"_a = none,
                "initial_state"_a = none, "seq_idx"_a = none, nb::kw_only(), "y"_a.none(),
                "final_state"_a = none, "silu"_a = false, "state_per_sequence"_a = false,
-               "num_threads"_a = 0,
+               "num_threads"_a = 0, "stream"_a = 0,
                R"(Convolve every channel with its own causal filter.
 
 y_t = act(bias + sum_k weight_k x_{t-(W-1)+k}), act = SiLU or identity: Gu & Dao 2023,
@@ -73,7 +74,8 @@ Args:
     final_state: (S, D, W - 1). Output; the last inputs of each sequence.
     silu: Apply SiLU.
     state_per_sequence: States belong to the sequence numbers of seq_idx; otherwise S = B.
-    num_threads: 0 means the process-wide setting.
+    num_threads: 0 means the process-wide setting; not used on a GPU.
+    stream: handle of the CUDA stream, 0 the legacy default stream; not used on the CPU.
 
 Raises:
     ValueError: a shape, dtype, device or value breaks the contract; the message names the argument.
@@ -83,7 +85,7 @@ Raises:
                "initial_state"_a = none, "seq_idx"_a = none, nb::kw_only(), "dy"_a.none(),
                "dfinal_state"_a = none, "dx"_a.none(), "dweight"_a.none(), "dbias"_a = none,
                "dinitial_state"_a = none, "silu"_a = false, "state_per_sequence"_a = false,
-               "num_threads"_a = 0,
+               "num_threads"_a = 0, "stream"_a = 0, "workspace"_a = none,
                R"(Gradients of dw_causal_conv_fwd; the inputs are the ones the forward got.
 
 Args:
@@ -91,6 +93,24 @@ Args:
     dfinal_state: (S, D, W - 1). Gradient of final_state; zero when None.
     dx, dweight, dbias, dinitial_state: outputs shaped like their inputs. dbias is needed where bias
         was given; dinitial_state is optional.
+    workspace: contiguous, of the inputs' device, at least dw_causal_conv_bwd_workspace bytes; None
+        where these are 0.
+
+Raises:
+    ValueError, TypeError: as dw_causal_conv_fwd.
+)");
+    module.def(
+        "dw_causal_conv_bwd_workspace",
+        [](const Input& x, const Input& weight) {
+            return dw_causal_conv_bwd_workspace(
+                {.x = view(kOp, "x", x), .weight = view(kOp, "weight", weight)});
+        },
+        "x"_a.none(), "weight"_a.none(),
+        R"(Bytes of working memory of dw_causal_conv_bwd on these inputs; 0 on the CPU.
+
+Args:
+    x, weight: as for dw_causal_conv_fwd. Only their shapes, strides, dtypes and devices are looked
+        at.
 
 Raises:
     ValueError, TypeError: as dw_causal_conv_fwd.

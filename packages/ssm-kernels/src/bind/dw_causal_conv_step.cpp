@@ -13,7 +13,7 @@ constexpr const char* kOp = "dw_causal_conv_step";
 
 void forward(const Input& x, const Output& conv_state, const Input& weight, const Input& bias,
              const Input& cache_seqlens, const Input& state_indices, const Output& y, bool silu,
-             int num_threads) {
+             int num_threads, std::intptr_t stream) {
     const DwCausalConvStepArgs args{.x = view(kOp, "x", x),
                                     .conv_state = view(kOp, "conv_state", conv_state),
                                     .weight = view(kOp, "weight", weight),
@@ -23,7 +23,7 @@ void forward(const Input& x, const Output& conv_state, const Input& weight, cons
                                     .y = view(kOp, "y", y),
                                     .silu = silu};
     const nb::gil_scoped_release unlocked;
-    dw_causal_conv_step_fwd(args, {.num_threads = num_threads});
+    dw_causal_conv_step_fwd(args, {.num_threads = num_threads, .stream = stream});
 }
 
 }  // namespace
@@ -33,7 +33,7 @@ void register_dw_causal_conv_step(nb::module_& module) {
     module.def("dw_causal_conv_step_fwd", &forward, "x"_a.none(), "conv_state"_a.none(),
                "weight"_a.none(), "bias"_a = none, "cache_seqlens"_a = none,
                "state_indices"_a = none, nb::kw_only(), "y"_a.none(), "silu"_a = false,
-               "num_threads"_a = 0,
+               "num_threads"_a = 0, "stream"_a = 0,
                R"(Advance the causal convolution by one token, or a few, and its state in place.
 
 Gu & Dao 2023, arXiv:2312.00752, section 3.4.
@@ -49,7 +49,8 @@ Args:
     state_indices: (B,) int32. Row of conv_state of each batch row, -1 skips it. Without it R = B.
     y: as x. Output; written completely, 0 in skipped rows.
     silu: Apply SiLU.
-    num_threads: 0 means the process-wide setting.
+    num_threads: 0 means the process-wide setting; not used on a GPU.
+    stream: handle of the CUDA stream, 0 the legacy default stream; not used on the CPU.
 
 Raises:
     ValueError: a shape, dtype, device or value breaks the contract; the message names the argument.

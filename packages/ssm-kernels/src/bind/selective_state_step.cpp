@@ -13,7 +13,8 @@ constexpr const char* kOp = "selective_state_step";
 
 void forward(const Output& state, const Input& x, const Input& dt, const Input& A, const Input& B,
              const Input& C, const Input& D, const Input& z, const Input& dt_bias,
-             const Input& state_indices, const Output& y, bool softplus, int num_threads) {
+             const Input& state_indices, const Output& y, bool softplus, int num_threads,
+             std::intptr_t stream) {
     const SelectiveStateStepArgs args{.state = view(kOp, "state", state),
                                       .x = view(kOp, "x", x),
                                       .dt = view(kOp, "dt", dt),
@@ -27,7 +28,7 @@ void forward(const Output& state, const Input& x, const Input& dt, const Input& 
                                       .y = view(kOp, "y", y),
                                       .softplus = softplus};
     const nb::gil_scoped_release unlocked;
-    selective_state_step_fwd(args, {.num_threads = num_threads});
+    selective_state_step_fwd(args, {.num_threads = num_threads, .stream = stream});
 }
 
 }  // namespace
@@ -38,7 +39,7 @@ void register_selective_state_step(nb::module_& module) {
         "selective_state_step_fwd", &forward, "state"_a.none(), "x"_a.none(), "dt"_a.none(),
         "A"_a.none(), "B"_a.none(), "C"_a.none(), "D"_a = none, "z"_a = none, "dt_bias"_a = none,
         "state_indices"_a = none, nb::kw_only(), "y"_a.none(), "softplus"_a = true,
-        "num_threads"_a = 0,
+        "num_threads"_a = 0, "stream"_a = 0,
         R"(Advance the selective recurrence by one token, or a few, updating the state in place.
 
 h = exp(dt A) h + dt B x and y = (sum_n C h + D x) silu(z) with dt = softplus(dt + dt_bias):
@@ -57,7 +58,8 @@ Args:
         y = 0 and changes no state. Without it R is B.
     y: as x. Output; written completely.
     softplus: Apply softplus to dt + dt_bias.
-    num_threads: 0 means the process-wide setting.
+    num_threads: 0 means the process-wide setting; not used on a GPU.
+    stream: handle of the CUDA stream, 0 the legacy default stream; not used on the CPU.
 
 Raises:
     ValueError: a shape, dtype, device or value breaks the contract; the message names the argument.

@@ -17,6 +17,7 @@
 #define SSM_DEVICE __device__ __forceinline__
 #define SSM_UNROLL _Pragma("unroll")
 #define SSM_UNROLL_TWICE _Pragma("unroll 2")
+#define SSM_ROLLED _Pragma("unroll 1")
 #else
 #include <memory>
 #include <stdexcept>
@@ -24,6 +25,7 @@
 #define SSM_DEVICE inline
 #define SSM_UNROLL
 #define SSM_UNROLL_TWICE
+#define SSM_ROLLED
 #endif
 
 namespace ssm::cuda {
@@ -58,6 +60,14 @@ class Block {
         Real& value = get(registers_);
         SSM_UNROLL
         for (int offset = kStride; offset < kStride * kLanes; offset *= 2)
+            value += __shfl_xor_sync(0xffffffffu, value, offset);
+    }
+
+    /// The same over `lanes` neighbours, a power of two.
+    template <class Get>
+    SSM_DEVICE void sum_lanes(int lanes, Get&& get) {
+        Real& value = get(registers_);
+        for (int offset = 1; offset < lanes; offset *= 2)
             value += __shfl_xor_sync(0xffffffffu, value, offset);
     }
 
@@ -136,13 +146,11 @@ class Block {
 
     template <int kLanes, int kStride = 1, class Get>
     void sum_lanes(Get&& get) {
-        for (int offset = kStride; offset < kStride * kLanes; offset *= 2) {
-            for (int t = 0; t < Kernel::kThreads; ++t) {
-                if (t & offset) continue;
-                Real &low = get(registers_[t]), &high = get(registers_[t + offset]);
-                low = high = low + high;
-            }
-        }
+        for (int offset = kStride; offset < kStride * kLanes; offset *= 2) sum_pairs(offset, get);
+    }
+    template <class Get>
+    void sum_lanes(int lanes, Get&& get) {
+        for (int offset = 1; offset < lanes; offset *= 2) sum_pairs(offset, get);
     }
 
     template <int kValues, int kLanes, int kStride, class Get>
@@ -161,6 +169,15 @@ class Block {
     }
 
   private:
+    template <class Get>
+    void sum_pairs(int offset, Get&& get) {
+        for (int t = 0; t < Kernel::kThreads; ++t) {
+            if (t & offset) continue;
+            Real &low = get(registers_[t]), &high = get(registers_[t + offset]);
+            low = high = low + high;
+        }
+    }
+
     static constexpr int kSeveral = -2;
     struct Cell {
         Real value{};

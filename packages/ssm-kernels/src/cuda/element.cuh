@@ -53,6 +53,13 @@ inline void narrow(float value, double& x) { x = value; }
 SSM_DEVICE float widen(float x) { return x; }
 SSM_DEVICE void narrow(float value, float& x) { x = value; }
 
+/// a / b, neither of them negative. A division of 64 bits takes longer than a short kernel has; few
+/// numbers need one.
+SSM_DEVICE std::int64_t quotient(std::int64_t a, std::int64_t b) {
+    if ((a | b) >> 32 != 0) return a / b;
+    return static_cast<std::uint32_t>(a) / static_cast<std::uint32_t>(b);
+}
+
 /// Calls `use` with a null pointer of the memory type: one branch for many elements.
 template <class Use>
 SSM_DEVICE void visit(DType dtype, Use&& use) {

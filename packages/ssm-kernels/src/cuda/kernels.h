@@ -16,8 +16,12 @@ namespace ssm::cuda {
 /// them; `Exec::workspace` holds what <name>_workspace asks for. Throws std::runtime_error when a
 /// launch fails.
 #define SSM_CUDA_KERNELS(X)                                                                  \
+    X(dw_causal_conv_fwd, const DwCausalConvArgs&, std::int64_t)                             \
+    X(dw_causal_conv_bwd, const DwCausalConvArgs&, const DwCausalConvGrads&, std::int64_t)   \
+    X(dw_causal_conv_step_fwd, const DwCausalConvStepArgs&)                                  \
     X(selective_scan_fwd, const SelectiveScanArgs&, std::int64_t)                            \
     X(selective_scan_bwd, const SelectiveScanArgs&, const SelectiveScanGrads&, std::int64_t) \
+    X(selective_state_step_fwd, const SelectiveStateStepArgs&)                               \
     X(swiglu_fwd, const SwigluArgs&)                                                         \
     X(swiglu_bwd, const SwigluArgs&, const SwigluGrads&)
 
@@ -25,8 +29,9 @@ namespace ssm::cuda {
 SSM_CUDA_KERNELS(SSM_DECLARE_KERNEL)
 #undef SSM_DECLARE_KERNEL
 
-/// X(name, argument): the bytes of working memory of a launcher, a function of shapes only.
+/// X(name, argument): the bytes of working memory of a launcher, a function of shapes and strides.
 #define SSM_CUDA_WORKSPACES(X)                                \
+    X(dw_causal_conv_bwd_workspace, const DwCausalConvArgs&)  \
     X(selective_scan_fwd_workspace, const SelectiveScanArgs&) \
     X(selective_scan_bwd_workspace, const SelectiveScanArgs&)
 

@@ -1,6 +1,7 @@
 #include <ssm/dw_causal_conv.h>
 
 #include "check.h"
+#include "cuda_kernels.h"
 #include "isa.h"
 #include "runs.h"
 
@@ -23,6 +24,21 @@ TensorView without_middle_axis(TensorView weight) {
     return weight;
 }
 
+TensorView canonical_weight(const Checker& check, const DwCausalConvArgs& args) {
+    const Axis dim{"D", args.x.shape[1]};
+    check.given("weight", args.weight);
+    if (args.weight.ndim == 3) {
+        check.input("weight", args.weight, {dim, {"1", 1}, {"W", args.weight.shape[2]}});
+    } else {
+        check.rank("weight", args.weight, 2, "(D, W) or (D, 1, W)");
+        check.input("weight", args.weight, {dim, {"W", args.weight.shape[1]}});
+    }
+    const TensorView weight = without_middle_axis(args.weight);
+    if (weight.shape[1] < 1)
+        check.fail("weight", "have a width of at least 1", std::to_string(weight.shape[1]));
+    return weight;
+}
+
 struct Checked {
     DwCausalConvArgs args;
     std::int64_t num_states;
@@ -37,17 +53,8 @@ Checked check_inputs(const DwCausalConvArgs& given, std::initializer_list<Tensor
     check.rank("x", args.x, 3, "(B, D, L)");
     const Axis batch{"B", args.x.shape[0]}, dim{"D", args.x.shape[1]}, seqlen{"L", args.x.shape[2]};
     check.input("x", args.x, {batch, dim, seqlen});
-    check_device_served(kOp, args.x.device);
-    check.given("weight", args.weight);
-    if (args.weight.ndim == 3) {
-        check.input("weight", args.weight, {dim, {"1", 1}, {"W", args.weight.shape[2]}});
-    } else {
-        check.rank("weight", args.weight, 2, "(D, W) or (D, 1, W)");
-        check.input("weight", args.weight, {dim, {"W", args.weight.shape[1]}});
-    }
-    args.weight = without_middle_axis(args.weight);
+    args.weight = canonical_weight(check, args);
     const std::int64_t width = args.weight.shape[1];
-    if (width < 1) check.fail("weight", "have a width of at least 1", std::to_string(width));
     check.optional_input("bias", args.bias, {dim});
     std::int64_t num_states = batch.size;
     if (args.state_per_sequence) {
@@ -72,6 +79,8 @@ void dw_causal_conv_fwd(const DwCausalConvArgs& given, const Exec& exec) {
     const Checker check(kOp, in.args.x.device);
     check.output("y", in.args.y, {in.batch, in.dim, in.seqlen});
     check.optional_output("final_state", in.args.final_state, {in.states, in.dim, in.memory});
+    if (const auto* gpu = cuda_kernels(kOp, in.args.x.device))
+        return gpu->dw_causal_conv_fwd(in.args, in.num_states, exec);
     const RunTable runs(kOp, in.args.seq_idx, in.batch.size, in.seqlen.size,
                         in.args.state_per_sequence, in.num_states);
     cpu::dw_causal_conv_fwd.active()(in.args, runs.view(), thread_count(exec));
@@ -92,9 +101,24 @@ void dw_causal_conv_bwd(const DwCausalConvArgs& given, const DwCausalConvGrads& 
     check.output("dweight", grads.dweight, {in.dim, {"W", in.args.weight.shape[1]}});
     if (present(in.args.bias)) check.output("dbias", grads.dbias, {in.dim});
     check.optional_output("dinitial_state", grads.dinitial_state, {in.states, in.dim, in.memory});
+    if (const auto* gpu = cuda_kernels(kOp, in.args.x.device)) {
+        const WithWorkspace with(kOp, exec, in.args.x.device,
+                                 gpu->dw_causal_conv_bwd_workspace(in.args));
+        return gpu->dw_causal_conv_bwd(in.args, grads, in.num_states, with.exec());
+    }
     const RunTable runs(kOp, in.args.seq_idx, in.batch.size, in.seqlen.size,
                         in.args.state_per_sequence, in.num_states);
     cpu::dw_causal_conv_bwd.active()(in.args, grads, runs.view(), thread_count(exec));
+}
+
+std::int64_t dw_causal_conv_bwd_workspace(const DwCausalConvArgs& given) {
+    DwCausalConvArgs args = given;
+    const Checker check(kOp, args.x.device);
+    check.rank("x", args.x, 3, "(B, D, L)");
+    check.floating("x", args.x);
+    args.weight = canonical_weight(check, args);
+    const auto* gpu = cuda_kernels(kOp, args.x.device);
+    return gpu != nullptr ? gpu->dw_causal_conv_bwd_workspace(args) : 0;
 }
 
 }  // namespace ssm

@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "check.h"
+#include "cuda_kernels.h"
 #include "isa.h"
 
 SSM_CPU_KERNEL(selective_state_step_fwd, const SelectiveStateStepArgs&, int)
@@ -104,7 +105,6 @@ SelectiveStateStepArgs check_and_canonicalise(const SelectiveStateStepArgs& give
     const StepChecker check(kOp, args.state.device);
     check.one_of("state", args.state,
                  {{"R, D, N", 3, {-'R', -'D', -'N'}}, {"R, H, P, N", 4, {-'R', -'H', -'P', -'N'}}});
-    check_device_served(kOp, args.state.device);
     check.no_overlap("state", args.state);
     const bool has_heads = args.state.ndim == 4, several = args.x.ndim == args.state.ndim;
     const std::int64_t heads = args.state.shape[1];  // D for Mamba-1
@@ -195,7 +195,10 @@ SelectiveStateStepArgs check_and_canonicalise(const SelectiveStateStepArgs& give
 }  // namespace
 
 void selective_state_step_fwd(const SelectiveStateStepArgs& given, const Exec& exec) {
-    cpu::selective_state_step_fwd.active()(check_and_canonicalise(given), thread_count(exec));
+    const SelectiveStateStepArgs args = check_and_canonicalise(given);
+    if (const auto* gpu = cuda_kernels(kOp, args.state.device))
+        return gpu->selective_state_step_fwd(args, exec);
+    cpu::selective_state_step_fwd.active()(args, thread_count(exec));
 }
 
 }  // namespace ssm

@@ -9,6 +9,7 @@ from ssm.ops.compiled.library import (
     is_eager,
     refuse_as,
     refuse_second_gradient,
+    settings,
 )
 from ssm.ops.python import check
 
@@ -46,7 +47,7 @@ def _forward(*args):
         final_state=final_state if with_state else None,
         silu=silu,
         state_per_sequence=per_sequence,
-        num_threads=torch.get_num_threads(),
+        **settings(inputs[0]),
     )
     return y, final_state
 
@@ -77,7 +78,7 @@ def _backward_kernel(*args):
         dinitial_state=dinitial_state,
         silu=silu,
         state_per_sequence=per_sequence,
-        num_threads=torch.get_num_threads(),
+        **settings(inputs[0], ssm_kernels.dw_causal_conv_bwd_workspace, *inputs[:2]),
     )
     return gradients
 

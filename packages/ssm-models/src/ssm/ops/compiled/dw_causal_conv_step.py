@@ -4,7 +4,7 @@ import ssm_kernels
 import torch
 
 from ssm.ops.compiled.dw_causal_conv import is_silu
-from ssm.ops.compiled.library import define, is_eager, is_negated, refuse_as
+from ssm.ops.compiled.library import define, is_eager, is_negated, refuse_as, settings
 from ssm.ops.python import check, reference
 
 
@@ -19,7 +19,7 @@ def _forward(x, conv_state, weight, bias, cache_seqlens, state_indices, silu):
         state_indices,
         y=y,
         silu=silu,
-        num_threads=torch.get_num_threads(),
+        **settings(x),
     )
     # The kernel wrote behind torch's back; a graph that saved the state must notice.
     torch.autograd.graph.increment_version(conv_state)

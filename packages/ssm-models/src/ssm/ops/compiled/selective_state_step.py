@@ -7,7 +7,7 @@ gradients, and what asks for them anyway gets the right ones, slowly.
 import ssm_kernels
 import torch
 
-from ssm.ops.compiled.library import define, is_eager, is_negated, refuse_as
+from ssm.ops.compiled.library import define, is_eager, is_negated, refuse_as, settings
 from ssm.ops.python import check, reference
 
 
@@ -26,7 +26,7 @@ def _step(state, x, dt, A, B, C, D, z, dt_bias, state_indices, softplus):
         state_indices,
         y=y,
         softplus=softplus,
-        num_threads=torch.get_num_threads(),
+        **settings(x),
     )
     # The kernel wrote behind torch's back; a graph that saved the state must notice.
     torch.autograd.graph.increment_version(state)

@@ -1,0 +1,76 @@
+"""What only the CUDA sources of dw_causal_conv have: packs of channels and of steps, and their cuts.
+
+Judge: the float64 loops of tests/judge.py and test_dw_causal_conv.py, and another layout or batch.
+"""
+
+import os
+
+import numpy as np
+import pytest
+
+from tests import judge
+from tests.cases import ConvCase, make
+from tests.kernels.test_dw_causal_conv import (
+    judge_gradients,
+    run,
+    run_backward,
+    typed,
+    with_gradients,
+)
+from tests.tolerances import TOLERANCES, assert_close
+
+if "SSM_TEST_CUDA_HOST" not in os.environ:
+    pytest.skip("SSM_TEST_CUDA_HOST names no CUDA kernels for the host", allow_module_level=True)
+
+OP = "dw_causal_conv"
+# Several blocks along channels, along steps, and rows that share a block.
+SIZES = {"channels": (1, 1040, 24), "steps": (2, 16, 304), "short_rows": (70, 8, 8)}
+SEQUENCES = ("", "seq_idx", "seq_idx mask", "cu_seqlens mask")
+
+
+def case_of(size: str, width: int, sequences: str) -> ConvCase:
+    return ConvCase(size, *SIZES[size], width, layout=sequences)
+
+
+@pytest.mark.parametrize("layout", ["channel_last", "time_last"])
+@pytest.mark.parametrize("sequences", SEQUENCES)
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", SIZES)
+def test_packs_match_judge(size, width, sequences, layout):
+    arguments = typed(make(case_of(size, width, sequences)), "float64")
+    y, state = run(arguments, layout)
+    want_y, want_state = judge.dw_causal_conv(**arguments)
+    assert_close("y", y, want_y, TOLERANCES[OP, "float64"])
+    assert_close("final_state", state, want_state, TOLERANCES[OP, "float64"])
+    given = with_gradients(arguments)
+    want = judge_gradients(arguments, given)
+    for name, gradient in run_backward(arguments, given, layout).items():
+        assert_close(f"d{name}", gradient, want[name], TOLERANCES[f"{OP}_bwd", "float64"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("sequences", SEQUENCES)
+@pytest.mark.parametrize("size", SIZES)
+def test_packs_and_elements_agree(size, sequences, dtype):
+    arguments = typed(make(case_of(size, 4, sequences)), dtype)
+    given = with_gradients(arguments)
+    want, want_gradients = run(arguments, "spread"), run_backward(arguments, given, "spread")
+    for layout in ("channel_last", "time_last"):
+        for got, value in zip(run(arguments, layout), want, strict=True):
+            np.testing.assert_array_equal(got, value)
+        found = run_backward(arguments, given, layout)
+        for name in ("x", "initial_state"):
+            np.testing.assert_array_equal(found[name], want_gradients[name], err_msg=name)
+
+
+@pytest.mark.parametrize("layout", ["channel_last", "time_last", "spread"])
+def test_few_and_many_blocks_agree(layout):
+    many = typed(make(ConvCase("many", 600, 8, 72)), "float32")
+    one = {**many, "x": many["x"][5:6], "initial_state": many["initial_state"][5:6]}
+    given = with_gradients(many)
+    given_one = {name: value[5:6] for name, value in given.items()}
+    for got, want in zip(run(one, layout), run(many, layout), strict=True):
+        np.testing.assert_array_equal(got[0], want[5])
+    found, want = run_backward(one, given_one, layout), run_backward(many, given, layout)
+    for name in ("x", "initial_state"):
+        np.testing.assert_array_equal(found[name][0], want[name][5], err_msg=name)
