@@ -1,6 +1,6 @@
-"""What only the CUDA sources of dw_causal_conv have: packs of channels and of steps, and their cuts.
+"""What only the CUDA sources of dw_causal_conv have: packs of channels or steps, and their cuts.
 
-Judge: the float64 loops of tests/judge.py and test_dw_causal_conv.py, and another layout or batch.
+Judge: the float64 loops of tests.judge and test_dw_causal_conv, and another layout or batch.
 """
 
 import os

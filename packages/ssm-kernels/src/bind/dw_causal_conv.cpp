@@ -106,11 +106,13 @@ Raises:
                 {.x = view(kOp, "x", x), .weight = view(kOp, "weight", weight)});
         },
         "x"_a.none(), "weight"_a.none(),
-        R"(Bytes of working memory of dw_causal_conv_bwd on these inputs; 0 on the CPU.
+        R"(Bytes of working memory of dw_causal_conv_bwd on these inputs.
 
 Args:
-    x, weight: as for dw_causal_conv_fwd. Only their shapes, strides, dtypes and devices are looked
-        at.
+    x, weight: as for dw_causal_conv_fwd. Only shapes, strides, dtypes and devices are looked at.
+
+Returns:
+    Bytes; 0 on the CPU.
 
 Raises:
     ValueError, TypeError: as dw_causal_conv_fwd.
