@@ -12,8 +12,14 @@ import ssm_kernels
 from ssm_kernels import _build
 
 # Beyond these, fewer blocks run at a time than the launch bounds of the kernels promise: 65536
-# registers of a multiprocessor over 256 threads of a block and the blocks that a file asks for.
-MOST_REGISTERS = {"selective_scan_fwd": 128}
+# registers of a multiprocessor over the threads of a block and the blocks that a file asks for.
+MOST_REGISTERS = {
+    "dw_causal_conv_fwd": 168,
+    "dw_causal_conv_bwd": 168,
+    "dw_causal_conv_step": 64,
+    "selective_scan_fwd": 128,
+    "selective_state_step": 128,
+}
 ANY_OTHER = 255
 
 
