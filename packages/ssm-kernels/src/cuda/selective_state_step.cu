@@ -270,7 +270,8 @@ struct Step {
         if (in.packed_A) {
             SSM_UNROLL
             for (int four = 0; four < kPack / 4; ++four)
-                load_pack(static_cast<const Real*>(in.A.data) + offset + four * 4, rates[four]);
+                if (state + four * 4 < in.dstate)  // a pack of the state may be longer than A
+                    load_pack(static_cast<const Real*>(in.A.data) + offset + four * 4, rates[four]);
             return;
         }
         visit(in.A.dtype, [&](auto* type) {
