@@ -95,6 +95,7 @@ HELPERS = {
         "kernels",
         "launch",
         "numerics",
+        "rows",
         "tile_gemm",
     },
     f"{KERNELS}/src/bind": {

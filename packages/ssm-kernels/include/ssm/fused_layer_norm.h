@@ -42,4 +42,7 @@ SSM_API void fused_layer_norm_fwd(const FusedLayerNormArgs& args, const Exec& ex
 SSM_API void fused_layer_norm_bwd(const FusedLayerNormArgs& args, const FusedLayerNormGrads& grads,
                                   const Exec& exec = {});
 
+/// Bytes of `Exec::workspace` that the backward needs, from x.
+SSM_API std::int64_t fused_layer_norm_bwd_workspace(const FusedLayerNormArgs& args);
+
 }  // namespace ssm

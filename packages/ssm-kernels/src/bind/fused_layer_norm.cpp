@@ -13,7 +13,7 @@ constexpr const char* kOp = "fused_layer_norm";
 
 void forward(const Input& x, const Input& weight, const Input& bias, const Input& residual,
              const Output& y, const Output& residual_out, const Output& mean, const Output& rstd,
-             bool is_rms, double eps, int num_threads) {
+             bool is_rms, double eps, int num_threads, std::intptr_t stream) {
     const FusedLayerNormArgs args{.x = view(kOp, "x", x),
                                   .weight = view(kOp, "weight", weight),
                                   .bias = view(kOp, "bias", bias),
@@ -25,13 +25,13 @@ void forward(const Input& x, const Input& weight, const Input& bias, const Input
                                   .is_rms = is_rms,
                                   .eps = eps};
     const nb::gil_scoped_release unlocked;
-    fused_layer_norm_fwd(args, {.num_threads = num_threads});
+    fused_layer_norm_fwd(args, {.num_threads = num_threads, .stream = stream});
 }
 
 void backward(const Input& x, const Input& weight, const Input& residual, const Input& mean,
               const Input& rstd, const Input& dy, const Input& dresidual_out, const Output& dx,
               const Output& dresidual, const Output& dweight, const Output& dbias, bool is_rms,
-              int num_threads) {
+              int num_threads, std::intptr_t stream, const Output& workspace) {
     const FusedLayerNormArgs args{.x = view(kOp, "x", x),
                                   .weight = view(kOp, "weight", weight),
                                   .residual = view(kOp, "residual", residual),
@@ -45,7 +45,7 @@ void backward(const Input& x, const Input& weight, const Input& residual, const 
                                     .dweight = view(kOp, "dweight", dweight),
                                     .dbias = view(kOp, "dbias", dbias)};
     const nb::gil_scoped_release unlocked;
-    fused_layer_norm_bwd(args, grads, {.num_threads = num_threads});
+    fused_layer_norm_bwd(args, grads, settings(kOp, num_threads, stream, workspace));
 }
 
 }  // namespace
@@ -55,7 +55,7 @@ void register_fused_layer_norm(nb::module_& module) {
     module.def("fused_layer_norm_fwd", &forward, "x"_a.none(), "weight"_a.none(), "bias"_a = none,
                "residual"_a = none, nb::kw_only(), "y"_a.none(), "residual_out"_a = none,
                "mean"_a = none, "rstd"_a = none, "is_rms"_a = false, "eps"_a = 1e-5,
-               "num_threads"_a = 0,
+               "num_threads"_a = 0, "stream"_a = 0,
                R"(Add the residual, normalise the last axis and write the result.
 
 s = x + residual and y = (s - mean) rstd weight + bias: Ba et al. 2016, arXiv:1607.06450, eq. 4;
@@ -70,7 +70,8 @@ Args:
         fused_layer_norm_bwd needs; mean stays None with is_rms.
     is_rms: Divide by the root mean square and leave the mean in.
     eps: Added to the variance; positive.
-    num_threads: 0 means the process-wide setting.
+    num_threads: 0 means the process-wide setting; not used on a GPU.
+    stream: handle of the CUDA stream, 0 the legacy default stream; not used on the CPU.
 
 Raises:
     ValueError: a shape, dtype, device or value breaks the contract; the message names the argument.
@@ -79,7 +80,8 @@ Raises:
     module.def("fused_layer_norm_bwd", &backward, "x"_a.none(), "weight"_a.none(),
                "residual"_a = none, nb::kw_only(), "mean"_a = none, "rstd"_a.none(), "dy"_a.none(),
                "dresidual_out"_a = none, "dx"_a.none(), "dresidual"_a = none, "dweight"_a = none,
-               "dbias"_a = none, "is_rms"_a = false, "num_threads"_a = 0,
+               "dbias"_a = none, "is_rms"_a = false, "num_threads"_a = 0, "stream"_a = 0,
+               "workspace"_a = none,
                R"(Gradients of fused_layer_norm_fwd.
 
 Args:
@@ -91,6 +93,20 @@ Args:
     dx: (..., D). Output; the gradient of x and of the residual.
     dresidual: (..., D). Output; the same values, for a residual of another dtype.
     dweight, dbias: (D,). Outputs; not computed when None.
+    workspace: contiguous, of the inputs' device, at least fused_layer_norm_bwd_workspace bytes; None
+        where these are 0.
+
+Raises:
+    ValueError, TypeError: as fused_layer_norm_fwd.
+)");
+    module.def(
+        "fused_layer_norm_bwd_workspace",
+        [](const Input& x) { return fused_layer_norm_bwd_workspace({.x = view(kOp, "x", x)}); },
+        "x"_a.none(),
+        R"(Bytes of working memory of fused_layer_norm_bwd on this input; 0 on the CPU.
+
+Args:
+    x: as for fused_layer_norm_bwd. Only its shape, dtype and device are looked at.
 
 Raises:
     ValueError, TypeError: as fused_layer_norm_fwd.

@@ -156,16 +156,18 @@ struct Rows {
     }
 };
 
-/// Neighbours of one type, moved as one access of 16 bytes.
-template <class Memory>
-struct alignas(16) Pack {
-    static constexpr int kWidth = 16 / sizeof(Memory);
+/// Neighbours of one type, moved as accesses of 16 bytes, or of one that is smaller.
+template <class Memory, int kCount = 16 / sizeof(Memory)>
+struct alignas(sizeof(Memory) * kCount < 16 ? sizeof(Memory) * kCount : 16) Pack {
+    static constexpr int kWidth = kCount;
     Memory of[kWidth];
 };
 
 /// A matrix with unit stride along its columns, whose rows are made of aligned packs.
-template <class Memory>
+template <class Memory, int kCount = Pack<Memory>::kWidth>
 struct PackedRows {
+    static constexpr int kWidth = kCount;
+    using Piece = Pack<Memory, kCount>;
     Memory* data = nullptr;
     std::int64_t stride = 0;
 
@@ -175,11 +177,11 @@ struct PackedRows {
           stride(view.ndim == kAbsent ? 0 : view.stride[0]) {}
 
     SSM_DEVICE explicit operator bool() const { return data != nullptr; }
-    SSM_DEVICE Pack<Memory> load(std::int64_t row, std::int64_t column) const {
-        return *reinterpret_cast<const Pack<Memory>*>(data + row * stride + column);
+    SSM_DEVICE Piece load(std::int64_t row, std::int64_t column) const {
+        return *reinterpret_cast<const Piece*>(data + row * stride + column);
     }
-    SSM_DEVICE void store(std::int64_t row, std::int64_t column, const Pack<Memory>& pack) const {
-        *reinterpret_cast<Pack<Memory>*>(data + row * stride + column) = pack;
+    SSM_DEVICE void store(std::int64_t row, std::int64_t column, const Piece& piece) const {
+        *reinterpret_cast<Piece*>(data + row * stride + column) = piece;
     }
 };
 

@@ -19,6 +19,8 @@ namespace ssm::cuda {
     X(dw_causal_conv_fwd, const DwCausalConvArgs&, std::int64_t)                             \
     X(dw_causal_conv_bwd, const DwCausalConvArgs&, const DwCausalConvGrads&, std::int64_t)   \
     X(dw_causal_conv_step_fwd, const DwCausalConvStepArgs&)                                  \
+    X(fused_layer_norm_fwd, const FusedLayerNormArgs&)                                       \
+    X(fused_layer_norm_bwd, const FusedLayerNormArgs&, const FusedLayerNormGrads&)           \
     X(selective_scan_fwd, const SelectiveScanArgs&, std::int64_t)                            \
     X(selective_scan_bwd, const SelectiveScanArgs&, const SelectiveScanGrads&, std::int64_t) \
     X(selective_state_step_fwd, const SelectiveStateStepArgs&)                               \
@@ -30,9 +32,10 @@ SSM_CUDA_KERNELS(SSM_DECLARE_KERNEL)
 #undef SSM_DECLARE_KERNEL
 
 /// X(name, argument): the bytes of working memory of a launcher, a function of shapes and strides.
-#define SSM_CUDA_WORKSPACES(X)                                \
-    X(dw_causal_conv_bwd_workspace, const DwCausalConvArgs&)  \
-    X(selective_scan_fwd_workspace, const SelectiveScanArgs&) \
+#define SSM_CUDA_WORKSPACES(X)                                   \
+    X(dw_causal_conv_bwd_workspace, const DwCausalConvArgs&)     \
+    X(fused_layer_norm_bwd_workspace, const FusedLayerNormArgs&) \
+    X(selective_scan_fwd_workspace, const SelectiveScanArgs&)    \
     X(selective_scan_bwd_workspace, const SelectiveScanArgs&)
 
 #define SSM_DECLARE_WORKSPACE(name, argument) std::int64_t name(argument);

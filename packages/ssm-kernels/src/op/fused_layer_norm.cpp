@@ -1,6 +1,7 @@
 // The front of the fused norm: checks once, then hands views with few axes to the chosen kernel.
 #include <ssm/fused_layer_norm.h>
 
+#include "cuda_kernels.h"
 #include "isa.h"
 #include "rows.h"
 
@@ -15,7 +16,6 @@ constexpr const char* kOp = "fused_layer_norm";
 
 void check_inputs(const RowChecker& check, const FusedLayerNormArgs& args) {
     check.main("x");
-    check_device_served(kOp, args.x.device);
     const Axis dim{"D", args.x.shape[args.x.ndim - 1]};
     check.input("weight", args.weight, {dim});
     check.optional_input("bias", args.bias, {dim});
@@ -39,6 +39,8 @@ void fused_layer_norm_fwd(const FusedLayerNormArgs& given, const Exec& exec) {
     if (!(args.eps > 0)) check.fail("eps", "be positive", number_text(args.eps));
     for (TensorView* view : {&args.x, &args.residual, &args.y, &args.residual_out})
         *view = merge_rows(*view);
+    if (const auto* gpu = cuda_kernels(kOp, args.x.device))
+        return gpu->fused_layer_norm_fwd(args, exec);
     cpu::fused_layer_norm_fwd.active()(args, thread_count(exec));
 }
 
@@ -66,7 +68,18 @@ void fused_layer_norm_bwd(const FusedLayerNormArgs& given, const FusedLayerNormG
     for (TensorView* view :
          {&args.x, &args.residual, &grads.dy, &grads.dresidual_out, &grads.dx, &grads.dresidual})
         *view = merge_rows(*view);
+    if (const auto* gpu = cuda_kernels(kOp, args.x.device)) {
+        const WithWorkspace with(kOp, exec, args.x.device,
+                                 gpu->fused_layer_norm_bwd_workspace(args));
+        return gpu->fused_layer_norm_bwd(args, grads, with.exec());
+    }
     cpu::fused_layer_norm_bwd.active()(args, grads, thread_count(exec));
+}
+
+std::int64_t fused_layer_norm_bwd_workspace(const FusedLayerNormArgs& args) {
+    RowChecker(kOp, args.x).main("x");
+    const auto* gpu = cuda_kernels(kOp, args.x.device);
+    return gpu != nullptr ? gpu->fused_layer_norm_bwd_workspace(args) : 0;
 }
 
 }  // namespace ssm
