@@ -15,6 +15,7 @@ from ssm.ops.compiled.library import (
     is_eager,
     refuse_as,
     refuse_second_gradient,
+    settings,
 )
 from ssm.ops.python import check
 from ssm.ops.python.arithmetic import acc_dtype
@@ -45,7 +46,7 @@ def _launch(x, weight, bias, residual, is_rms, eps, y, s, mean=None, rstd=None):
         rstd=rstd,
         is_rms=is_rms,
         eps=eps,
-        num_threads=torch.get_num_threads(),
+        **settings(x),
     )
 
 
@@ -100,7 +101,7 @@ def _backward_kernel(
         dweight=dweight,
         dbias=None if bias_dtype is None else dbias,
         is_rms=is_rms,
-        num_threads=torch.get_num_threads(),
+        **settings(s, ssm_kernels.fused_layer_norm_bwd_workspace, s),
     )
     return gradients
 
