@@ -154,7 +154,7 @@ def _compare(wanted: dict[str, tuple], stored: dict[str, str], checkpoint: Check
     if missing:
         faults.append("missing " + _list(_with_nearest(missing, unexpected)))
     if unexpected:
-        faults.append("unexpected " + _list(unexpected))
+        faults.append("unexpected " + _list(_with_nearest(unexpected, missing)))
     if wrong:
         faults.append("wrong shape " + _list(wrong))
     if integers:
