@@ -16,9 +16,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
-from ssm.integrations.transformers_functions import MAMBA1, MAMBA2
+from ssm.integrations.transformers_functions import MAMBA1, MAMBA2, serves_device
 from ssm.integrations.transformers_mixers import gated_norm, mamba1_mixer, mamba2_mixer, rms_norm
-from ssm.utils import dispatch
 
 __all__ = ["FAMILIES", "LEVELS", "TESTED", "disable", "enable", "status"]
 
@@ -128,6 +127,7 @@ def enable(level: str = "mixers") -> None:
         return
     _check_version(_version(), level)
     disable()
+    serves_device("cpu")  # loads the kernels, so that the first call of a model need not
     _level.append(level)
     sys.meta_path.insert(0, _FINDER)
     for module_name in _MODULES:
@@ -167,7 +167,6 @@ def status() -> dict:
         docs/transformers.md.
     """
     version = _version()
-    loads = {"cpu": dispatch.has_cpu_kernels, "cuda": dispatch.has_cuda_kernels}
     families = {}
     for module_name, name in _MODULES.items():
         imported = module_name in sys.modules
@@ -186,7 +185,7 @@ def status() -> dict:
         "level": _level[0] if _level else None,
         "transformers": version,
         "tested": version is not None and _is_tested(version),
-        "devices": [device for device, kernels_load in loads.items() if kernels_load()],
+        "devices": [device for device in ("cpu", "cuda") if serves_device(device)],
         "families": families,
     }
 

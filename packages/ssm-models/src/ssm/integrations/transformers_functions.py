@@ -28,11 +28,19 @@ def serves(tensor, activation: str | None = None) -> bool:
     Returns:
         True if there are kernels for the device of the tensor and for the activation.
     """
-    kind = tensor.device.type
+    return serves_device(tensor.device.type) and activation in _SILU
+
+
+def serves_device(kind: str) -> bool:
+    """Return whether all kernels for a device load; the first call loads them.
+
+    Args:
+        kind: device type.
+    """
     if kind not in _devices:
         loads = {"cpu": dispatch.has_cpu_kernels, "cuda": dispatch.has_cuda_kernels}.get(kind)
         _devices[kind] = loads is not None and loads()
-    return _devices[kind] and activation in _SILU
+    return _devices[kind]
 
 
 def layout(seq_idx, cu_seqlens, wants_state: bool) -> SeqMeta | None:
