@@ -1,6 +1,8 @@
 // The backward of the causal convolution on the device. The gradients before the activation are
 // computed again from the inputs and kept in the workspace; dx gathers them, the parts of dweight
 // and dbias are summed over stretches of steps and then in a fixed order.
+#include <algorithm>
+
 #include "dw_causal_conv_tile.cuh"
 #include "kernels.h"
 
@@ -192,12 +194,6 @@ struct SumParts {
     }
 };
 
-/// Four neighbours, moved as one.
-template <class Memory>
-struct alignas(4 * sizeof(Memory) < 16 ? 4 * sizeof(Memory) : 16) Four {
-    Memory of[4];
-};
-
 /// A thread walks some steps of four channels, and on until what it owes to them is complete.
 template <class Memory, class Real>
 struct ChannelFours {
@@ -282,13 +278,13 @@ struct ChannelFours {
         SSM_UNROLL
         for (int k = 0; k < kConvTaps; ++k) at.to[k] = kNowhere;
         const auto load = [&](const Plane<3>& tensor, std::int64_t step) {
-            return *reinterpret_cast<const Four<Memory>*>(static_cast<const Memory*>(tensor.data) +
-                                                          in.offset(tensor, row, channel, step));
+            return *reinterpret_cast<const Pack<Memory, 4>*>(
+                static_cast<const Memory*>(tensor.data) + in.offset(tensor, row, channel, step));
         };
         SSM_ROLLED
         for (std::int64_t step = begin; step < in.seqlen && (step < at.end || at.owes());
              step += kAhead) {
-            Four<Memory> x[kAhead], dy[kAhead];
+            Pack<Memory, 4> x[kAhead], dy[kAhead];
             SSM_UNROLL
             for (int i = 0; i < kAhead; ++i) {
                 if (step + i >= in.seqlen) continue;
@@ -303,8 +299,8 @@ struct ChannelFours {
         finish(at, true);
     }
 
-    SSM_DEVICE void advance(Adjoint& at, std::int64_t step, const Four<Memory>& x,
-                            const Four<Memory>& dy, Registers& r) const {
+    SSM_DEVICE void advance(Adjoint& at, std::int64_t step, const Pack<Memory, 4>& x,
+                            const Pack<Memory, 4>& dy, Registers& r) const {
         const std::int32_t next = in.sequence_at(at.row, step);
         const bool own = step < at.end;
         if (next < 0) {
@@ -384,11 +380,11 @@ struct ChannelFours {
                 at.sums[k][c]);
     }
     SSM_DEVICE void put_input(const Adjoint& at, std::int64_t step, const Real (&sums)[4]) const {
-        Four<Memory> four;
+        Pack<Memory, 4> four;
         SSM_UNROLL
         for (int c = 0; c < 4; ++c) narrow(sums[c], four.of[c]);
-        *reinterpret_cast<Four<Memory>*>(static_cast<Memory*>(out.dx.data) +
-                                         in.offset(out.dx, at.row, at.channel, step)) = four;
+        *reinterpret_cast<Pack<Memory, 4>*>(static_cast<Memory*>(out.dx.data) +
+                                            in.offset(out.dx, at.row, at.channel, step)) = four;
     }
 };
 
@@ -424,7 +420,7 @@ struct AddParts {
 bool takes_fours(const DwCausalConvArgs& args, const DwCausalConvGrads& grads) {
     bool all = args.weight.shape[1] <= kConvTaps;
     for (const TensorView* view : {&args.x, &grads.dy, &grads.dx})
-        all = all && view->dtype == args.x.dtype && in_conv_packs(*view, 1, 4);
+        all = all && view->dtype == args.x.dtype && in_packs(*view, 1, 4);
     return all;
 }
 

@@ -171,7 +171,7 @@ template <class Real, class Memory>
 bool start_packed(const ConvInputs& in, const DwCausalConvArgs& args, const Exec& exec) {
     constexpr int kWidth = Pack<Memory>::kWidth;
     const auto both = [&](int axis) {
-        return in_conv_packs(args.x, axis, kWidth) && in_conv_packs(args.y, axis, kWidth);
+        return in_packs(args.x, axis, kWidth) && in_packs(args.y, axis, kWidth);
     };
     if (in.width > kConvTaps || args.x.dtype != args.y.dtype) return false;
     if (both(1)) {

@@ -79,19 +79,13 @@ struct PackedStep {
     static constexpr int kBlocksPerUnit = 8;
     static constexpr int kMemory = 4;
     struct Registers {};
-    struct alignas(kMemory * sizeof(Memory) < 16 ? kMemory * sizeof(Memory) : 16) Window {
-        Memory of[kMemory];
-    };
+    using Window = Pack<Memory, kMemory>;
 
     ConvStepInputs in;
 
     static bool takes(const TensorView& state, std::int64_t width) {
-        return state.shape[2] == kMemory && state.stride[2] == 1 && width <= kMemory &&
-               (state.shape[0] == 1 || state.stride[0] % kMemory == 0) &&
-               (state.shape[1] == 1 || state.stride[1] % kMemory == 0) &&
-               reinterpret_cast<std::uintptr_t>(state.data) % alignof(Window) == 0;
+        return state.shape[2] == kMemory && width <= kMemory && in_packs(state, 2, kMemory);
     }
-
     std::int64_t shared_size() const { return 0; }
 
     template <class Block>

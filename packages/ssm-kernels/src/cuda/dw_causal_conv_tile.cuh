@@ -4,8 +4,6 @@
 
 #include <ssm/dw_causal_conv.h>
 
-#include <algorithm>
-
 #include "launch.cuh"
 #include "numerics.cuh"
 
@@ -206,18 +204,6 @@ struct Walk {
     }
 };
 
-/// Whether a (B, D, L) is made of aligned packs of `width` neighbours along `axis`.
-inline bool in_conv_packs(const TensorView& view, int axis, int width) {
-    const int bytes = view.dtype == DType::f64 ? 8 : view.dtype == DType::f32 ? 4 : 2;
-    bool all =
-        view.stride[axis] == 1 && view.shape[axis] % width == 0 &&
-        reinterpret_cast<std::uintptr_t>(view.data) % std::min<std::int64_t>(16, width * bytes) ==
-            0;
-    for (int other = 0; other < 3; ++other)
-        all = all && (other == axis || view.shape[other] == 1 || view.stride[other] % width == 0);
-    return all;
-}
-
 /// One element of (B, D, L), such that neighbouring numbers are neighbours in memory.
 struct ConvElement {
     std::int64_t row, channel, step;
@@ -283,7 +269,9 @@ struct EachConvEdge {
         const std::int64_t tile = quotient(index, step_tiles());
         std::int64_t first = (index - tile * step_tiles()) * kThreads;
         if (!in.seq_idx && kEdge == Edge::end) first = in.seqlen - 1;
-        const std::int64_t row = tile % in.batch, first_channel = tile / in.batch * kThreads;
+        const std::int64_t channel_tile = quotient(tile, in.batch);
+        const std::int64_t row = tile - channel_tile * in.batch;
+        const std::int64_t first_channel = channel_tile * kThreads;
         block.each([&](int thread, Registers&) {
             block.write(thread, is_edge(row, first + thread) ? Real(1) : Real(0));
         });

@@ -163,6 +163,16 @@ struct alignas(sizeof(Memory) * kCount < 16 ? sizeof(Memory) * kCount : 16) Pack
     Memory of[kWidth];
 };
 
+/// Whether a view is made of aligned packs of `width` neighbours along `axis`.
+inline bool in_packs(const TensorView& view, int axis, int width) {
+    const int bytes = width * (view.dtype == DType::f64 ? 8 : view.dtype == DType::f32 ? 4 : 2);
+    bool all = view.stride[axis] == 1 && view.shape[axis] % width == 0 &&
+               reinterpret_cast<std::uintptr_t>(view.data) % (bytes < 16 ? bytes : 16) == 0;
+    for (int other = 0; other < view.ndim; ++other)
+        all = all && (other == axis || view.shape[other] == 1 || view.stride[other] % width == 0);
+    return all;
+}
+
 /// A matrix with unit stride along its columns, whose rows are made of aligned packs.
 template <class Memory, int kCount = Pack<Memory>::kWidth>
 struct PackedRows {

@@ -19,22 +19,18 @@ constexpr std::int64_t kFullDevice = 264;
 template <class Memory>
 constexpr int kStatePack = sizeof(Memory) == 2 ? 8 : 4;
 
-template <class Memory, int kCount>
-struct alignas(16) States {
-    Memory of[kCount];
-};
 template <class Memory, class Real, int kCount>
 SSM_DEVICE void load_pack(const Memory* from, Real (&to)[kCount]) {
-    const auto pack = *reinterpret_cast<const States<Memory, kCount>*>(from);
+    const auto pack = *reinterpret_cast<const Pack<Memory, kCount>*>(from);
     SSM_UNROLL
     for (int s = 0; s < kCount; ++s) to[s] = static_cast<Real>(widen(pack.of[s]));
 }
 template <class Memory, class Real, int kCount>
 SSM_DEVICE void store_pack(const Real (&from)[kCount], Memory* to) {
-    States<Memory, kCount> pack;
+    Pack<Memory, kCount> pack;
     SSM_UNROLL
     for (int s = 0; s < kCount; ++s) narrow(from[s], pack.of[s]);
-    *reinterpret_cast<States<Memory, kCount>*>(to) = pack;
+    *reinterpret_cast<Pack<Memory, kCount>*>(to) = pack;
 }
 
 /// The problem in plain numbers, in the canonical form of the front.
@@ -48,8 +44,8 @@ struct StepInputs {
     std::int64_t batch, tokens, heads, headdim, dstate, num_states;
     std::int64_t group_heads_B, group_heads_C;  // heads that share B, and C
     bool softplus;
-    bool tied;                    // A does not depend on the state
-    bool packed_state, packed_A;  // their states lie in aligned packs
+    bool tied;      // A does not depend on the state
+    bool packed_A;  // made of aligned fours of the compute type
 
     explicit StepInputs(const SelectiveStateStepArgs& args)
         : state(plane<4>(args.state)),
@@ -72,22 +68,9 @@ struct StepInputs {
           group_heads_B(heads / args.B.shape[2]),
           group_heads_C(heads / args.C.shape[2]),
           softplus(args.softplus),
-          tied(args.A.stride[2] == 0),
-          packed_state(in_packs(args.state)),
-          packed_A(in_packs(args.A) &&
+          tied(dstate > 0 && args.A.stride[2] == 0),
+          packed_A(in_packs(args.A, 2, 4) &&
                    args.A.dtype == (args.x.dtype == DType::f64 ? DType::f64 : DType::f32)) {}
-
-  private:
-    /// Whether the last axis is made of aligned packs: 8 neighbours of 16 bits, else 4.
-    static bool in_packs(const TensorView& view) {
-        const int last = view.ndim - 1;
-        const int width = view.dtype == DType::bf16 || view.dtype == DType::f16 ? 8 : 4;
-        bool all = view.stride[last] == 1 && view.shape[last] % width == 0 &&
-                   reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0;
-        for (int axis = 0; axis < last; ++axis)
-            all = all && (view.shape[axis] == 1 || view.stride[axis] % width == 0);
-        return all;
-    }
 };
 
 /// kPacks: packs of states of one channel that a thread holds.
@@ -104,11 +87,12 @@ struct Step {
     };
 
     StepInputs in;
+    bool packed;         // the state is made of aligned packs
     int lanes;           // threads of a team, a power of two
     int channels;        // of one thread
     std::int64_t tiles;  // blocks of one head
 
-    explicit Step(const StepInputs& inputs) : in(inputs), lanes(1) {
+    Step(const StepInputs& inputs, bool is_packed) : in(inputs), packed(is_packed), lanes(1) {
         while (lanes < kMostLanes && slab() < in.dstate) lanes *= 2;
         for (channels = kChannels;; channels = 1) {
             tiles = (in.headdim + tile() - 1) / tile();
@@ -209,7 +193,7 @@ struct Step {
     SSM_DEVICE void enter(const Part& part, int thread, std::int64_t first, Registers& r) const {
         each_pack(part, thread, first, r,
                   [&](Real(&h)[kPack], const Memory* from, std::int64_t count) {
-                      if (in.packed_state) return load_pack(from, h);
+                      if (packed) return load_pack(from, h);
                       SSM_UNROLL
                       for (int s = 0; s < kPack; ++s)
                           h[s] = s < count ? static_cast<Real>(widen(from[s * in.state.stride[3]]))
@@ -219,7 +203,7 @@ struct Step {
     SSM_DEVICE void leave(const Part& part, int thread, std::int64_t first, Registers& r) const {
         each_pack(part, thread, first, r,
                   [&](const Real(&h)[kPack], Memory* to, std::int64_t count) {
-                      if (in.packed_state) return store_pack(h, to);
+                      if (packed) return store_pack(h, to);
                       SSM_UNROLL
                       for (int s = 0; s < kPack; ++s)
                           if (s < count) narrow(h[s], to[s * in.state.stride[3]]);
@@ -371,16 +355,17 @@ struct Step {
 };
 
 template <class Real, class Memory>
-void start(const StepInputs& in, const Device& device, const Exec& exec) {
+void start(const StepInputs& in, const TensorView& state, const Exec& exec) {
     // The states of Mamba-1 fit in one pack per thread; more packs leave fewer sums across threads.
     constexpr std::int64_t kFew = 32;
     constexpr int kSeveral = 16 / kStatePack<Memory>;
+    const bool packed = in_packs(state, 3, kStatePack<Memory>);
     if (in.dstate <= kFew) {
-        const Step<Memory, Real, 1> step(in);
-        launch<Real>(kOp, step, step.blocks(), device, exec);
+        const Step<Memory, Real, 1> step(in, packed);
+        launch<Real>(kOp, step, step.blocks(), state.device, exec);
     } else {
-        const Step<Memory, Real, kSeveral> step(in);
-        launch<Real>(kOp, step, step.blocks(), device, exec);
+        const Step<Memory, Real, kSeveral> step(in, packed);
+        launch<Real>(kOp, step, step.blocks(), state.device, exec);
     }
 }
 
@@ -391,7 +376,7 @@ void selective_state_step_fwd(const SelectiveStateStepArgs& args, const Exec& ex
     with_compute_type(args.x.dtype, [&](auto zero) {
         using Real = decltype(zero);
         with_memory_type(args.state.dtype, [&](auto element) {
-            start<Real, decltype(element)>(in, args.x.device, exec);
+            start<Real, decltype(element)>(in, args.state, exec);
         });
     });
 }
