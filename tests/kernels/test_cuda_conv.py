@@ -7,6 +7,7 @@ import os
 
 import numpy as np
 import pytest
+import ssm_kernels
 
 from tests import judge
 from tests.cases import ConvCase, make
@@ -74,3 +75,20 @@ def test_few_and_many_blocks_agree(layout):
     found, want = run_backward(one, given_one, layout), run_backward(many, given, layout)
     for name in ("x", "initial_state"):
         np.testing.assert_array_equal(found[name][0], want[name][5], err_msg=name)
+
+
+def test_packs_need_little_working_memory():
+    x = np.zeros((2, 512, 64), "float32").transpose(0, 2, 1)  # (B, D, L), channels adjacent
+    weight = np.zeros((64, 4), "float32")
+    needs = ssm_kernels.dw_causal_conv_bwd_workspace
+    assert needs(x, weight, dy=x, dx=x) <= x.nbytes / 4
+    assert needs(x, weight, dy=x.copy(), dx=x) > x.nbytes
+    with pytest.raises(ValueError, match="dw_causal_conv: workspace must have at least"):
+        ssm_kernels.dw_causal_conv_bwd(
+            x,
+            weight,
+            dy=x,
+            dx=np.empty_like(x),
+            dweight=weight.copy(),
+            workspace=np.empty(1, "float32"),
+        )

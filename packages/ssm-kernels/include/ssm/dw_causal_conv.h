@@ -43,7 +43,8 @@ SSM_API void dw_causal_conv_fwd(const DwCausalConvArgs& args, const Exec& exec =
 SSM_API void dw_causal_conv_bwd(const DwCausalConvArgs& args, const DwCausalConvGrads& grads,
                                 const Exec& exec = {});
 
-/// Bytes of `Exec::workspace` that the backward needs, from x and weight; 0 on the CPU.
-SSM_API std::int64_t dw_causal_conv_bwd_workspace(const DwCausalConvArgs& args);
+/// Bytes of `Exec::workspace` that the backward needs, from x, weight, dy and dx; 0 on the CPU.
+SSM_API std::int64_t dw_causal_conv_bwd_workspace(const DwCausalConvArgs& args,
+                                                  const DwCausalConvGrads& grads);
 
 }  // namespace ssm

@@ -101,15 +101,17 @@ Raises:
 )");
     module.def(
         "dw_causal_conv_bwd_workspace",
-        [](const Input& x, const Input& weight) {
+        [](const Input& x, const Input& weight, const Input& dy, const Output& dx) {
             return dw_causal_conv_bwd_workspace(
-                {.x = view(kOp, "x", x), .weight = view(kOp, "weight", weight)});
+                {.x = view(kOp, "x", x), .weight = view(kOp, "weight", weight)},
+                {.dy = view(kOp, "dy", dy), .dx = view(kOp, "dx", dx)});
         },
-        "x"_a.none(), "weight"_a.none(),
+        "x"_a.none(), "weight"_a.none(), "dy"_a.none(), "dx"_a.none(),
         R"(Bytes of working memory of dw_causal_conv_bwd on these inputs.
 
 Args:
-    x, weight: as for dw_causal_conv_fwd. Only shapes, strides, dtypes and devices are looked at.
+    x, weight, dy, dx: as for dw_causal_conv_bwd. Only shapes, strides, dtypes, addresses and
+        devices are looked at.
 
 Returns:
     Bytes; 0 on the CPU.

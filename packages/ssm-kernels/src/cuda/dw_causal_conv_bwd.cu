@@ -1,8 +1,6 @@
 // The backward of the causal convolution on the device. The gradients before the activation are
 // computed again from the inputs and kept in the workspace; dx gathers them, the parts of dweight
 // and dbias are summed over stretches of steps and then in a fixed order.
-#include <algorithm>
-
 #include "dw_causal_conv_tile.cuh"
 #include "kernels.h"
 
@@ -439,13 +437,13 @@ void start_strided(const ConvInputs& in, const Gradients<Real>& out, const DwCau
 
 }  // namespace
 
-std::int64_t dw_causal_conv_bwd_workspace(const DwCausalConvArgs& args) {
+std::int64_t dw_causal_conv_bwd_workspace(const DwCausalConvArgs& args,
+                                          const DwCausalConvGrads& grads) {
     const ConvInputs in(args, 0);
     const std::int64_t size = args.x.dtype == DType::f64 ? sizeof(double) : sizeof(float);
     const std::int64_t sums = (in.width + 1) * in.dim;
-    // Which of the two it will be depends on the gradients as well.
-    const std::int64_t fours = ChannelFours<float, float>(in, {}).parts() * sums;
-    return std::max(in.elements() + Parts(in).count * sums, fours) * size;
+    if (takes_fours(args, grads)) return ChannelFours<float, float>(in, {}).parts() * sums * size;
+    return (in.elements() + Parts(in).count * sums) * size;
 }
 
 void dw_causal_conv_bwd(const DwCausalConvArgs& args, const DwCausalConvGrads& grads,

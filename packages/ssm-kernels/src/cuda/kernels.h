@@ -31,14 +31,15 @@ namespace ssm::cuda {
 SSM_CUDA_KERNELS(SSM_DECLARE_KERNEL)
 #undef SSM_DECLARE_KERNEL
 
-/// X(name, argument): the bytes of working memory of a launcher, a function of shapes and strides.
-#define SSM_CUDA_WORKSPACES(X)                                   \
-    X(dw_causal_conv_bwd_workspace, const DwCausalConvArgs&)     \
-    X(fused_layer_norm_bwd_workspace, const FusedLayerNormArgs&) \
-    X(selective_scan_fwd_workspace, const SelectiveScanArgs&)    \
+/// X(name, arguments...): the bytes of working memory of a launcher, a function of shapes and
+/// strides.
+#define SSM_CUDA_WORKSPACES(X)                                                         \
+    X(dw_causal_conv_bwd_workspace, const DwCausalConvArgs&, const DwCausalConvGrads&) \
+    X(fused_layer_norm_bwd_workspace, const FusedLayerNormArgs&)                       \
+    X(selective_scan_fwd_workspace, const SelectiveScanArgs&)                          \
     X(selective_scan_bwd_workspace, const SelectiveScanArgs&)
 
-#define SSM_DECLARE_WORKSPACE(name, argument) std::int64_t name(argument);
+#define SSM_DECLARE_WORKSPACE(name, ...) std::int64_t name(__VA_ARGS__);
 SSM_CUDA_WORKSPACES(SSM_DECLARE_WORKSPACE)
 #undef SSM_DECLARE_WORKSPACE
 
@@ -49,7 +50,7 @@ struct Kernels {
 #define SSM_KERNEL_ENTRY(name, ...) void (*name)(__VA_ARGS__, const Exec&);
     SSM_CUDA_KERNELS(SSM_KERNEL_ENTRY)
 #undef SSM_KERNEL_ENTRY
-#define SSM_WORKSPACE_ENTRY(name, argument) std::int64_t (*name)(argument);
+#define SSM_WORKSPACE_ENTRY(name, ...) std::int64_t (*name)(__VA_ARGS__);
     SSM_CUDA_WORKSPACES(SSM_WORKSPACE_ENTRY)
 #undef SSM_WORKSPACE_ENTRY
 };

@@ -103,7 +103,7 @@ void dw_causal_conv_bwd(const DwCausalConvArgs& given, const DwCausalConvGrads& 
     check.optional_output("dinitial_state", grads.dinitial_state, {in.states, in.dim, in.memory});
     if (const auto* gpu = cuda_kernels(kOp, in.args.x.device)) {
         const WithWorkspace with(kOp, exec, in.args.x.device,
-                                 gpu->dw_causal_conv_bwd_workspace(in.args));
+                                 gpu->dw_causal_conv_bwd_workspace(in.args, grads));
         return gpu->dw_causal_conv_bwd(in.args, grads, in.num_states, with.exec());
     }
     const RunTable runs(kOp, in.args.seq_idx, in.batch.size, in.seqlen.size,
@@ -111,14 +111,18 @@ void dw_causal_conv_bwd(const DwCausalConvArgs& given, const DwCausalConvGrads& 
     cpu::dw_causal_conv_bwd.active()(in.args, grads, runs.view(), thread_count(exec));
 }
 
-std::int64_t dw_causal_conv_bwd_workspace(const DwCausalConvArgs& given) {
+std::int64_t dw_causal_conv_bwd_workspace(const DwCausalConvArgs& given,
+                                          const DwCausalConvGrads& grads) {
     DwCausalConvArgs args = given;
     const Checker check(kOp, args.x.device);
     check.rank("x", args.x, 3, "(B, D, L)");
     check.floating("x", args.x);
     args.weight = canonical_weight(check, args);
+    const Axis batch{"B", args.x.shape[0]}, dim{"D", args.x.shape[1]}, seqlen{"L", args.x.shape[2]};
+    check.input("dy", grads.dy, {batch, dim, seqlen});
+    check.input("dx", grads.dx, {batch, dim, seqlen});
     const auto* gpu = cuda_kernels(kOp, args.x.device);
-    return gpu != nullptr ? gpu->dw_causal_conv_bwd_workspace(args) : 0;
+    return gpu != nullptr ? gpu->dw_causal_conv_bwd_workspace(args, grads) : 0;
 }
 
 }  // namespace ssm

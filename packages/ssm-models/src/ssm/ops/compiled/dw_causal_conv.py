@@ -78,7 +78,7 @@ def _backward_kernel(*args):
         dinitial_state=dinitial_state,
         silu=silu,
         state_per_sequence=per_sequence,
-        **settings(inputs[0], ssm_kernels.dw_causal_conv_bwd_workspace, *inputs[:2]),
+        **settings(inputs[0], ssm_kernels.dw_causal_conv_bwd_workspace, *inputs[:2], dy, dx),
     )
     return gradients
 
