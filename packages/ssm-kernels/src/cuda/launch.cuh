@@ -28,6 +28,7 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerUnit)
     for (std::int64_t index = blockIdx.x; index < count; index += gridDim.x) {
         Block<Kernel, Real> block(reinterpret_cast<Real*>(shared));
         kernel(block, index);
+        if (index + gridDim.x < count) __syncthreads();  // the next one writes the same memory
     }
 }
 
