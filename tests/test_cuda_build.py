@@ -19,6 +19,8 @@ MOST_REGISTERS = {
     "dw_causal_conv_step": 64,
     "fused_layer_norm_fwd": 128,
     "fused_layer_norm_bwd": 128,
+    "gated_norm_fwd": 128,
+    "gated_norm_bwd": 128,
     "selective_scan_fwd": 128,
     "selective_state_step": 128,
 }

@@ -94,6 +94,7 @@ HELPERS = {
         "host",
         "kernels",
         "launch",
+        "norms",
         "numerics",
         "rows",
         "tile_gemm",

@@ -11,6 +11,7 @@ import ssm_kernels
 
 from tests import judge
 from tests.kernels import test_fused_layer_norm as fused
+from tests.kernels import test_gated_norm as gated
 from tests.tolerances import TOLERANCES, assert_close
 
 if "SSM_TEST_CUDA_HOST" not in os.environ:
@@ -141,3 +142,60 @@ def test_fused_takes_the_working_memory_of_the_caller(dim):
         run_fused(arguments, dy, ds, workspace=memory[: size // 4 - 1])
     sentence = f"workspace must have at least {size} bytes, got {size - 4}"
     assert str(caught.value) == f"{fused.OP}: {sentence}"
+
+
+# Rows, columns and the size of a group: as above, in groups of rows and in chunks of them.
+GATED = (
+    (3, 48, 16),
+    (3, 1560, 520),
+    (3, 5120, None),
+    (2, 16400, 8200),
+    (1101, 64, 16),
+    (540, 1040, 520),
+    (271, 8200, None),
+)
+
+
+@pytest.mark.parametrize("norm_before_gate", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(("rows", "dim", "group_size"), GATED)
+def test_gated_layouts_give_the_same_bits(rows, dim, group_size, dtype, norm_before_gate):
+    flags = {"is_rms": False, "group_size": group_size, "norm_before_gate": norm_before_gate}
+    arguments = gated.draw((rows, dim), dtype=dtype, **flags)
+    dy = gated.upstream(arguments)
+    saved = gated.forward(arguments)
+    want = saved | gated.backward(arguments, saved, dy)
+    placed = {n: apart(v) if isinstance(v, np.ndarray) else v for n, v in arguments.items()}
+    out = {n: apart(np.full_like(v, np.nan)) for n, v in saved.items()}
+    ssm_kernels.gated_norm_fwd(**placed, **out)
+    grads = {n: apart(v) for n, v in gated.targets(arguments).items()}
+    statistics = {n: v for n, v in out.items() if n != "y"}
+    ssm_kernels.gated_norm_bwd(**placed, **statistics, dy=apart(dy), **grads)
+    for name, value in (out | grads).items():
+        np.testing.assert_array_equal(value, want[name], err_msg=name)
+
+
+@pytest.mark.parametrize("is_rms", [True, False])
+@pytest.mark.parametrize("norm_before_gate", [True, False])
+@pytest.mark.parametrize(("rows", "dim", "group_size"), GATED)
+def test_gated_matches_judge(rows, dim, group_size, norm_before_gate, is_rms):
+    flags = {"is_rms": is_rms, "group_size": group_size, "norm_before_gate": norm_before_gate}
+    arguments = gated.draw((rows, dim), **flags)
+    dy = gated.upstream(arguments)
+    out = gated.forward(arguments)
+    want_y = judge.gated_norm(**arguments)
+    assert_close("y", out["y"], want_y, TOLERANCES[gated.OP, "float32"])
+    got = gated.backward(arguments, out, dy)
+    for name, want in gated.judge_gradients(arguments, dy).items():
+        unit = 1 if name in ("dx", "dz") else rows**0.5
+        row = f"{gated.OP}_bwd", "float32"
+        assert_close(name, got[name] / unit, want / unit, TOLERANCES[row])
+
+
+def test_gated_says_how_much_working_memory_it_takes():
+    x = np.zeros((3, 48), "f")
+    # Two sums of 48 columns for each chunk of rows; 16 rows of a group make one.
+    assert ssm_kernels.gated_norm_bwd_workspace(x, 16) == 2 * 48 * 4
+    with pytest.raises(ValueError) as caught:
+        ssm_kernels.gated_norm_bwd_workspace(x, 7)
+    assert str(caught.value) == f"{gated.OP}: group_size must divide D = 48, got 7"

@@ -46,4 +46,7 @@ SSM_API void gated_norm_fwd(const GatedNormArgs& args, const Exec& exec = {});
 SSM_API void gated_norm_bwd(const GatedNormArgs& args, const GatedNormGrads& grads,
                             const Exec& exec = {});
 
+/// Bytes of `Exec::workspace` that the backward needs, from x and group_size.
+SSM_API std::int64_t gated_norm_bwd_workspace(const GatedNormArgs& args);
+
 }  // namespace ssm

@@ -103,10 +103,13 @@ Raises:
         "fused_layer_norm_bwd_workspace",
         [](const Input& x) { return fused_layer_norm_bwd_workspace({.x = view(kOp, "x", x)}); },
         "x"_a.none(),
-        R"(Bytes of working memory of fused_layer_norm_bwd on this input; 0 on the CPU.
+        R"(Bytes of working memory of fused_layer_norm_bwd on this input.
 
 Args:
     x: as for fused_layer_norm_bwd. Only its shape, dtype and device are looked at.
+
+Returns:
+    Bytes; 0 on the CPU.
 
 Raises:
     ValueError, TypeError: as fused_layer_norm_fwd.

@@ -21,6 +21,8 @@ namespace ssm::cuda {
     X(dw_causal_conv_step_fwd, const DwCausalConvStepArgs&)                                  \
     X(fused_layer_norm_fwd, const FusedLayerNormArgs&)                                       \
     X(fused_layer_norm_bwd, const FusedLayerNormArgs&, const FusedLayerNormGrads&)           \
+    X(gated_norm_fwd, const GatedNormArgs&)                                                  \
+    X(gated_norm_bwd, const GatedNormArgs&, const GatedNormGrads&)                           \
     X(selective_scan_fwd, const SelectiveScanArgs&, std::int64_t)                            \
     X(selective_scan_bwd, const SelectiveScanArgs&, const SelectiveScanGrads&, std::int64_t) \
     X(selective_state_step_fwd, const SelectiveStateStepArgs&)                               \
@@ -36,6 +38,7 @@ SSM_CUDA_KERNELS(SSM_DECLARE_KERNEL)
 #define SSM_CUDA_WORKSPACES(X)                                                         \
     X(dw_causal_conv_bwd_workspace, const DwCausalConvArgs&, const DwCausalConvGrads&) \
     X(fused_layer_norm_bwd_workspace, const FusedLayerNormArgs&)                       \
+    X(gated_norm_bwd_workspace, const GatedNormArgs&)                                  \
     X(selective_scan_fwd_workspace, const SelectiveScanArgs&)                          \
     X(selective_scan_bwd_workspace, const SelectiveScanArgs&)
 

@@ -1,5 +1,5 @@
-// What the norms share: how rows are cut among threads, how a thread's part of a row moves, and
-// sums along rows and over them.
+// Rows of tensors: how they are cut among threads, and how a thread's part of a row moves between
+// memory of any type and layout and its registers.
 #pragma once
 
 #include "launch.cuh"
@@ -7,13 +7,8 @@
 namespace ssm::cuda {
 
 constexpr int kRowThreads = 512;
-constexpr int kRowWarps = kRowThreads / 32;
 /// Columns of one thread: a block keeps rows of up to 8192 in registers.
 constexpr int kRowElements = 16;
-
-/// Blocks among which the rows of a sum over rows are cut. A number of its own, not the device's,
-/// so that no result depends on the device.
-constexpr std::int64_t kRowBlocks = 264;
 
 /// What a thread owns of a row: packs of neighbours from `column` on, `stride` apart, as far as
 /// they lie within the `left` columns from there.
@@ -165,40 +160,12 @@ SSM_DEVICE Pack<Real, Main::kWidth> vector_piece(const Plane<1>& vector, const R
     }
 }
 
-/// Sums kValues registers over the threads of each group; all of these get the sums. Uses the
-/// places [place, place + kValues * kRowWarps) of shared memory, which nobody touched since a
-/// barrier.
-template <int kValues, class Block, class Get>
-SSM_DEVICE void sum_groups(Block& block, int place, const RowCut& cut, Get&& get) {
-    SSM_UNROLL
-    for (int v = 0; v < kValues; ++v)
-        block.template sum_lanes<32>([&](auto& r) -> auto& { return get(r)[v]; });
-    const int warps = cut.lanes / 32;
-    if (warps == 1) return;
-    block.each([&](int thread, auto& r) {
-        if (thread % 32 != 0) return;
-        SSM_UNROLL
-        for (int v = 0; v < kValues; ++v)
-            block.write(place + v * kRowWarps + thread / 32, get(r)[v]);
-    });
-    block.barrier();
-    block.each([&](int thread, auto& r) {
-        const int warp = thread % kRowWarps, first = cut.slot(thread) * warps;
-        SSM_UNROLL
-        for (int v = 0; v < kValues; ++v)
-            get(r)[v] = warp < warps ? block.read(place + v * kRowWarps + first + warp) : 0;
-    });
-    SSM_UNROLL
-    for (int v = 0; v < kValues; ++v)
-        block.template sum_lanes<kRowWarps>([&](auto& r) -> auto& { return get(r)[v]; });
-}
-
 /// Chooses what serves tensors of rows: calls start.operator()<Main, Side>() with PackedRows where
 /// types, layouts and the width of groups allow it, else with AnyRows. All of `main` has the type
 /// of its first tensor; `side`, which only kSide allows for, that type or float32. The width of
-/// packs depends on types alone, and so do the sums: all layouts give the same bits. `vectors` may
-/// have any type.
-template <class Real, bool kSide, class Start>
+/// packs, kHalfWidth where all types are of 16 bits and else 4, depends on types alone, and so do
+/// the sums: all layouts give the same bits. `vectors` may have any type.
+template <class Real, bool kSide, int kHalfWidth, class Start>
 void with_rows(const RowCut& cut, std::initializer_list<const TensorView*> main,
                std::initializer_list<const TensorView*> side,
                std::initializer_list<const TensorView*> vectors, Start&& start) {
@@ -228,165 +195,13 @@ void with_rows(const RowCut& cut, std::initializer_list<const TensorView*> main,
                     if (other != dtype)
                         return start
                             .template operator()<PackedRows<Memory, 4>, PackedRows<float, 4>>();
-                start.template operator()<PackedRows<Memory>, PackedRows<Memory>>();
+                constexpr int kWidth = sizeof(Memory) < sizeof(float) ? kHalfWidth : 4;
+                start.template operator()<PackedRows<Memory, kWidth>, PackedRows<Memory, kWidth>>();
             });
     }
-    if (is_half) return start.template operator()<AnyRows<Real, 8>, AnyRows<Real, 8>>();
+    if (is_half)
+        return start.template operator()<AnyRows<Real, kHalfWidth>, AnyRows<Real, kHalfWidth>>();
     start.template operator()<AnyRows<Real, 4>, AnyRows<Real, 4>>();
-}
-
-// Sums over rows ----------------------------------------------------------------------------------
-
-/// How rows are cut among blocks where sums over rows are wanted. A block walks `steps` sets of
-/// slots rows in one group, and leaves one row of partial sums, which add_partials adds in order.
-struct RowSums {
-    std::int64_t steps, chunks;
-
-    explicit RowSums(const RowCut& cut) {
-        const std::int64_t sets = (cut.rows + cut.slots - 1) / cut.slots;
-        steps = (sets * cut.groups + kRowBlocks - 1) / kRowBlocks;
-        chunks = steps > 0 ? (sets + steps - 1) / steps : 0;
-    }
-};
-
-/// The sums of a thread for the gradients of weight and bias.
-template <class Real>
-struct VectorSums {
-    Real dweight[kRowElements], dbias[kRowElements];
-
-    SSM_DEVICE void clear() {
-        SSM_UNROLL
-        for (int e = 0; e < kRowElements; ++e) dweight[e] = dbias[e] = 0;
-    }
-    /// d: the gradient of xhat weight + bias.
-    SSM_DEVICE void add(int e, Real d, Real xhat) {
-        dweight[e] += d * xhat;
-        dbias[e] += d;
-    }
-};
-
-/// Where blocks leave these sums: (chunks, columns) each, null where not wanted.
-template <class Real>
-struct Partials {
-    Real *dweight, *dbias;
-    std::int64_t columns;
-
-    /// Both directions between memory and registers, for groups that these do not hold as a whole.
-    template <int kWidth>
-    SSM_DEVICE void load(std::int64_t chunk, const RowPart& part, VectorSums<Real>& sums) const {
-        each<kWidth>(chunk, part, sums, [](Real& memory, Real& sum) { sum = memory; });
-    }
-    template <int kWidth>
-    SSM_DEVICE void store(std::int64_t chunk, const RowPart& part, VectorSums<Real>& sums) const {
-        each<kWidth>(chunk, part, sums, [](Real& memory, Real& sum) { memory = sum; });
-    }
-
-    /// Leaves what the threads of a block hold in get(registers): the sums of its slots one after
-    /// the other, in shared memory from `place` on.
-    template <int kWidth, class Block, class Get>
-    SSM_DEVICE void leave(Block& block, int place, const RowCut& cut, std::int64_t chunk,
-                          std::int64_t group, Get&& get) const {
-        for (int slot = 0; slot < cut.slots; ++slot) {
-            if (slot > 0) block.barrier();
-            block.each([&](int thread, auto& r) {
-                if (cut.slot(thread) != slot) return;
-                VectorSums<Real>& sums = get(r);
-                const int own = place + cut.lane(thread);
-                SSM_UNROLL
-                for (int e = 0; e < kRowElements; ++e) {
-                    const int at = own + 2 * e * cut.lanes;
-                    if (slot > 0) {
-                        sums.dweight[e] += block.read(at);
-                        sums.dbias[e] += block.read(at + cut.lanes);
-                    }
-                    if (slot + 1 == cut.slots) continue;
-                    block.write(at, sums.dweight[e]);
-                    block.write(at + cut.lanes, sums.dbias[e]);
-                }
-                if (slot + 1 == cut.slots)
-                    store<kWidth>(chunk, cut.part<kWidth>(0, group, 0, thread), sums);
-            });
-        }
-    }
-    static std::int64_t shared_size(const RowCut& cut) {
-        return cut.slots > 1 ? 2 * cut.slab_size : 0;
-    }
-
-  private:
-    template <int kWidth, class Move>
-    SSM_DEVICE void each(std::int64_t chunk, const RowPart& part, VectorSums<Real>& sums,
-                         Move&& move) const {
-        const std::int64_t first = chunk * columns + part.column;
-        SSM_UNROLL
-        for (int e = 0; e < kRowElements; ++e) {
-            const int place = e / kWidth * part.stride + e % kWidth;
-            if (place >= part.left) continue;
-            if (dweight != nullptr) move(dweight[first + place], sums.dweight[e]);
-            if (dbias != nullptr) move(dbias[first + place], sums.dbias[e]);
-        }
-    }
-};
-
-/// out = the sum of `count` rows, each of `columns` numbers.
-template <class Real>
-struct AddPartials {
-    static constexpr int kThreads = 256;
-    static constexpr int kBlocksPerUnit = 4;
-    static constexpr int kTile = 32, kParts = kThreads / kTile;
-    struct Registers {};
-
-    const Real* partials;
-    std::int64_t count, columns;
-    Plane<1> out;
-
-    std::int64_t shared_size() const { return kThreads; }
-
-    template <class Block>
-    SSM_DEVICE void operator()(Block& block, std::int64_t index) const {
-        block.each([&](int thread, Registers&) {
-            const std::int64_t column = index * kTile + thread % kTile;
-            Real sum = 0;
-            if (column < columns)
-                for (std::int64_t row = thread / kTile; row < count; row += kParts)
-                    sum += partials[row * columns + column];
-            block.write(thread, sum);
-        });
-        block.barrier();
-        block.each([&](int thread, Registers&) {
-            const std::int64_t column = index * kTile + thread;
-            if (thread >= kTile || column >= columns) return;
-            Real sum = 0;
-            SSM_UNROLL
-            for (int part = 0; part < kParts; ++part) sum += block.read(part * kTile + thread);
-            out.store(column * out.stride[0], sum);
-        });
-    }
-};
-
-/// Calls start(partials) with the working memory of the call, then adds what blocks left there.
-template <class Real, class Start>
-void with_partials(const char* op, const RowCut& cut, const TensorView& dweight,
-                   const TensorView& dbias, const Exec& exec, const Device& device, Start&& start) {
-    const std::int64_t columns = cut.groups * cut.size, chunks = RowSums(cut).chunks;
-    Real* const memory = static_cast<Real*>(exec.workspace);
-    const auto place_of = [&](const TensorView& out, int which) {
-        return out.ndim == kAbsent ? nullptr : memory + which * chunks * columns;
-    };
-    const Partials<Real> partials{place_of(dweight, 0), place_of(dbias, 1), columns};
-    start(partials);
-    const auto add = [&](const Real* sums, const TensorView& out) {
-        if (sums == nullptr) return;
-        const AddPartials<Real> kernel{sums, chunks, columns, plane<1>(out)};
-        launch<Real>(op, kernel, (columns + kernel.kTile - 1) / kernel.kTile, device, exec);
-    };
-    add(partials.dweight, dweight);
-    add(partials.dbias, dbias);
-}
-
-/// Bytes of this working memory.
-inline std::int64_t partials_size(const RowCut& cut, DType main) {
-    const std::int64_t size = main == DType::f64 ? sizeof(double) : sizeof(float);
-    return 2 * RowSums(cut).chunks * cut.groups * cut.size * size;
 }
 
 }  // namespace ssm::cuda

@@ -1,6 +1,7 @@
 // The front of the gated norm: checks once, then hands views with few axes to the chosen kernel.
 #include <ssm/gated_norm.h>
 
+#include "cuda_kernels.h"
 #include "isa.h"
 #include "rows.h"
 
@@ -13,23 +14,29 @@ namespace {
 
 constexpr const char* kOp = "gated_norm";
 
-/// Checks the inputs, puts the size of a group in place of kWholeRow and returns the axis M.
-Axis check_inputs(const RowChecker& check, GatedNormArgs& args) {
+/// Checks x and group_size, puts the size of a group in place of kWholeRow and returns the axis M.
+Axis check_sizes(const RowChecker& check, GatedNormArgs& args) {
     check.main("x");
-    check_device_served(kOp, args.x.device);
-    const Axis dim{"D", args.x.shape[args.x.ndim - 1]};
-    check.input("weight", args.weight, {dim});
-    check.optional_input("bias", args.bias, {dim});
-    check.optional_like_main("z", args.z);
+    const std::int64_t dim = args.x.shape[args.x.ndim - 1];
     if (args.group_size == kWholeRow) {
-        args.group_size = dim.size;
+        args.group_size = dim;
         return {"M", row_count(args.x)};
     }
     const std::string got = std::to_string(args.group_size);
     if (args.group_size < 1) check.fail("group_size", "be at least 1", got);
-    if (dim.size % args.group_size != 0)
-        check.fail("group_size", "divide D = " + std::to_string(dim.size), got);
-    return {"M", row_count(args.x) * (dim.size / args.group_size)};
+    if (dim % args.group_size != 0)
+        check.fail("group_size", "divide D = " + std::to_string(dim), got);
+    return {"M", row_count(args.x) * (dim / args.group_size)};
+}
+
+/// Checks the inputs and returns the axis M.
+Axis check_inputs(const RowChecker& check, GatedNormArgs& args) {
+    check.main("x");
+    const Axis dim{"D", args.x.shape[args.x.ndim - 1]};
+    check.input("weight", args.weight, {dim});
+    check.optional_input("bias", args.bias, {dim});
+    check.optional_like_main("z", args.z);
+    return check_sizes(check, args);
 }
 
 void refuse_mean(const RowChecker& check, const GatedNormArgs& args) {
@@ -49,6 +56,7 @@ void gated_norm_fwd(const GatedNormArgs& given, const Exec& exec) {
     // Written so that NaN is refused as well.
     if (!(args.eps > 0)) check.fail("eps", "be positive", number_text(args.eps));
     for (TensorView* view : {&args.x, &args.z, &args.y}) *view = merge_rows(*view);
+    if (const auto* gpu = cuda_kernels(kOp, args.x.device)) return gpu->gated_norm_fwd(args, exec);
     cpu::gated_norm_fwd.active()(args, thread_count(exec));
 }
 
@@ -76,7 +84,18 @@ void gated_norm_bwd(const GatedNormArgs& given, const GatedNormGrads& given_grad
     check.optional_output("dbias", grads.dbias, {dim});
     for (TensorView* view : {&args.x, &args.z, &grads.dy, &grads.dx, &grads.dz})
         *view = merge_rows(*view);
+    if (const auto* gpu = cuda_kernels(kOp, args.x.device)) {
+        const WithWorkspace with(kOp, exec, args.x.device, gpu->gated_norm_bwd_workspace(args));
+        return gpu->gated_norm_bwd(args, grads, with.exec());
+    }
     cpu::gated_norm_bwd.active()(args, grads, thread_count(exec));
+}
+
+std::int64_t gated_norm_bwd_workspace(const GatedNormArgs& given) {
+    GatedNormArgs args = given;
+    check_sizes(RowChecker(kOp, given.x), args);
+    const auto* gpu = cuda_kernels(kOp, args.x.device);
+    return gpu != nullptr ? gpu->gated_norm_bwd_workspace(args) : 0;
 }
 
 }  // namespace ssm

@@ -14,6 +14,7 @@ from ssm.ops.compiled.library import (
     is_eager,
     refuse_as,
     refuse_second_gradient,
+    settings,
 )
 from ssm.ops.python import check
 from ssm.ops.python.arithmetic import acc_dtype
@@ -46,7 +47,7 @@ def _launch(x, weight, bias, z, is_rms, eps, group_size, norm_before_gate, y, me
         eps=eps,
         group_size=group_size,
         norm_before_gate=norm_before_gate,
-        num_threads=torch.get_num_threads(),
+        **settings(x),
     )
 
 
@@ -100,7 +101,7 @@ def _backward_kernel(x, weight, bias, z, mean, rstd, dy, is_rms, group_size, nor
         is_rms=is_rms,
         group_size=group_size,
         norm_before_gate=norm_before_gate,
-        num_threads=torch.get_num_threads(),
+        **settings(x, ssm_kernels.gated_norm_bwd_workspace, x, group_size),
     )
     return gradients
 
