@@ -61,6 +61,7 @@ CONFIGS = [
     ("bamba", {"rope_theta": -1}, "rope_theta must be a positive number, got -1"),
     ("mamba2", {"time_step_limit": [float("nan"), 1.0]}, r"dt_limit must be \(low, high\)"),
     ("mamba2", {"time_step_limit": [0.0, {"__float__": "NaN"}]}, r"dt_limit must be \(low, high\)"),
+    ("nemotron_h", {"time_step_limit": [float("nan"), 1.0]}, "time_step_limit must be without NaN"),
     ("mamba2", {"time_step_limit": [1.0, 0.1]}, r"dt_limit must be \(low, high\)"),
     ("mamba2", {"time_step_limit": "none"}, "dt_limit must be two numbers, got 'none'"),
     ("mamba2", {"num_heads": 7}, "num_heads head_dim that is not expand hidden_size"),

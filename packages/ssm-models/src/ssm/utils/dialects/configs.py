@@ -137,6 +137,8 @@ def _fill(dialect: Dialect, values: Values, generic: frozenset[str]) -> Values:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "remove it if it changes no result"
             raise ValueError(f"{dialect.name}: field must be a known one, got {name!r} ({hint})")
+        if name in dialect.ignored and _holds_nan(value):
+            raise ValueError(f"{dialect.name}: {name} must be without NaN, got {value!r}")
         present = dialect.legacy.get(name, name)
         if present in full and difference(full[present], value):
             raise ValueError(
@@ -152,6 +154,12 @@ def _fill(dialect: Dialect, values: Values, generic: frozenset[str]) -> Values:
         if full[name] is not None or name not in dialect.nullable:
             _check_kind(f"{dialect.name}: {name}", full[name], value)
     return full
+
+
+def _holds_nan(value) -> bool:
+    if isinstance(value, list):
+        return any(map(_holds_nan, value))
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _check_kind(what: str, value, default) -> None:
