@@ -153,3 +153,16 @@ def test_workspace_is_the_callers():
         ssm_kernels.selective_scan_fwd(**inputs, y=y, workspace=memory[start + 1 :])
     with pytest.raises(ValueError, match="workspace must be contiguous"):
         ssm_kernels.selective_scan_fwd(**inputs, y=y, workspace=np.zeros((size, 2))[:, 0])
+
+
+def test_sequences_whose_states_nobody_gives_or_takes():
+    inputs = scan_inputs(1, 3, 4, 12)
+    seq_idx = np.repeat(np.arange(3, dtype=np.int32), 4)[None]
+    found = []
+    for last_state in (None, np.empty((3, 3, 4))):
+        y = np.full_like(inputs["u"], np.nan)
+        called = {"seq_idx": seq_idx, "state_per_sequence": True, "last_state": last_state}
+        ssm_kernels.selective_scan_fwd(**inputs, **called, y=y)
+        found.append(y)
+    assert found[1].all()
+    np.testing.assert_array_equal(*found)

@@ -175,7 +175,8 @@ SSM_DEVICE std::int32_t sequence_at(const ScanInputs& in, std::int64_t row, std:
     const std::int32_t id = static_cast<const std::int32_t*>(
         in.seq_idx.data)[row * in.seq_idx.stride[0] + step * in.seq_idx.stride[1]];
     // The values were not looked at before the launch: one without a state is no sequence.
-    return id >= 0 && (!in.state_per_sequence || id < in.num_states) ? id : -1;
+    const bool has_state = !in.state_per_sequence || in.num_states < 0 || id < in.num_states;
+    return id >= 0 && has_state ? id : -1;
 }
 
 /// The sequence of the last step before `step` that is not skipped, or -1.
