@@ -196,9 +196,10 @@ struct Norm {
     /// load(part, registers) makes s, store(part, registers) uses it once with the statistics.
     template <class X, class Block, class Load, class Store>
     SSM_DEVICE void forward(Block& block, std::int64_t index, Load&& load, Store&& store) const {
-        const std::int64_t slabs = kAnySize<X> ? cut.slabs : 1;
+        using Slab = std::conditional_t<kAnySize<X>, int, std::int64_t>;  // int: no spills
+        const Slab slabs = kAnySize<X> ? static_cast<Slab>(cut.slabs) : 1;
         const auto unit_of = [&](int thread) { return index * cut.slots + cut.slot(thread); };
-        const auto part = [&](int thread, std::int64_t slab) {
+        const auto part = [&](int thread, Slab slab) {
             const std::int64_t unit = unit_of(thread);
             const std::int64_t row = kGroups ? quotient(unit, cut.groups) : unit;
             const std::int64_t group = kGroups ? unit - row * cut.groups : 0;
@@ -208,7 +209,7 @@ struct Norm {
         const Real share = Real(1) / static_cast<Real>(cut.size > 0 ? cut.size : 1);
 
         block.each([&](int, auto& r) { r.sum[0] = 0; });
-        for (std::int64_t slab = 0; slab < slabs; ++slab)
+        for (Slab slab = 0; slab < slabs; ++slab)
             block.each([&](int thread, auto& r) {
                 load(part(thread, slab), r);
                 SSM_UNROLL
@@ -220,7 +221,7 @@ struct Norm {
         if (!is_rms) {
             // A second pass: the mean of squares less the square of the mean would lose digits.
             block.each([&](int, auto& r) { r.sum[0] = 0; });
-            for (std::int64_t slab = 0; slab < slabs; ++slab)
+            for (Slab slab = 0; slab < slabs; ++slab)
                 block.each([&](int thread, auto& r) {
                     const RowPart at = part(thread, slab);
                     if (slabs > 1) load(at, r);
@@ -240,7 +241,7 @@ struct Norm {
             if (mean) mean.store(unit * mean.stride[0], r.mean);
             if (rstd) rstd.store(unit * rstd.stride[0], r.rstd);
         });
-        for (std::int64_t slab = 0; slab < slabs; ++slab)
+        for (Slab slab = 0; slab < slabs; ++slab)
             block.each([&](int thread, auto& r) {
                 if (slabs > 1) load(part(thread, slab), r);
                 store(part(thread, slab), r);
@@ -253,14 +254,15 @@ struct Norm {
     SSM_DEVICE void backward(Block& block, std::int64_t index, const RowSums& over,
                              const Partials<Real>& partials, Enter&& enter, Store&& store) const {
         constexpr int kWidth = X::kWidth;
-        const std::int64_t slabs = kAnySize<X> ? cut.slabs : 1;
+        using Slab = std::conditional_t<kAnySize<X>, int, std::int64_t>;  // int: no spills
+        const Slab slabs = kAnySize<X> ? static_cast<Slab>(cut.slabs) : 1;
         const std::int64_t chunk = kGroups ? quotient(index, cut.groups) : index;
         const std::int64_t group = kGroups ? index - chunk * cut.groups : 0;
         const Real share = Real(1) / static_cast<Real>(cut.size);
         block.each([&](int, auto& r) { r.over_rows.clear(); });
         for (std::int64_t step = 0; step < over.steps; ++step) {
             const std::int64_t first = (chunk * over.steps + step) * cut.slots;
-            const auto part = [&](int thread, std::int64_t slab) {
+            const auto part = [&](int thread, Slab slab) {
                 return cut.template part<kWidth>(first + cut.slot(thread), group, slab, thread);
             };
             block.each([&](int thread, auto& r) {
@@ -271,7 +273,7 @@ struct Norm {
                 r.rstd = exists ? rstd.template load<Real>(unit * rstd.stride[0]) : 0;
                 r.sum[0] = r.sum[1] = 0;
             });
-            for (std::int64_t slab = 0; slab < slabs; ++slab)
+            for (Slab slab = 0; slab < slabs; ++slab)
                 block.each([&](int thread, auto& r) {
                     const RowPart at = part(thread, slab);
                     if (slabs > 1) {
@@ -287,10 +289,11 @@ struct Norm {
                 r.sum[0] *= share;
                 r.sum[1] = is_rms ? Real(0) : r.sum[1] * share;
             });
-            for (std::int64_t slab = 0; slab < slabs; ++slab)
+            for (Slab slab = 0; slab < slabs; ++slab)
                 block.each([&](int thread, auto& r) {
                     const RowPart at = part(thread, slab);
-                    if (slabs > 1) enter(at, r, std::false_type());
+                    // Rows of any layout need the registers for addresses.
+                    if constexpr (kAnySize<X>) enter(at, r, std::false_type());
                     store(at, r);
                 });
         }
