@@ -8,6 +8,7 @@ import types
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ssm.ops
 from ssm.ops.python import reference
@@ -34,7 +35,9 @@ def install(monkeypatch, ops=dispatch.COMPILED, kernels=("ssm_kernels",)):
     """Make backends that answer with their own name."""
     modules = {}
     for name in kernels:
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        module = types.ModuleType(name)
+        module.operators = [dispatch.FILES.get(op, op) for op in dispatch.COMPILED]
+        monkeypatch.setitem(sys.modules, name, module)
     for op in ops:
         name = f"ssm.ops.compiled.{dispatch.FILES.get(op, op)}"
         module = modules.setdefault(name, types.ModuleType(name))
@@ -194,6 +197,23 @@ def test_cuda_kernels_serve_cuda_tensors(monkeypatch):
     assert dispatch.get_available_backend() == "cuda"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert dispatch.get_available_backend() == "cpu"
+
+
+def test_operator_without_cuda_kernels_goes_to_the_reference(monkeypatch):
+    install(monkeypatch, kernels=("ssm_kernels", "ssm_kernels._cuda"))
+    sys.modules["ssm_kernels._cuda"].operators.remove(OP)
+    assert not dispatch.has_cuda_kernels()
+    assert why(OP, torch.device("cuda")).startswith(f"{OP} on cuda: python, the cuda kernels did")
+
+
+def test_float64_of_a_gpu_goes_to_the_reference(monkeypatch):
+    install(monkeypatch, kernels=("ssm_kernels", "ssm_kernels._cuda"))
+    with FakeTensorMode():
+        wide, narrow = (torch.empty(2, device="cuda", dtype=t) for t in (torch.double, torch.half))
+    assert dispatch.implementation(OP, wide) is getattr(reference, OP)
+    assert dispatch.implementation(OP, narrow) is not getattr(reference, OP)
+    assert why(OP, wide) == f"{OP} on cuda: python, kernels of a GPU compute in float32"
+    assert why(OP, narrow) == f"{OP} on cuda: cuda, the cuda kernels are loaded"
 
 
 def test_other_devices_go_to_the_reference(monkeypatch):

@@ -65,6 +65,11 @@ def _environment() -> str:
     return _from_environment[0]
 
 
+def _is_too_wide(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor of a GPU is float64: its kernels compute in float32."""
+    return tensor.is_cuda and tensor.dtype == torch.float64
+
+
 def _reference(op: str) -> Callable:
     return getattr(importlib.import_module("ssm.ops.python.reference"), op)
 
@@ -140,8 +145,8 @@ def implementation(op: str, tensor: torch.Tensor) -> Callable:
         This project's design: the best loadable backend serves, the reference always can.
     """
     device_type = tensor.device.type if isinstance(tensor, torch.Tensor) else "none"
-    if device_type == "cuda" and tensor.dtype == torch.float64:
-        return _reference(op)  # kernels of a GPU compute in float32
+    if device_type == "cuda" and _is_too_wide(tensor):
+        return _reference(op)
     if torch.compiler.is_compiling():
         return getattr(_choices, _resolve(op, device_type))
     if _forced.get() is None:
@@ -209,6 +214,8 @@ def why(op: str, where: torch.Tensor | torch.device | str = "cpu") -> str:
     device = where.device if isinstance(where, torch.Tensor) else torch.device(where)
     if op not in OPERATORS:
         raise ValueError(f"dispatch: op must name an operator, got {op!r}")
+    if isinstance(where, torch.Tensor) and _is_too_wide(where):
+        return f"{op} on {device.type}: python, kernels of a GPU compute in float32"
     forced = _forced.get()
     try:
         function, reason = _choose(op, device.type, forced or _environment())
