@@ -5,7 +5,8 @@ import math
 import numpy as np
 import ssm_kernels
 
-from tests.cases import CASES, StageCase
+from tests import judge
+from tests.cases import CASES, SsdCase, StageCase, make
 
 STAGES = (
     "ssd_chunk_cumsum",
@@ -34,6 +35,25 @@ BLOCKS = {
 
 def named(stage: str, name: str) -> StageCase:
     return next(case for case in CASES[stage] if case.name == name)
+
+
+def whole_and_composed(case: SsdCase, chunk_size: int) -> tuple[dict, dict]:
+    """Return one problem twice: for ssd_chunk_scan, and for tests.stages.compose.
+
+    Large cases keep their own chunk size. The stages take no states per sequence, so there are
+    none.
+    """
+    if case.name in ("long", "mamba2_130m"):
+        chunk_size = case.chunk_size
+    arguments = make(case, 3)
+    given = {**arguments, "chunk_size": chunk_size}
+    meta = given.pop("seq_meta")
+    if meta is not None:
+        ids, per_sequence, _ = judge.positions(meta, case.batch, case.seqlen)
+        if per_sequence:
+            given["initial_states"] = arguments["initial_states"] = None
+        arguments["seq_meta"], given["seq_idx"] = {"seq_idx": ids}, ids
+    return arguments, given
 
 
 def typed(arguments: dict, dtype: str) -> dict:

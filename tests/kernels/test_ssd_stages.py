@@ -8,7 +8,17 @@ import ssm_kernels
 
 from tests import judge, stages_judge
 from tests.cases import CASES, StageCase, make
-from tests.stage_kernels import BLOCKS, MAIN, STAGES, named, outputs, run, strided, typed
+from tests.stage_kernels import (
+    BLOCKS,
+    MAIN,
+    STAGES,
+    named,
+    outputs,
+    run,
+    strided,
+    typed,
+    whole_and_composed,
+)
 from tests.stages import compose
 from tests.tolerances import TOLERANCES, Tolerance, assert_close
 
@@ -62,16 +72,7 @@ KERNELS = types.SimpleNamespace(**{name: getattr(ssm_kernels, name) for name in 
 @pytest.mark.parametrize("chunk_size", [1, 3, 64])
 @pytest.mark.parametrize("case", CASES["ssd_chunk_scan"], ids=str)
 def test_composed_equal_the_whole(case, chunk_size):
-    if case.name in ("long", "mamba2_130m"):
-        chunk_size = case.chunk_size
-    arguments = make(case, 3)
-    given = {**arguments, "chunk_size": chunk_size}
-    meta = given.pop("seq_meta")
-    if meta is not None:
-        ids, per_sequence, _ = judge.positions(meta, case.batch, case.seqlen)
-        if per_sequence:
-            given["initial_states"] = arguments["initial_states"] = None
-        arguments["seq_meta"], given["seq_idx"] = {"seq_idx": ids}, ids
+    arguments, given = whole_and_composed(case, chunk_size)
     for limit in ((0.0, np.inf), (0.1, 0.4)):
         y, states = compose(KERNELS, **given, dt_limit=limit)
         want_y, want_states = judge.ssd_chunk_scan(**arguments, dt_limit=limit)

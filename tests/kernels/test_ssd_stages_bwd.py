@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests import gradient_judge, judge, stages_gradient_judge, stages_judge
+from tests import gradient_judge, stages_gradient_judge, stages_judge
 from tests.cases import CASES, StageCase, make
 from tests.stage_kernels import (
     BLOCKS,
@@ -18,6 +18,7 @@ from tests.stage_kernels import (
     poisoned,
     strided,
     typed,
+    whole_and_composed,
 )
 from tests.stages import compose
 from tests.tolerances import TOLERANCES, Tolerance, assert_close
@@ -170,16 +171,7 @@ class _Chain:
 @pytest.mark.parametrize("chunk_size", [1, 3, 64])
 @pytest.mark.parametrize("case", CASES["ssd_chunk_scan"], ids=str)
 def test_composed_gradients_equal_those_of_the_whole(case, chunk_size):
-    if case.name in ("long", "mamba2_130m"):
-        chunk_size = case.chunk_size
-    arguments = make(case, 3)
-    given = {**arguments, "chunk_size": chunk_size}
-    meta = given.pop("seq_meta")
-    if meta is not None:
-        ids, per_sequence, _ = judge.positions(meta, case.batch, case.seqlen)
-        if per_sequence:
-            given["initial_states"] = arguments["initial_states"] = None
-        arguments["seq_meta"], given["seq_idx"] = {"seq_idx": ids}, ids
+    arguments, given = whole_and_composed(case, chunk_size)
     for limit in ((0.0, np.inf), (0.1, 0.4)):
         chain = _Chain()
         y, states = compose(chain, **given, dt_limit=limit)

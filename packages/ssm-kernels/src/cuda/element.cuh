@@ -198,10 +198,8 @@ struct PackedRows {
 /// Whether a view, where it is given, is such a matrix of elements of `dtype`.
 inline bool is_packed(const TensorView& view, DType dtype) {
     if (view.ndim == kAbsent) return true;
-    const std::int64_t width = dtype == DType::f64 ? 2 : dtype == DType::f32 ? 4 : 8;
-    return view.dtype == dtype && view.ndim == 2 && view.stride[1] == 1 &&
-           view.shape[1] % width == 0 && (view.shape[0] == 1 || view.stride[0] % width == 0) &&
-           reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0;
+    const int width = dtype == DType::f64 ? 2 : dtype == DType::f32 ? 4 : 8;
+    return view.dtype == dtype && view.ndim == 2 && in_packs(view, 1, width);
 }
 
 }  // namespace ssm::cuda

@@ -37,7 +37,7 @@ struct Packed {
         block.each([&](int thread, Registers&) {
             const std::int64_t pack = index * kThreads + thread;
             if (pack >= packs) return;
-            const std::int64_t row = row_of(pack);
+            const std::int64_t row = quotient(pack, row_packs);
             const std::int64_t column = (pack - row * row_packs) * kWidth;
             const Pack<Memory> gates = gate.load(row, column), ups = up.load(row, column);
             Pack<Memory> first, second;
@@ -61,14 +61,6 @@ struct Packed {
             dgate.store(row, column, first);
             dup.store(row, column, second);
         });
-    }
-
-  private:
-    /// A division of 64 bits takes longer than all the rest; few tensors need one.
-    SSM_DEVICE std::int64_t row_of(std::int64_t pack) const {
-        if (row_packs == packs) return 0;
-        if (packs > 0x7fffffff) return pack / row_packs;
-        return static_cast<std::uint32_t>(pack) / static_cast<std::uint32_t>(row_packs);
     }
 };
 

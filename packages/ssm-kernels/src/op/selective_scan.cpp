@@ -106,6 +106,14 @@ void check_checkpoints(const SelectiveScanArgs& args) {
     check.contiguous("checkpoints", args.checkpoints);
 }
 
+/// What one direction's entry of the table says; 0 on the CPU.
+std::int64_t workspace_bytes(SelectiveScanArgs args,
+                             std::int64_t (*cuda::Kernels::*entry)(const SelectiveScanArgs&)) {
+    check_sizes(Checker(kOp, args.u.device), args);
+    const auto* gpu = cuda_kernels(kOp, args.u.device);
+    return gpu != nullptr ? (gpu->*entry)(args) : 0;
+}
+
 }  // namespace
 
 void selective_scan_fwd(const SelectiveScanArgs& given, const Exec& exec) {
@@ -125,18 +133,12 @@ void selective_scan_fwd(const SelectiveScanArgs& given, const Exec& exec) {
     cpu::selective_scan_fwd.active()(args, runs.view(), thread_count(exec));
 }
 
-std::int64_t selective_scan_fwd_workspace(const SelectiveScanArgs& given) {
-    SelectiveScanArgs args = given;
-    check_sizes(Checker(kOp, args.u.device), args);
-    const auto* gpu = cuda_kernels(kOp, args.u.device);
-    return gpu != nullptr ? gpu->selective_scan_fwd_workspace(args) : 0;
+std::int64_t selective_scan_fwd_workspace(const SelectiveScanArgs& args) {
+    return workspace_bytes(args, &cuda::Kernels::selective_scan_fwd_workspace);
 }
 
-std::int64_t selective_scan_bwd_workspace(const SelectiveScanArgs& given) {
-    SelectiveScanArgs args = given;
-    check_sizes(Checker(kOp, args.u.device), args);
-    const auto* gpu = cuda_kernels(kOp, args.u.device);
-    return gpu != nullptr ? gpu->selective_scan_bwd_workspace(args) : 0;
+std::int64_t selective_scan_bwd_workspace(const SelectiveScanArgs& args) {
+    return workspace_bytes(args, &cuda::Kernels::selective_scan_bwd_workspace);
 }
 
 void selective_scan_bwd(const SelectiveScanArgs& given, const SelectiveScanGrads& grads,

@@ -1,12 +1,12 @@
 // The front of the five stages: checks once, then hands canonical views to the chosen kernel.
 #include <ssm/ssd_stages.h>
 
-#include <charconv>
 #include <numeric>
 #include <vector>
 
 #include "check.h"
 #include "isa.h"
+#include "rows.h"
 #include "runs.h"
 
 SSM_CPU_KERNEL(ssd_chunk_cumsum_fwd, const SsdChunkCumsumArgs&, int)
@@ -29,13 +29,6 @@ namespace {
 
 std::int64_t chunk_count(std::int64_t seqlen, std::int64_t chunk) {
     return (seqlen + chunk - 1) / chunk;
-}
-
-// The shortest text that reads back as the same number, as Python spells it.
-std::string number_text(double value) {
-    char digits[32];
-    std::string text(digits, std::to_chars(digits, digits + sizeof digits, value).ptr);
-    return text.find_first_of(".enf") == std::string::npos ? text + ".0" : text;
 }
 
 class StageChecker : public Checker {
