@@ -133,22 +133,10 @@ INNER |= {"out_proj_weight": torch.ones(5, 2), "out_proj_bias": None, "A": -torc
     ("name", "arguments", "error", "sentence"),
     [
         (
-            "selective_scan_fn",
-            {"u": ONE, "delta": ONE, "A": COMPLEX, "B": ONE, "C": ONE},
-            ValueError,
-            "selective_scan_fn: A must be real, got complex64",
-        ),
-        (
             "selective_state_update",
             {**dict.fromkeys(("state", "x", "dt", "B", "C"), ONE), "A": COMPLEX},
             ValueError,
             "selective_state_update: A must be real, got complex64",
-        ),
-        (
-            "mamba_inner_fn",
-            {**INNER, "A": COMPLEX},
-            ValueError,
-            "mamba_inner_fn: A must be real, got complex64",
         ),
         (
             "mamba_inner_fn",

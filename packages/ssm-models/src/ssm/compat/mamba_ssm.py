@@ -2,7 +2,7 @@
 
 Every function takes the arguments of its namesake in the same order; one that cannot be honoured is
 refused with a sentence. What they compute, they compute on any device, in any layout, and with
-gradients for every tensor, final states included. Complex matrices are refused.
+gradients for every tensor, final states included.
 """
 
 import torch
@@ -20,6 +20,7 @@ from ssm.compat.classes import (
     MambaConfig,
     MambaLMHeadModel,
 )
+from ssm.compat.complex_scan import selective_scan_complex
 from ssm.compat.norms import (
     LayerNormGated,
     RMSNorm,
@@ -74,9 +75,10 @@ def selective_scan_fn(
     Args:
         u: (B, D, L), float64 | float32 | bfloat16 | float16. Input.
         delta: (B, D, L). Step size.
-        A: (D, N), real. Continuous decay.
-        B: (D, N), (B, N, L) or (B, G, N, L). Input matrix.
-        C: (D, N), (B, N, L) or (B, G, N, L). Output matrix.
+        A: (D, N), real or complex. Continuous decay.
+        B: (D, N), (B, N, L) or (B, G, N, L). Input matrix. Beside a complex A one that varies with
+            the step has 2 L in place of L: pairs of real and imaginary part.
+        C: (D, N), (B, N, L) or (B, G, N, L), with 2 L as B. Output matrix.
         D: (D,). Skip weight.
         z: (B, D, L). Gate.
         delta_bias: (D,). Bias of the step size.
@@ -85,17 +87,26 @@ def selective_scan_fn(
 
     Returns:
         out (B, D, L), dtype of u; with ``return_last_state`` also last_state (B, D, N), float32 or
-        float64, through which gradients flow.
+        float64, complex if A is, through which gradients flow.
 
     Raises:
-        ValueError: A is complex, or what ``ssm.ops.selective_scan`` refuses.
+        ValueError: a shape does not fit a complex A, or what ``ssm.ops.selective_scan`` refuses.
 
     Source:
         Interface of mamba_ssm 2.3; the operator is docs/ops/selective_scan.md.
     """
-    _refuse_complex("selective_scan_fn", A)
-    return ops.selective_scan(
-        u, delta, A, B, C, D, z, delta_bias, bool(delta_softplus), return_last_state
+    return _selective_scan(
+        "selective_scan_fn",
+        u,
+        delta,
+        A,
+        B,
+        C,
+        D,
+        z,
+        delta_bias,
+        bool(delta_softplus),
+        return_last_state,
     )
 
 
@@ -369,11 +380,11 @@ def mamba_inner_fn(
         conv1d_weight: (D, 1, W).
         conv1d_bias: (D,) or None.
         x_proj_weight: (R + 2 N, D). Projection to step size, B and C; without the N rows of what is
-            given.
+            given; 2 N in place of N, pairs of real and imaginary part, if A is complex.
         delta_proj_weight: (D, R).
         out_proj_weight: (E, D).
         out_proj_bias: (E,) or None.
-        A: (D, N), real. Continuous decay.
+        A: (D, N), real or complex. Continuous decay.
         B: input matrix as in :func:`selective_scan_fn`; None takes it from the projection.
         C: output matrix as in :func:`selective_scan_fn`; None takes it from the projection.
         D: (D,). Skip weight.
@@ -393,14 +404,13 @@ def mamba_inner_fn(
         out (B, L, E).
 
     Raises:
-        ValueError: A is complex, a norm is asked for where B or C is given, checkpoint_lvl is no
-            level, or what an operator refuses.
+        ValueError: a norm is asked for where B or C is given, checkpoint_lvl is no level, or what
+            an operator refuses.
 
     Source:
         Interface of mamba_ssm 2.3; Gu & Dao 2023 (arXiv:2312.00752), section 3.4.
     """
     name = "mamba_inner_fn"
-    _refuse_complex(name, A)
     if checkpoint_lvl not in (0, 1):
         raise ValueError(f"{name}: checkpoint_lvl must be 0 or 1, got {checkpoint_lvl!r}")
     for letter, given, weight in (("b", B, b_rms_weight), ("c", C, c_rms_weight)):
@@ -409,7 +419,8 @@ def mamba_inner_fn(
                 f"{name}: {letter}_rms_weight must be None where {letter.upper()} is given, "
                 "got a tensor"
             )
-    rank, dstate = delta_proj_weight.shape[1], A.shape[-1]
+    rank, numbers = delta_proj_weight.shape[1], 2 if _is_complex(A) else 1
+    dstate = numbers * A.shape[-1]
     x, z = xz.chunk(2, dim=1)
     x = ops.dw_causal_conv(x, conv1d_weight, conv1d_bias, "silu")
     projected = F.linear(x.transpose(1, 2), x_proj_weight)  # (B, L, R + 2 N)
@@ -422,9 +433,13 @@ def mamba_inner_fn(
             return given
         part = projected[..., columns]
         part = part if bias is None else part + bias.to(part.dtype)
-        return normed(part, weight).transpose(1, 2)
+        part = normed(part, weight).transpose(1, 2)  # (B, N, L)
+        if numbers == 1:
+            return part
+        return part.unflatten(1, (-1, numbers)).transpose(2, 3).flatten(2)  # (B, N, 2 L)
 
-    y = ops.selective_scan(
+    y = _selective_scan(
+        name,
         x,
         normed(F.linear(projected[..., :rank], delta_proj_weight), dt_rms_weight).transpose(1, 2),
         A,
@@ -434,12 +449,23 @@ def mamba_inner_fn(
         z,
         delta_bias,
         bool(delta_softplus),
+        False,
     )
     return F.linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)
 
 
+def _is_complex(matrix):
+    return isinstance(matrix, torch.Tensor) and matrix.is_complex()
+
+
+def _selective_scan(name, u, delta, A, *arguments):
+    if _is_complex(A):
+        return selective_scan_complex(name, u, delta, A, *arguments)
+    return ops.selective_scan(u, delta, A, *arguments)
+
+
 def _refuse_complex(name, A):
-    if isinstance(A, torch.Tensor) and A.is_complex():
+    if _is_complex(A):
         got = str(A.dtype).removeprefix("torch.")
         raise ValueError(f"{name}: A must be real, got {got}")
 
