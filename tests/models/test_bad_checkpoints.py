@@ -191,6 +191,23 @@ def test_pickle_that_runs_code(tmp_path, sharded):
     assert not (tmp_path / "owned").exists()
 
 
+def test_pickle_with_a_damaged_byte(tmp_path):
+    """The program in a pickle fails in many ways, in words of its own."""
+    model().save_pretrained(tmp_path, format="mamba_ssm")
+    path = tmp_path / "pytorch_model.bin"
+    data, changed = path.read_bytes(), 0
+    for index in range(64, 400, 7):
+        path.write_bytes(data[:index] + bytes([data[index] ^ 0xC4]) + data[index + 1 :])
+        try:
+            load(tmp_path)
+        except ValueError as error:
+            assert type(error) is ValueError
+            assert str(path) in str(error)
+            assert "\n" not in str(error)
+            changed += 1
+    assert changed > 20
+
+
 @pytest.mark.parametrize("format", ["safetensors", "hf"])
 def test_missing_surplus_and_wrong_tensors(tmp_path, format):
     model().save_pretrained(tmp_path, format=format)

@@ -22,6 +22,8 @@ from ssm.utils.tensor_files import INDEX_ENDING
 
 # Two tensors that should be one are compared in pieces of this size.
 TWIN_BYTES = 1 << 20
+# So many blocks are built in a second, so that the tensors that are missing can be named.
+FEW_BLOCKS = 1000
 # Names that this module may have written, and that a later save replaces.
 OURS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 
@@ -177,10 +179,22 @@ def build_on_meta(cls, checkpoint: Checkpoint):
     Raises:
         ValueError: the config asks for what cannot be built; the message names the file.
     """
+    blocks, stored = checkpoint.config.n_layer, len(checkpoint.tensors.entries)
+    if blocks > max(stored, FEW_BLOCKS):
+        raise ValueError(
+            f"from_pretrained: {checkpoint.path} must describe at most a block per tensor of "
+            f"{checkpoint.tensors.path.name}, got {blocks} blocks for {stored} tensors"
+        )
     try:
         return cls(checkpoint.config, device="meta")
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{error} in {checkpoint.path}") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason, *trace = str(error).strip().split("\n")
+        if trace or isinstance(error, RuntimeError):  # torch's words, of a size beyond 64 bits
+            raise ValueError(
+                f"from_pretrained: {checkpoint.path} must describe tensors that can be addressed, "
+                f"got {reason}"
+            ) from error
+        raise ValueError(f"{reason} in {checkpoint.path}") from error
 
 
 def _write_json(values: dict, path: Path) -> None:
