@@ -195,17 +195,16 @@ def test_pickle_with_a_damaged_byte(tmp_path):
     """The program in a pickle fails in many ways, in words of its own."""
     model().save_pretrained(tmp_path, format="mamba_ssm")
     path = tmp_path / "pytorch_model.bin"
-    data, changed = path.read_bytes(), 0
+    data, complaints = path.read_bytes(), []
     for index in range(64, 400, 7):
         path.write_bytes(data[:index] + bytes([data[index] ^ 0xC4]) + data[index + 1 :])
         try:
             load(tmp_path)
-        except ValueError as error:
-            assert type(error) is ValueError
-            assert str(path) in str(error)
-            assert "\n" not in str(error)
-            changed += 1
-    assert changed > 20
+        except Exception as error:
+            complaints.append((type(error), str(error)))
+    assert len(complaints) > 20
+    assert {kind for kind, _ in complaints} == {ValueError}
+    assert all(str(path) in sentence and "\n" not in sentence for _, sentence in complaints)
 
 
 @pytest.mark.parametrize("format", ["safetensors", "hf"])
