@@ -9,6 +9,8 @@ import sys
 import pytest
 
 import ssm.ops
+from ssm.utils import decoding_graph
+from tests.recorded_graph import Recorder
 from tools import gpu_check
 
 
@@ -85,6 +87,27 @@ def test_benches_run(run, is_built):
     status, found = run("--part", "ceilings", "--part", "bench", "--op", "swiglu")
     assert status == 0
     assert set(found["items"]["bench/swiglu/b8_l2k_d5120"]) == {"ms", "bytes", "copy_ms", "of_copy"}
+
+
+def test_decoding_runs(run, is_built, monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setitem(decoding_graph.RECORDERS, "cpu", recorder)
+    status, found = run("--part", "decoding")
+    assert status == 0
+    assert set(found["items"]["decoding/mamba2_130m/b64"]) == {"ms_per_token", "without_graph"}
+    assert len(recorder.replays) == len(found["items"]) == 8
+    assert min(recorder.replays) > 0
+
+
+def test_other_tokens_with_a_graph_are_a_fault(run, is_built, monkeypatch):
+    def forgetful(step, device):
+        logits = step()
+        return lambda: None, logits
+
+    monkeypatch.setitem(decoding_graph.RECORDERS, "cpu", forgetful)
+    status, found = run("--part", "decoding")
+    assert status == 1
+    assert "other bits with a graph" in found["items"]["decoding/mamba1_130m/b1"]["fault"]
 
 
 def test_without_gpu_says_so(monkeypatch, capsys):

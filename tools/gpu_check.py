@@ -7,6 +7,7 @@ Parts, in this order:
   ceilings   copy and matrix-product rates of the GPU
   matrix     every case of tests/cases.py in float32, bfloat16 and float16: outputs and gradients
              against the reference in float64 on the CPU, and the same bits when called again
+  decoding   generate with cg=True and without: the same tokens and scores, and the time per token
   sanitizer  the small cases once more under compute-sanitizer's four tools
   bench      median times of workloads of training size, replayed from a CUDA graph, with the time
              that moving their tensors takes at the copy rate beside each, and those of mamba_ssm
@@ -31,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.checkout import ROOT, find_packages
 
-PARTS = ("ceilings", "matrix", "sanitizer", "bench")
+PARTS = ("ceilings", "matrix", "decoding", "sanitizer", "bench")
 DTYPES = ("float32", "bfloat16", "float16")
 MOST_FAULTS = 50
 SMALL = ("tiny", "odd", "packed_holes", "padded", "indices")
@@ -233,7 +234,7 @@ def main() -> int:
     except Fault as fault:
         print(f"gpu_check: {fault}", file=sys.stderr)
         return 2
-    from tools import gpu_bench
+    from tools import gpu_bench, gpu_decoding
 
     rows = environment.get("operators") or ["selective_scan", "swiglu"]
     operators = arguments.op or rows
@@ -243,6 +244,8 @@ def main() -> int:
         gpu_bench.measure_ceilings(report, arguments.device)
     if "matrix" in parts:
         check_matrix(report, operators, arguments.device, arguments.small)
+    if "decoding" in parts:
+        gpu_decoding.check(report, arguments.device)
     if "sanitizer" in parts and arguments.device == "cuda":
         check_sanitizer(report, operators)
     if "bench" in parts:

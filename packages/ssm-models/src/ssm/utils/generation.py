@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ssm.modules.precision import at_least_fp32
 from ssm.state import State
+from ssm.utils.decoding_graph import Decoder
 
 
 @dataclass
@@ -87,7 +88,9 @@ def generate(model, input_ids: Tensor, max_length: int | None = None, **kwargs):
         vocab_size: columns of the logits that are tokens; None takes ``model.config.vocab_size``.
         return_dict_in_generate: return a GenerateOutput.
         output_scores: keep the logits of every step in it.
-        cg: accepted for mamba_ssm; there is no graph to capture here.
+        cg: decode with a CUDA graph, which is kept for the next call; the tokens stay the same.
+            Without effect where ``ssm.utils.decoding_graph.why_not`` gives a reason: on a CPU, and
+            with attention.
 
     Returns:
         (B, length) int64, or a GenerateOutput. All rows being finished ends the loop early.
@@ -242,27 +245,36 @@ def _steps(
     pick = _picker(sampling, generator, input_ids, attention_mask, columns)
     if teacher_outputs is not None:
         pick = _taught(pick, taught)
+
+    def prefill() -> Tensor:
+        output = model(input_ids, state=state, num_last_tokens=1, attention_mask=attention_mask)
+        return output.logits[:, -1]
+
     return _loop(
-        model, state, input_ids, attention_mask, steps, pick, end, pad_token_id, vocab_size
+        prefill, Decoder(model, state, bool(cg)), steps, pick, end, pad_token_id, vocab_size
     )
 
 
-def _loop(model, state, input_ids, attention_mask, steps, pick, end, pad_token_id, vocab_size):
-    finished = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-    fed, mask = input_ids, attention_mask
-    for step in range(steps):
-        # Not held across the yield, where it would change the setting of the caller.
-        with torch.no_grad():
-            logits = model(fed, state=state, num_last_tokens=1, attention_mask=mask).logits[:, -1]
-            logits = logits.to(at_least_fp32(logits.dtype))
-            logits[:, vocab_size:] = -torch.inf
-            tokens = torch.where(finished, pad_token_id, pick(logits, step))
-            finished = finished | torch.isin(tokens, end)
-            fed, mask = tokens[:, None], None
-        yield tokens, logits
-        # Without an end there is nothing to ask, and asking would wait for the device.
-        if end.numel() and finished.all():
-            return
+def _loop(prefill, decoder, steps, pick, end, pad_token_id, vocab_size):
+    tokens = finished = None
+    try:
+        for step in range(steps):
+            # Not held across the yield, where it would change the setting of the caller.
+            with torch.no_grad():
+                logits = prefill() if tokens is None else decoder.step(tokens)
+                logits = logits.to(at_least_fp32(logits.dtype))
+                logits[:, vocab_size:] = -torch.inf
+                tokens = pick(logits, step)
+                if finished is None:
+                    finished = torch.zeros_like(tokens, dtype=torch.bool)
+                tokens = torch.where(finished, pad_token_id, tokens)
+                finished = finished | torch.isin(tokens, end)
+            yield tokens, logits
+            # Without an end there is nothing to ask, and asking would wait for the device.
+            if end.numel() and finished.all():
+                return
+    finally:
+        decoder.close()
 
 
 def _picker(
