@@ -89,6 +89,7 @@ HELPERS = {
     },
     f"{KERNELS}/src/cuda": {
         "block",
+        "block_host",
         "device",
         "element",
         "host",
@@ -97,6 +98,7 @@ HELPERS = {
         "norms",
         "numerics",
         "rows",
+        "sequences",
         "tile_gemm",
     },
     f"{KERNELS}/src/bind": {

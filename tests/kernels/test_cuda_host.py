@@ -133,6 +133,42 @@ def test_host_sees_a_race_and_a_stray_access():
     ]
 
 
+@pytest.mark.parametrize("right_transposed", [False, True])
+@pytest.mark.parametrize("left_transposed", [False, True])
+@pytest.mark.parametrize("dtype", [0, 1, 2, 3], ids=["float64", "float32", "bfloat16", "float16"])
+def test_product_of_a_warp(dtype, left_transposed, right_transposed):
+    """The lane maps of loads and products: a wrong one mixes up elements."""
+    multiply = ctypes.CDLL(os.environ["SSM_TEST_CUDA_HOST"]).ssm_cuda_host_product
+    multiply.restype = ctypes.c_char_p
+    # Numbers that every type holds, of which no two are equal, and one that bfloat16 rounds.
+    left = np.random.default_rng(3).permutation(256).reshape(16, 16) - 128.0
+    right = np.random.default_rng(4).permutation(256).reshape(16, 16) - 128.0
+    left[3, 5] = 1 + 2.0**-9
+    product = np.full((16, 16), np.nan)
+    stored = np.array(left.T if left_transposed else left, order="C")
+    # A right operand is stored by columns, unless it is transposed.
+    other = np.array(right if right_transposed else right.T, order="C")
+    pointers = [ctypes.c_void_p(array.ctypes.data) for array in (stored, other, product)]
+    assert multiply(dtype, *pointers, left_transposed, right_transposed) == b""
+    if dtype == 2:
+        left[3, 5] = 1
+    np.testing.assert_allclose(product, left @ right, rtol=5e-7)
+
+
+def test_host_sees_a_wrong_use_of_matrices():
+    fault = ctypes.CDLL(os.environ["SSM_TEST_CUDA_HOST"]).ssm_cuda_host_matrix_fault
+    fault.restype = ctypes.c_char_p
+    assert [fault(kind).decode().partition(":")[0] for kind in range(7)] == [
+        "",
+        "matrix memory read in rows at an odd address",
+        "matrix memory read in rows of one bank",
+        "matrix memory read before it is copied",
+        "matrix memory written while it is copied to",
+        "matrix memory read before written",
+        "vote with unlike results of two warps",
+    ]
+
+
 def test_workspace_is_the_callers():
     inputs = scan_inputs(1, 3, 5, 700)
     size = ssm_kernels.selective_scan_fwd_workspace(

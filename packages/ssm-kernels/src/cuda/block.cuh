@@ -1,28 +1,34 @@
 // A thread block, as kernels see it. A kernel is written once and executed twice: by the device,
-// and by the host in tests, where every access to shared memory is checked.
+// and by the host in tests (block_host.cuh), where every access to shared memory is checked.
 //
 // A kernel is a plain struct of parameters with
 //   kThreads            threads of a block
 //   Registers           what one thread keeps from phase to phase
 //   shared_size()       elements of shared memory, each of the compute type
 //   operator()(block, index)   the work of one block
-// whose body is a sequence of phases: block.each(f) runs f(thread, registers) on every thread, and
+// and, where it multiplies matrices (tile_gemm.cuh),
+//   Element             the type of their elements
+//   matrix_size()       elements of shared memory of that type, which come before the others; for
+//                       both the host and the device (SSM_BOTH)
+// Its body is a sequence of phases: block.each(f) runs f(thread, registers) on every thread, and
 // block.barrier() lets a phase read what other threads wrote in one before. Control flow around
-// phases is the same for all threads of the block.
+// phases is the same for all threads of the block. block.each_warp(f) runs f(warp) on every warp;
+// inside, phases are warp.each(f) and what the lanes of a warp do together, and control flow is the
+// same for all lanes of the warp.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define SSM_DEVICE __device__ __forceinline__
+#define SSM_BOTH __host__ __device__
 #define SSM_UNROLL _Pragma("unroll")
 #define SSM_UNROLL_TWICE _Pragma("unroll 2")
 #define SSM_ROLLED _Pragma("unroll 1")
 #else
-#include <memory>
-#include <stdexcept>
-#include <string>
 #define SSM_DEVICE inline
+#define SSM_BOTH
 #define SSM_UNROLL
 #define SSM_UNROLL_TWICE
 #define SSM_ROLLED
@@ -30,19 +36,146 @@
 
 namespace ssm::cuda {
 
+constexpr int kWarp = 32;
+
+/// Two neighbours of a matrix: on the device, with elements of 16 bits, one register.
+template <class Element, bool kPacked = sizeof(Element) == 2>
+struct Pair {
+    Element of[2];
+};
+template <class Element>
+struct Pair<Element, true> {
+    std::uint32_t bits;
+};
+
+/// The element type of a kernel's matrices; char where it has none.
+template <class Kernel, class = void>
+struct MatrixElement {
+    using Type = char;
+    static std::int64_t size(const Kernel&) { return 0; }
+};
+template <class Kernel>
+struct MatrixElement<Kernel, std::void_t<typename Kernel::Element>> {
+    using Type = typename Kernel::Element;
+    static std::int64_t size(const Kernel& kernel) { return kernel.matrix_size(); }
+};
+
 #if defined(__CUDACC__)
+
+/// One value per lane of a warp, for the duration of a phase of the warp.
+template <class Value>
+struct PerLane {
+    Value value;
+    SSM_DEVICE Value& operator()(int) { return value; }
+};
+
+template <class Block>
+class Warp {
+  public:
+    using Real = typename Block::RealType;
+    using Element = typename Block::ElementType;
+
+    SSM_DEVICE explicit Warp(Block& block)
+        : index(static_cast<int>(threadIdx.x) / kWarp), block_(block) {}
+
+    const int index;
+
+    SSM_DEVICE auto& registers(int) { return block_.registers_; }
+
+    template <class Phase>
+    SSM_DEVICE void each(Phase&& phase) {
+        phase(static_cast<int>(threadIdx.x) % kWarp, block_.registers_);
+    }
+
+    /// What get(lane) refers to becomes its sum over the lanes up to this one.
+    template <class Get>
+    SSM_DEVICE void prefix_sum(Get&& get) {
+        auto& value = get(0);
+        SSM_UNROLL
+        for (int offset = 1; offset < kWarp; offset *= 2) {
+            const auto other = __shfl_up_sync(0xffffffffu, value, offset);
+            if (static_cast<int>(threadIdx.x) % kWarp >= offset) value += other;
+        }
+    }
+
+    /// What get(lane) refers to becomes that of one lane.
+    template <class Get>
+    SSM_DEVICE void broadcast(int lane, Get&& get) {
+        auto& value = get(0);
+        value = __shfl_sync(0xffffffffu, value, lane);
+    }
+
+    /// Four matrices of 8 x 8 elements, of which place_of(8 m + r) is the row r of matrix m: 8
+    /// neighbours whose place is a multiple of 8. Afterwards the pair m of a lane holds the columns
+    /// 2 (lane % 4), ... of the row lane / 4; transposed, the rows 2 (lane % 4), ... of that
+    /// column.
+    template <bool kTransposed, class Place, class Get>
+    SSM_DEVICE void load(Place&& place_of, Get&& get) {
+        const int lane = static_cast<int>(threadIdx.x) % kWarp;
+        Pair<Element>* const pairs = get(lane).of;
+        if constexpr (sizeof(Element) == 2) {
+            const unsigned address =
+                static_cast<unsigned>(__cvta_generic_to_shared(block_.matrices_ + place_of(lane)));
+            if constexpr (kTransposed)
+                asm volatile(
+                    "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                    : "=r"(pairs[0].bits), "=r"(pairs[1].bits), "=r"(pairs[2].bits),
+                      "=r"(pairs[3].bits)
+                    : "r"(address)
+                    : "memory");
+            else
+                asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                             : "=r"(pairs[0].bits), "=r"(pairs[1].bits), "=r"(pairs[2].bits),
+                               "=r"(pairs[3].bits)
+                             : "r"(address)
+                             : "memory");
+        } else {
+            SSM_UNROLL
+            for (int m = 0; m < 4; ++m) {
+                SSM_UNROLL
+                for (int i = 0; i < 2; ++i) {
+                    const int row = kTransposed ? 2 * (lane % 4) + i : lane / 4;
+                    const int column = kTransposed ? lane / 4 : 2 * (lane % 4) + i;
+                    pairs[m].of[i] = block_.matrices_[place_of(8 * m + row) + column];
+                }
+            }
+        }
+    }
+
+  private:
+    Block& block_;
+};
 
 template <class Kernel, class Real>
 class Block {
   public:
-    SSM_DEVICE explicit Block(Real* shared) : shared_(shared) {}
+    using RealType = Real;
+    using ElementType = typename MatrixElement<Kernel>::Type;
+
+    SSM_DEVICE Block(float4* shared, const Kernel& kernel)
+        : matrices_(reinterpret_cast<ElementType*>(shared)), shared_(nullptr) {
+        std::int64_t elements = 0;
+        if constexpr (!std::is_same_v<ElementType, char>) elements = kernel.matrix_size();
+        shared_ = reinterpret_cast<Real*>(matrices_ + elements);
+    }
 
     template <class Phase>
     SSM_DEVICE void each(Phase&& phase) {
         phase(static_cast<int>(threadIdx.x), registers_);
     }
+    template <class Phase>
+    SSM_DEVICE void each_warp(Phase&& phase) {
+        Warp<Block> warp(*this);
+        phase(warp);
+    }
 
     SSM_DEVICE void barrier() { __syncthreads(); }
+
+    /// The lanes of a warp of which says(thread) is true, as bits. All warps find the same.
+    template <class Says>
+    SSM_DEVICE std::uint32_t vote(Says&& says) {
+        return __ballot_sync(0xffffffffu, says(static_cast<int>(threadIdx.x)));
+    }
 
     SSM_DEVICE Real read(int place) const { return shared_[place]; }
     SSM_DEVICE void write(int place, Real value) { shared_[place] = value; }
@@ -52,6 +185,26 @@ class Block {
         const float4 four = *reinterpret_cast<const float4*>(shared_ + place);
         values[0] = four.x, values[1] = four.y, values[2] = four.z, values[3] = four.w;
     }
+
+    /// Elements of matrices. The place of a pair is even.
+    SSM_DEVICE ElementType read_element(int place) const { return matrices_[place]; }
+    SSM_DEVICE void write_element(int place, ElementType value) { matrices_[place] = value; }
+    SSM_DEVICE Pair<ElementType> read_pair(int place) const {
+        return *reinterpret_cast<const Pair<ElementType>*>(matrices_ + place);
+    }
+    SSM_DEVICE void write_pair(int place, Pair<ElementType> pair) {
+        *reinterpret_cast<Pair<ElementType>*>(matrices_ + place) = pair;
+    }
+
+    /// Begins to copy 16 bytes of elements, both ends aligned, or zeros where they do not exist.
+    /// They are there when this thread has waited, and for others after the next barrier.
+    SSM_DEVICE void copy(int place, const ElementType* from, bool exists) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                         static_cast<unsigned>(__cvta_generic_to_shared(matrices_ + place))),
+                     "l"(from), "r"(exists ? 16 : 0)
+                     : "memory");
+    }
+    SSM_DEVICE void wait_for_copies(int) { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
     /// The sum of a register over the threads whose numbers differ in the bits kStride, 2 kStride,
     /// ... below kStride kLanes, in all of them; at most the 32 threads of a warp.
@@ -81,6 +234,8 @@ class Block {
     }
 
   private:
+    friend class Warp<Block>;
+
     /// One step of scatter_sums: a template, since the compiler leaves such a loop as one, and the
     /// registers it indexes in memory.
     template <int kHalf, int kLanes, int kStride, int kValues>
@@ -97,111 +252,15 @@ class Block {
         }
     }
 
+    ElementType* matrices_;
     Real* shared_;
     typename Kernel::Registers registers_;
-};
-
-#else
-
-/// Runs the phases of one block in turn. Between two barriers no thread may read what another one
-/// wrote, nor write what another one read or wrote, nor anyone read what was never written.
-template <class Kernel, class Real>
-class Block {
-  public:
-    explicit Block(std::int64_t shared_size)
-        : size_(shared_size), cells_(new Cell[static_cast<std::size_t>(shared_size)]) {}
-
-    template <class Phase>
-    void each(Phase&& phase) {
-        // Half of the phases run backwards: the order of threads must not matter.
-        ++phases_;
-        for (int i = 0; i < Kernel::kThreads; ++i) {
-            thread_ = phases_ % 2 == 0 ? i : Kernel::kThreads - 1 - i;
-            phase(static_cast<int>(thread_), registers_[thread_]);
-        }
-    }
-
-    void barrier() { ++epoch_; }
-
-    Real read(int place) {
-        Cell& cell = at(place);
-        if (cell.written == 0) fault("read before written", place);
-        if (cell.written == epoch_ && cell.writer != thread_) fault("read in a race", place);
-        cell.reader = cell.read == epoch_ && cell.reader != thread_ ? kSeveral : thread_;
-        cell.read = epoch_;
-        return cell.value;
-    }
-
-    void write(int place, Real value) {
-        Cell& cell = at(place);
-        if (cell.written == epoch_ && cell.writer != thread_) fault("written twice", place);
-        if (cell.read == epoch_ && cell.reader != thread_) fault("written in a race", place);
-        cell = {value, thread_, cell.reader, epoch_, cell.read};
-    }
-
-    void read4(int place, Real (&values)[4]) {
-        if (place % 4 != 0) fault("read four at an odd address", place);
-        for (int i = 0; i < 4; ++i) values[i] = read(place + i);
-    }
-
-    template <int kLanes, int kStride = 1, class Get>
-    void sum_lanes(Get&& get) {
-        for (int offset = kStride; offset < kStride * kLanes; offset *= 2) sum_pairs(offset, get);
-    }
-    template <class Get>
-    void sum_lanes(int lanes, Get&& get) {
-        for (int offset = 1; offset < lanes; offset *= 2) sum_pairs(offset, get);
-    }
-
-    template <int kValues, int kLanes, int kStride, class Get>
-    void scatter_sums(Get&& get) {
-        for (int lanes = kLanes / 2, half = kValues / 2; lanes > 0; lanes /= 2, half /= 2) {
-            for (int t = 0; t < Kernel::kThreads; ++t) {
-                if (t & lanes * kStride) continue;
-                Real(&low)[kValues] = get(registers_[t]);
-                Real(&high)[kValues] = get(registers_[t + lanes * kStride]);
-                for (int i = 0; i < half; ++i) {
-                    low[i] += high[i];
-                    high[i] = high[i + half] + low[i + half];
-                }
-            }
-        }
-    }
-
-  private:
-    template <class Get>
-    void sum_pairs(int offset, Get&& get) {
-        for (int t = 0; t < Kernel::kThreads; ++t) {
-            if (t & offset) continue;
-            Real &low = get(registers_[t]), &high = get(registers_[t + offset]);
-            low = high = low + high;
-        }
-    }
-
-    static constexpr int kSeveral = -2;
-    struct Cell {
-        Real value{};
-        int writer = -1, reader = -1;
-        std::int64_t written = 0, read = 0;  // epochs
-    };
-
-    Cell& at(int place) {
-        if (place < 0 || place >= size_) fault("out of bounds", place);
-        return cells_[static_cast<std::size_t>(place)];
-    }
-    [[noreturn]] void fault(const char* what, int place) const {
-        throw std::logic_error(std::string("shared memory ") + what + ": place " +
-                               std::to_string(place) + " of " + std::to_string(size_) +
-                               ", thread " + std::to_string(thread_));
-    }
-
-    std::int64_t size_;
-    std::unique_ptr<Cell[]> cells_;
-    typename Kernel::Registers registers_[Kernel::kThreads] = {};
-    int thread_ = 0;
-    std::int64_t epoch_ = 1, phases_ = 0;
 };
 
 #endif
 
 }  // namespace ssm::cuda
+
+#if !defined(__CUDACC__)
+#include "block_host.cuh"
+#endif

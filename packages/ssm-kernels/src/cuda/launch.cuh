@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerUnit)
     run(const __grid_constant__ Kernel kernel, std::int64_t count) {
     extern __shared__ float4 shared[];
     for (std::int64_t index = blockIdx.x; index < count; index += gridDim.x) {
-        Block<Kernel, Real> block(reinterpret_cast<Real*>(shared));
+        Block<Kernel, Real> block(shared, kernel);
         kernel(block, index);
         if (index + gridDim.x < count) __syncthreads();  // the next one writes the same memory
     }
@@ -60,7 +60,10 @@ void launch(const char* op, const Kernel& kernel, std::int64_t count, const Devi
             const Exec& exec) {
     if (count == 0) return;
     const OnDevice on(op, device);
-    const std::size_t bytes = static_cast<std::size_t>(kernel.shared_size()) * sizeof(Real);
+    using Matrices = MatrixElement<Kernel>;
+    const auto bytes = static_cast<std::size_t>(
+        kernel.shared_size() * static_cast<std::int64_t>(sizeof(Real)) +
+        Matrices::size(kernel) * static_cast<std::int64_t>(sizeof(typename Matrices::Type)));
     constexpr std::size_t kWithoutAsking = 48 << 10;
     if (bytes > kWithoutAsking) {
         const cudaError_t error =
@@ -81,7 +84,7 @@ void launch(const char* op, const Kernel& kernel, std::int64_t count, const Devi
 template <class Real, class Kernel>
 void launch(const char*, const Kernel& kernel, std::int64_t count, const Device&, const Exec&) {
     for (std::int64_t index = 0; index < count; ++index) {
-        auto block = std::make_unique<Block<Kernel, Real>>(kernel.shared_size());
+        auto block = std::make_unique<Block<Kernel, Real>>(kernel);
         kernel(*block, index);
     }
 }
