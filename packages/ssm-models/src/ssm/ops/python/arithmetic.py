@@ -1,6 +1,33 @@
 """The arithmetic of the operators: in which dtype they compute, and their activations."""
 
+import functools
+import inspect
+from collections.abc import Callable
+
 import torch
+
+
+def without_autocast(function: Callable) -> Callable:
+    """Make an operator compute in its own dtype under ``torch.autocast`` too.
+
+    Args:
+        function: an operator that multiplies matrices, which autocast would round first.
+
+    Source:
+        docs/numerics.md, Autocast.
+    """
+    name = next(iter(inspect.signature(function).parameters))
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        main = args[0] if args else kwargs.get(name)
+        kind = main.device.type if isinstance(main, torch.Tensor) else None
+        if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+            return function(*args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def acc_dtype(main: torch.Tensor) -> torch.dtype:

@@ -6,6 +6,7 @@ from ssm.ops.python import arithmetic, check
 from ssm.ops.python.layout import layout_of, select_steps
 
 
+@arithmetic.without_autocast
 def ssd_chunk_scan(
     X,
     dt,

@@ -61,6 +61,7 @@ def ssd_chunk_cumsum(
     return step, (step.double() * rate).cumsum(3).to(acc)
 
 
+@arithmetic.without_autocast
 def ssd_chunk_state(x, B, dt, dA_cumsum, *, seq_idx=None):
     """Compute the state that each chunk of the state-space dual scan adds.
 
@@ -150,6 +151,7 @@ def ssd_state_passing(states, dA_cumsum, *, initial_states=None, seq_idx=None):
     return torch.stack(entering, 1), state
 
 
+@arithmetic.without_autocast
 def ssd_bmm_chunk(C, B, chunk_size):
     """Multiply the output with the input matrices of all pairs of steps of a chunk.
 
@@ -178,6 +180,7 @@ def ssd_bmm_chunk(C, B, chunk_size):
     return torch.einsum("bcign,bcjgn->bcgij", C, B)
 
 
+@arithmetic.without_autocast
 def ssd_chunk_output(CB, x, dt, dA_cumsum, C, states_in, *, D=None, z=None, seq_idx=None):
     """Compute the outputs of the state-space dual scan from what the other stages gave.
 
