@@ -3,6 +3,8 @@
 Judge: each row decoded alone by repeated whole forward passes, and the definition of each filter.
 """
 
+import copy
+
 import pytest
 import torch
 
@@ -146,11 +148,23 @@ def test_scores_are_the_logits(model):
     assert len(out.scores) == 3
     logits = model(out.sequences[:, :-1]).logits[:, 3:]
     scores = torch.stack(out.scores, 1)
-    torch.testing.assert_close(
-        scores[..., :VOCAB], logits[..., :VOCAB], rtol=1e-12, atol=1e-12
-    )  # float64 is not rounded
-    assert (scores[..., VOCAB:] == -torch.inf).all()
+    # float64 is not rounded; padding columns are there, though nothing is chosen from them.
+    torch.testing.assert_close(scores, logits, rtol=1e-12, atol=1e-12)
     assert model.generate(ids, max_length=7, return_dict_in_generate=True).scores is None
+
+
+def test_scores_have_the_dtype_of_the_model_and_the_columns_asked_for(model):
+    half = copy.deepcopy(model).bfloat16()
+    ids = prompts()
+    kwargs = {"max_length": 7, "return_dict_in_generate": True, "output_scores": True}
+    out = half.generate(ids, **kwargs)
+    scores = torch.stack(out.scores, 1)
+    assert scores.dtype == torch.bfloat16
+    logits = half(out.sequences[:, :-1]).logits[:, 3:]
+    torch.testing.assert_close(scores, logits, rtol=0.05, atol=0.05)
+    narrow = model.generate(ids, vocab_size=VOCAB - 2, **kwargs)
+    assert {score.shape[1] for score in narrow.scores} == {VOCAB - 2}
+    assert narrow.sequences[:, 4:].max() < VOCAB - 2
 
 
 def test_padding_columns_are_never_produced(model):

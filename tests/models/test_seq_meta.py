@@ -83,6 +83,14 @@ def test_seq_idx_and_cu_seqlens_may_agree():
     assert meta.positions(1, 4).tolist() == [[0, 0, 1, -1]]
 
 
+def test_ids_without_a_sequence_in_cu_seqlens_are_padding():
+    meta = SeqMeta(seq_idx=ints([0, 0, 1, 2, 2, 3]), cu_seqlens=ints(0, 2, 3, 3))
+    assert meta.num_sequences == 3
+    assert meta.positions(1, 6).tolist() == [[0, 0, 1, -1, -1, -1]]
+    meta = SeqMeta(seq_idx=ints([0, 0], [0, 0]), cu_seqlens=ints(0, 2))
+    assert meta.positions(2, 2).tolist() == [[0, 0], [-1, -1]]
+
+
 def test_positions_are_made_once():
     meta = SeqMeta(cu_seqlens=ints(0, 3))
     assert meta.positions(1, 4) is meta.positions(1, 4)
@@ -157,6 +165,10 @@ MASK = torch.ones(1, 4, dtype=torch.bool)
         (
             {"seq_idx": ints([0, 0, -1, -1]), "cu_seqlens": ints(0, 2, 4)},
             "seq_idx must agree with cu_seqlens, got -1 at (0, 2)",
+        ),
+        (
+            {"seq_idx": ints([0, 0, 0, 1]), "cu_seqlens": ints(0, 2)},
+            "seq_idx must agree with cu_seqlens, got 0 at (0, 2)",
         ),
         (
             {"seq_idx": ints([0, 0, 1, 1]), "cu_seqlens": ints(0, 2, 5)},

@@ -42,7 +42,8 @@ class SeqMeta:
     that is not skipped, and a sequence that starts later in the row starts from zero.
 
     Where two fields are given they must agree: ``seq_idx`` and ``cu_seqlens`` must describe the
-    same sequences and the same padding; ``mask`` may skip further steps but must be False wherever
+    same sequences; what lies behind the last one is padding, with -1 in ``seq_idx`` or with ids that
+    ``cu_seqlens`` has no sequence for. ``mask`` may skip further steps but must be False wherever
     the other field has padding.
 
     The fields must not be modified after construction: their values are checked once.
@@ -201,10 +202,11 @@ class SeqMeta:
         """Check that ``seq_idx`` and ``cu_seqlens`` describe the same sequences."""
         self._check_bounds(batch, seqlen)
         numbers, ids = self._from_cu_seqlens(batch, seqlen), self.seq_idx
-        wrong = (numbers < 0) != (ids < 0)
+        wrong = (numbers >= 0) & (ids < 0)
         # Sequences of cu_seqlens are contiguous and the padding comes last, so neighbours suffice.
         same_number = numbers[:, 1:] == numbers[:, :-1]
-        wrong[:, 1:] |= same_number != (ids[:, 1:] == ids[:, :-1])
+        behind_a_sequence = numbers[:, :-1] >= 0
+        wrong[:, 1:] |= behind_a_sequence & (same_number != (ids[:, 1:] == ids[:, :-1]))
         if wrong.any():
             at = _where(wrong)
             _fail("seq_idx", "agree with cu_seqlens", f"{ids[at].item()} at {at}")

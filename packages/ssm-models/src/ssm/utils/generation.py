@@ -23,9 +23,9 @@ class GenerateOutput:
 
     Args:
         sequences: (B, length) int64, prompts and what followed.
-        scores: with ``output_scores`` one (B, V) tensor per new token, float32 or better: the
-            logits as the model gave them, -inf in the columns that only pad the vocabulary; else
-            None.
+        scores: with ``output_scores`` one (B, V) tensor per new token: the logits as the model gave
+            them, in its dtype, those of padding columns included; where ``vocab_size`` was given,
+            as many columns. Else None.
     """
 
     sequences: Tensor
@@ -213,6 +213,7 @@ def _steps(
         sampling = Sampling(1, top_p, min_p, temperature, repetition_penalty)
     elif do_sample and sampling.top_k == 1:
         _fail("top_k", "be 0 (no limit) or at least 2 with do_sample=True", top_k)
+    kept = columns if vocab_size is None else vocab_size
     if vocab_size is None:
         vocab_size = model.config.vocab_size
     vocab_size = _integer("vocab_size", vocab_size)
@@ -251,25 +252,24 @@ def _steps(
         return output.logits[:, -1]
 
     return _loop(
-        prefill, Decoder(model, state, bool(cg)), steps, pick, end, pad_token_id, vocab_size
+        prefill, Decoder(model, state, bool(cg)), steps, pick, end, pad_token_id, vocab_size, kept
     )
 
 
-def _loop(prefill, decoder, steps, pick, end, pad_token_id, vocab_size):
+def _loop(prefill, decoder, steps, pick, end, pad_token_id, vocab_size, kept):
     tokens = finished = None
     try:
         for step in range(steps):
             # Not held across the yield, where it would change the setting of the caller.
             with torch.no_grad():
                 logits = prefill() if tokens is None else decoder.step(tokens)
-                logits = logits.to(at_least_fp32(logits.dtype))
-                logits[:, vocab_size:] = -torch.inf
-                tokens = pick(logits, step)
+                # Columns that only pad the vocabulary are never chosen.
+                tokens = pick(logits[:, :vocab_size].to(at_least_fp32(logits.dtype)), step)
                 if finished is None:
                     finished = torch.zeros_like(tokens, dtype=torch.bool)
                 tokens = torch.where(finished, pad_token_id, tokens)
                 finished = finished | torch.isin(tokens, end)
-            yield tokens, logits
+            yield tokens, logits[:, :kept]
             # Without an end there is nothing to ask, and asking would wait for the device.
             if end.numel() and finished.all():
                 return
@@ -288,7 +288,8 @@ def _picker(
     counts.scatter_add_(1, input_ids.long(), real.long())
 
     def pick(logits: Tensor, step: int) -> Tensor:
-        penalized = penalize_repetition(logits, counts > 0, sampling.repetition_penalty)
+        seen = counts[:, : logits.shape[1]] > 0
+        penalized = penalize_repetition(logits, seen, sampling.repetition_penalty)
         tokens = sample(penalized, sampling, generator)
         counts.scatter_(1, tokens[:, None], 1)
         return tokens
