@@ -42,9 +42,9 @@ class SeqMeta:
     that is not skipped, and a sequence that starts later in the row starts from zero.
 
     Where two fields are given they must agree: ``seq_idx`` and ``cu_seqlens`` must describe the
-    same sequences; what lies behind the last one is padding, with -1 in ``seq_idx`` or with ids that
-    ``cu_seqlens`` has no sequence for. ``mask`` may skip further steps but must be False wherever
-    the other field has padding.
+    same sequences; what lies behind the last one is padding, with -1 in ``seq_idx`` or with ids
+    that ``cu_seqlens`` has no sequence for. ``mask`` may skip further steps but must be False
+    wherever the other field has padding.
 
     The fields must not be modified after construction: their values are checked once.
 
