@@ -4,6 +4,7 @@ Judge: what it wrote. The kernels that it is for need a GPU; here those of the C
 """
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 import ssm.ops
 from ssm.utils import decoding_graph
 from tests.recorded_graph import Recorder
-from tools import gpu_check
+from tools import gpu_build, gpu_check
 
 
 @pytest.fixture
@@ -81,6 +82,114 @@ def test_time_is_kept(run, is_built):
     status, found = run("--minutes", "0.0000001", "--part", "matrix", "--op", "swiglu")
     assert status == 1
     assert not found
+
+
+def test_item_that_kills_the_process_is_a_fault_and_not_tried_again(run, is_built, tmp_path):
+    status, found = run("--small", "--part", "matrix", "--op", "swiglu")
+    assert "running" not in found
+    item = "matrix/swiglu/odd/float32"
+    del found["items"][item]
+    (tmp_path / "found.json").write_text(json.dumps({**found, "running": item}))
+    status, found = run("--small", "--part", "matrix", "--op", "swiglu")
+    assert status == 1
+    assert found["items"][item] == {"fault": "the process crashed or hung"}
+    assert len(found["items"]) > 1
+
+
+HANG = """
+import sys, time
+from pathlib import Path
+from tools import gpu_build, gpu_check
+report = gpu_check.Report(Path(sys.argv[1]), {}, None)
+report.run("slow", time.sleep, 60, patience=0.1)
+"""
+
+
+def test_item_that_hangs_ends_the_process(tmp_path):
+    path = tmp_path / "found.json"
+    done = subprocess.run([sys.executable, "-c", HANG, str(path)], cwd=gpu_check.ROOT, timeout=50)
+    assert done.returncode == gpu_check.LOST
+    assert gpu_check.Report(path, {}, None).faults() == {"slow": "the process crashed or hung"}
+
+
+@pytest.mark.parametrize(
+    ("statuses", "running", "want"),
+    [((0,), "", 0), ((3, 3, 1), "", 1), ((-11, 0), "item", 0), ((-11, 0), "", 1)],
+    ids=["well", "lost twice", "killed within an item", "killed elsewhere"],
+)
+def test_processes_follow_one_another(tmp_path, monkeypatch, statuses, running, want):
+    path, left, seen = tmp_path / "found.json", list(statuses), []
+    path.write_text(json.dumps({"running": running} if running else {}))
+
+    def process(command):
+        seen.append(command)
+        return subprocess.CompletedProcess(command, left.pop(0))
+
+    monkeypatch.setattr(subprocess, "run", process)
+    assert gpu_check.supervise(["--part", "matrix"], path, 7.0) == want
+    assert seen[0][2:] == ["--part", "matrix", "--worker", "--deadline", "7.0"]
+    assert len(left) == (1 if want == 1 and len(statuses) == 2 else 0)
+
+
+def test_lost_gpu_ends_the_process_after_the_fault_is_kept(tmp_path, monkeypatch):
+    def fails():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(gpu_check, "is_usable", lambda: False)
+    report = gpu_check.Report(tmp_path / "found.json", {}, None)
+    with pytest.raises(SystemExit) as stopped:
+        report.run("first", fails)
+    assert stopped.value.code == gpu_check.LOST
+    assert list(gpu_check.Report(tmp_path / "found.json", {}, None).faults()) == ["first"]
+
+
+def test_build_says_what_it_lacks(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_build, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(gpu_build, "has_kernels", lambda: False)
+    monkeypatch.setattr(gpu_build, "_has", lambda module: module == "numpy")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(gpu_build.Fault) as fault:
+        gpu_build.build(None)
+    for text in ("C++ compiler", "pip download -d wheels meson ninja nanobind", "nvcc on PATH"):
+        assert text in str(fault.value)
+    assert not (tmp_path / "build").exists()
+
+
+def test_build_runs_meson_and_uses_what_it_made(tmp_path, monkeypatch):
+    commands, answers = [], [False, True]
+    monkeypatch.setattr(gpu_build, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(gpu_build, "has_kernels", lambda: answers.pop(0))
+    monkeypatch.setattr(gpu_build, "_has", lambda module: True)
+    monkeypatch.setattr(gpu_build.dev, "compiler_fault", lambda: "")
+    monkeypatch.setattr(gpu_build.shutil, "which", lambda name: name)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def step(what, command):
+        (tmp_path / "build").mkdir(exist_ok=True)
+        commands.append(command[1:4])
+
+    monkeypatch.setattr(gpu_build, "_run", step)
+    gpu_build.build(None)
+    assert commands == [["-m", "mesonbuild.mesonmain", word] for word in ("setup", "compile")]
+    assert sys.path[0] == str(tmp_path / "build/packages/ssm-kernels/python")
+
+
+def test_kernels_that_are_there_are_not_built(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_build, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(gpu_build, "has_kernels", lambda: True)
+    monkeypatch.setattr(gpu_build, "_run", lambda *_: pytest.fail("built"))
+    gpu_build.build(None)
+
+
+def test_digest_follows_the_sources(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_build, "ROOT", tmp_path)
+    path = tmp_path / "packages/one/kernel.cu"
+    path.parent.mkdir(parents=True)
+    path.write_text("a")
+    first = gpu_build.sources_digest()
+    assert gpu_build.sources_digest() == first
+    path.write_text("b")
+    assert gpu_build.sources_digest() != first
 
 
 def test_benches_run(run, is_built):

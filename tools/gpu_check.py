@@ -2,6 +2,7 @@
 """Check and time the CUDA kernels on the machine at hand, in one command.
 
 Usage: tools/gpu_check.py [--minutes N] [--json FILE] [--part PART ...] [--op OP ...]
+                          [--wheels FOLDER]
 
 Parts, in this order:
   ceilings   copy and matrix-product rates of the GPU
@@ -13,23 +14,28 @@ Parts, in this order:
              that moving their tensors takes at the copy rate beside each, and those of mamba_ssm
              and causal_conv1d on the same tensors where these are installed
 
-Needs torch with CUDA and ssm-kernels built with CUDA; nothing is fetched. FILE (default
-build/gpu_check.json) is written after each item and continued if it was begun on the same commit
-and GPU. Ends with status 1 if anything is wrong, after 50 faults at the latest.
+Needs a checkout, torch with CUDA, and either ssm-kernels built with CUDA or what tools/gpu_build.py
+compiles it with; nothing is fetched. FILE (default build/gpu_check.json) is written after each item
+and continued if it was begun with the same sources on the same kind of GPU. An item that crashes,
+hangs or leaves the GPU unusable is a fault, and the next one starts in a new process. Ends with
+status 1 if anything is wrong, after 50 faults at the latest.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tools import gpu_build
 from tools.checkout import ROOT, find_packages
 
 PARTS = ("ceilings", "matrix", "decoding", "sanitizer", "bench")
@@ -37,22 +43,26 @@ DTYPES = ("float32", "bfloat16", "float16")
 MOST_FAULTS = 50
 SMALL = ("tiny", "odd", "packed_holes", "padded", "indices")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-
-
-class Fault(Exception):
-    """A reason to stop; its text is the whole message."""
+# Seconds after which an item counts as hanging; the sanitizer's have more than its own limit.
+PATIENCE, SANITIZER_LIMIT = 300, 600
+# Status of a process that must be followed by another one.
+LOST = 3
 
 
 class Report:
     """What is known so far: item -> result. Kept in a file, so that a run can be continued."""
 
-    def __init__(self, path: Path, environment: dict, minutes: float | None):
-        self.path, self.deadline = path, time.monotonic() + 60 * minutes if minutes else None
+    def __init__(self, path: Path, environment: dict, deadline: float | None):
+        self.path, self.deadline = path, deadline
         self.found = {"environment": environment, "items": {}}
         if path.exists():
             before = json.loads(path.read_text(encoding="utf-8"))
             if before.get("environment") == environment:
                 self.found = before
+        # The item of a process that did not live to tell.
+        dead = self.found.pop("running", None)
+        if dead is not None:
+            self._keep(dead, {"fault": "the process crashed or hung"})
 
     @property
     def items(self) -> dict:
@@ -63,19 +73,50 @@ class Report:
         """Return what is wrong."""
         return {name: item["fault"] for name, item in self.items.items() if "fault" in item}
 
-    def run(self, name: str, measure, *arguments) -> None:
+    def run(self, name: str, measure, *arguments, patience: float = PATIENCE) -> None:
         """Measure an item, unless it is known already or the time or the patience is over."""
-        late = self.deadline is not None and time.monotonic() > self.deadline
+        late = self.deadline is not None and time.time() > self.deadline
         if name in self.items or late or len(self.faults()) >= MOST_FAULTS:
             return
+        self.found["running"] = name
+        self._write()
+        watch = threading.Timer(patience, os._exit, (LOST,))
+        watch.daemon = True
+        watch.start()
         try:
             result = measure(*arguments)
         except Exception as error:  # one broken kernel must not hide the others
             result = {"fault": f"{type(error).__name__}: {str(error)[:500]}"}
+        finally:
+            watch.cancel()
+        self.found.pop("running")
+        self._keep(name, result)
+        if "fault" in result and not is_usable():
+            sys.exit(LOST)
+
+    def _keep(self, name: str, result: dict) -> None:
         self.items[name] = result
         print(f"{name:64} {summary(result)}", flush=True)
+        self._write()
+
+    def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
+        # In one step: the process may be killed at any moment.
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
+        part.replace(self.path)
+
+
+def is_usable() -> bool:
+    """Say whether the GPU still answers: an illegal access ends all work of a process on it."""
+    import torch
+
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def summary(result: dict) -> str:
@@ -87,26 +128,18 @@ def summary(result: dict) -> str:
 
 
 def environment_of(device: str) -> dict:
-    """Return what a result depends on.
-
-    Raises:
-        Fault: there is no GPU, or no kernels for it.
-    """
+    """Return what a result depends on."""
     import torch
 
     from tools import measure
 
     facts = measure.facts(1)
     found = {"commit": facts["commit"], "modified": facts["modified"], "device": device}
-    found["torch"] = torch.__version__
+    found |= {"sources": gpu_build.sources_digest(), "torch": torch.__version__}
     if device == "cpu":
         return found
-    if not torch.cuda.is_available():
-        raise Fault("gpu_check needs a GPU that torch sees, and found none")
-    try:
-        from ssm_kernels import _cuda
-    except ImportError as error:
-        raise Fault(f"gpu_check needs ssm-kernels built with -Dcuda=enabled: {error}") from error
+    from ssm_kernels import _cuda
+
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     driver = subprocess.run(query, capture_output=True, text=True).stdout.strip().split("\n")[0]
     return {
@@ -196,8 +229,9 @@ def check_sanitizer(report: Report, operators: list[str]) -> None:
     for tool in SANITIZERS:
         for op in operators:
             command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable]
-            command += [__file__, "--small", "--part", "matrix", "--op", op]
-            report.run(f"sanitizer/{tool}/{op}", sanitize, program, command)
+            command += [__file__, "--worker", "--small", "--part", "matrix", "--op", op]
+            patience = SANITIZER_LIMIT + PATIENCE
+            report.run(f"sanitizer/{tool}/{op}", sanitize, program, command, patience=patience)
 
 
 def sanitize(program: str | None, command: list[str]) -> dict:
@@ -207,11 +241,37 @@ def sanitize(program: str | None, command: list[str]) -> dict:
     scratch = ROOT / "build/gpu_check_small.json"
     scratch.unlink(missing_ok=True)
     done = subprocess.run(
-        [*command, "--json", str(scratch)], capture_output=True, text=True, timeout=600
+        [*command, "--json", str(scratch)], capture_output=True, text=True, timeout=SANITIZER_LIMIT
     )
     if done.returncode != 0:
         return {"fault": "\n".join((done.stdout + done.stderr).strip().splitlines()[-30:])}
     return {"clean": True}
+
+
+def supervise(words: list[str], path: Path, deadline: float | None) -> int:
+    """Run this program in a process of its own, and once more after each item that broke it."""
+    command = [sys.executable, __file__, *words, "--worker"]
+    if deadline is not None:
+        command += ["--deadline", str(deadline)]
+    while True:
+        status = subprocess.run(command).returncode
+        if status in (0, 1, 2):
+            return status
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if status != LOST and "running" not in known:
+            print(f"gpu_check: the process ended with status {status}", file=sys.stderr)
+            return 1
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    """Find kernels, built if need be; gpu_build.Fault if there are none, or no GPU."""
+    import torch
+
+    if arguments.worker:
+        return gpu_build.use()
+    if not torch.cuda.is_available():
+        raise gpu_build.Fault("gpu_check needs a GPU that torch sees, and found none")
+    return gpu_build.build(arguments.wheels)
 
 
 def main() -> int:
@@ -224,21 +284,35 @@ def main() -> int:
     parser.add_argument("--part", action="append", choices=PARTS, help="default: all")
     parser.add_argument("--op", action="append", help="default: all that have CUDA kernels")
     parser.add_argument("--small", action="store_true", help="only the small cases, in float32")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels that the build may need")
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal"
     )
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    try:
-        find_packages()
-        environment = environment_of(arguments.device)
-    except Fault as fault:
-        print(f"gpu_check: {fault}", file=sys.stderr)
-        return 2
+    deadline = arguments.deadline
+    if deadline is None and arguments.minutes:
+        deadline = time.time() + 60 * arguments.minutes
+    find_packages()
+    if arguments.device == "cuda":
+        try:
+            prepare(arguments)
+        except gpu_build.Fault as fault:
+            print(f"gpu_check: {fault}", file=sys.stderr)
+            return 2
+        if not arguments.worker:
+            return supervise(sys.argv[1:], arguments.json, deadline)
+    return work(arguments, deadline)
+
+
+def work(arguments: argparse.Namespace, deadline: float | None) -> int:
+    """Measure what is not known yet; return the exit status."""
     from tools import gpu_bench, gpu_decoding
 
-    rows = environment.get("operators") or ["selective_scan", "swiglu"]
-    operators = arguments.op or rows
-    report = Report(arguments.json, environment, arguments.minutes)
+    environment = environment_of(arguments.device)
+    operators = arguments.op or environment.get("operators") or ["selective_scan", "swiglu"]
+    report = Report(arguments.json, environment, deadline)
     parts = arguments.part or PARTS
     if "ceilings" in parts:
         gpu_bench.measure_ceilings(report, arguments.device)
