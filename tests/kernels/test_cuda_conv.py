@@ -77,12 +77,27 @@ def test_few_and_many_blocks_agree(layout):
         np.testing.assert_array_equal(found[name][0], want[name][5], err_msg=name)
 
 
-def test_packs_need_little_working_memory():
+def test_lanes_take_several_packs():
+    """Enough blocks for a GPU even if each lane walks two packs of steps."""
+    arguments = typed(make(ConvCase("many_rows", 1056, 16, 16)), "float64")
+    given = with_gradients(arguments)
+    want = run_backward(arguments, given, "spread")
+    for name, found in run_backward(arguments, given, "time_last").items():
+        if name in ("x", "initial_state"):
+            np.testing.assert_array_equal(found, want[name], err_msg=name)
+        else:
+            assert_close(f"d{name}", found, want[name], TOLERANCES[f"{OP}_bwd", "float64"])
+
+
+@pytest.mark.parametrize("is_time_last", [False, True])
+def test_packs_need_little_working_memory(is_time_last):
     x = np.zeros((2, 512, 64), "float32").transpose(0, 2, 1)  # (B, D, L), channels adjacent
+    x = x.copy() if is_time_last else x
+    other = x.transpose(0, 2, 1).copy().transpose(0, 2, 1) if is_time_last else x.copy()
     weight = np.zeros((64, 4), "float32")
     needs = ssm_kernels.dw_causal_conv_bwd_workspace
     assert needs(x, weight, dy=x, dx=x) <= x.nbytes / 4
-    assert needs(x, weight, dy=x.copy(), dx=x) > x.nbytes
+    assert needs(x, weight, dy=other, dx=x) > x.nbytes
     with pytest.raises(ValueError, match="dw_causal_conv: workspace must have at least"):
         ssm_kernels.dw_causal_conv_bwd(
             x,

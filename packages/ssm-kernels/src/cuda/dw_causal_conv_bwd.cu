@@ -1,7 +1,8 @@
-// The backward of the causal convolution on the device. The gradients before the activation are
-// computed again from the inputs and kept in the workspace; dx gathers them, the parts of dweight
-// and dbias are summed over stretches of steps and then in a fixed order.
-#include "dw_causal_conv_tile.cuh"
+// The backward of the causal convolution on the device. Where the filter is short and memory is
+// made of packs, one pass over the inputs gives all gradients. Elsewhere those before the
+// activation are computed again from the inputs and kept in the workspace, and dx gathers them. The
+// parts of dweight and dbias are summed over stretches of steps and then in a fixed order.
+#include "dw_causal_conv_adjoint.cuh"
 #include "kernels.h"
 
 namespace ssm::cuda {
@@ -14,29 +15,6 @@ constexpr int kTaps = 4;  // of dweight that are summed at a time
 /// Blocks that fill a GPU. With fewer, a part of the sums has fewer steps.
 constexpr std::int64_t kFullDevice = 528;
 constexpr std::int64_t kMostSteps = 2048, kLeastSteps = 64;
-
-/// What the kernels of the backward read and write besides the inputs.
-template <class Real>
-struct Gradients {
-    Plane<3> dy, dx;                        // (B, D, L)
-    Plane<3> dfinal_state, dinitial_state;  // (S, D, W - 1)
-    Plane<2> dweight;                       // (D, W)
-    Plane<1> dbias;                         // (D)
-    Real* before;                           // (B, D, L) or (B, L, D), as x lies
-    Real* parts;                            // (parts, W + 1, D): of dweight, then of dbias
-
-    static SSM_DEVICE std::int64_t place(const ConvInputs& in, std::int64_t row,
-                                         std::int64_t channel, std::int64_t step) {
-        return in.along_steps ? (row * in.dim + channel) * in.seqlen + step
-                              : (row * in.seqlen + step) * in.dim + channel;
-    }
-    SSM_DEVICE Real final_gradient(std::int64_t state, std::int64_t channel,
-                                   std::int64_t place) const {
-        if (!dfinal_state) return 0;
-        return dfinal_state.template load<Real>(
-            ConvInputs::offset(dfinal_state, state, channel, place));
-    }
-};
 
 /// The gradient before the activation.
 template <class Real>
@@ -199,9 +177,7 @@ struct ChannelFours {
     static constexpr int kBlocksPerUnit = 3;
     static constexpr int kAhead = 4;  // steps whose inputs are under way at a time
     static constexpr std::int64_t kMostSteps = 128, kLeastSteps = 32;
-    struct Registers {
-        Real sums[kConvTaps][4], bias[4];  // of dweight and dbias
-    };
+    using Registers = ConvSums<Real, 4>;
 
     ConvInputs in;
     Gradients<Real> out;
@@ -226,59 +202,31 @@ struct ChannelFours {
             const std::int64_t part = quotient(index, tiles), group = quotient(part, step_parts);
             const std::int64_t channel = ((index - part * tiles) * kThreads + thread) * 4;
             if (channel >= in.dim) return;
-            SSM_UNROLL
-            for (int c = 0; c < 4; ++c) {
-                r.bias[c] = 0;
-                SSM_UNROLL
-                for (int k = 0; k < kConvTaps; ++k) r.sums[k][c] = 0;
-            }
+            r.clear();
             for (std::int64_t row = group * rows; row < (group + 1) * rows && row < in.batch; ++row)
                 walk(row, channel, (part - group * step_parts) * steps, r);
-            Real* to = out.parts + part * (in.width + 1) * in.dim + channel;
-            SSM_UNROLL
-            for (int k = 0; k < kConvTaps; ++k) {
-                if (k < kConvTaps - in.width) continue;
-                SSM_UNROLL
-                for (int c = 0; c < 4; ++c) to[c] = r.sums[k][c];
-                to += in.dim;
-            }
-            SSM_UNROLL
-            for (int c = 0; c < 4; ++c) to[c] = r.bias[c];
+            r.put(in, out.parts + part * (in.width + 1) * in.dim + channel);
         });
     }
 
   private:
-    /// Where the gradient of an input goes: a step after the first one of the part, nowhere, or
-    /// -2 - place for a place in the initial state.
-    static constexpr int kNowhere = -1;
-
-    /// The inputs that the filter sees, and what has been summed for each of them.
-    struct Adjoint {
-        Walk<Real, 4> inputs;
-        Real sums[kConvTaps][4];
-        int to[kConvTaps];
-        std::int64_t row, channel, begin, end;
-
-        SSM_DEVICE bool owes() const {
-            bool any = false;
-            SSM_UNROLL
-            for (int k = 1; k < kConvTaps; ++k) any = any || to[k] != kNowhere;
-            return any;
-        }
-    };
-
     SSM_DEVICE void walk(std::int64_t row, std::int64_t channel, std::int64_t begin,
                          Registers& r) const {
-        Adjoint at;
-        at.row = row, at.channel = channel, at.begin = begin;
-        at.end = begin + steps < in.seqlen ? begin + steps : in.seqlen;
-        at.inputs.begin(in, row, channel, begin);
-        SSM_UNROLL
-        for (int k = 0; k < kConvTaps; ++k) at.to[k] = kNowhere;
-        const auto load = [&](const Plane<3>& tensor, std::int64_t step) {
-            return *reinterpret_cast<const Pack<Memory, 4>*>(
-                static_cast<const Memory*>(tensor.data) + in.offset(tensor, row, channel, step));
+        const auto place = [&](const Plane<3>& tensor, std::int64_t step) {
+            return static_cast<Memory*>(tensor.data) + in.offset(tensor, row, channel, step);
         };
+        const auto load = [&](const Plane<3>& tensor, std::int64_t step) {
+            return *reinterpret_cast<const Pack<Memory, 4>*>(place(tensor, step));
+        };
+        const auto put_input = [&](std::int64_t step, const Real(&sums)[4]) {
+            Pack<Memory, 4> four;
+            SSM_UNROLL
+            for (int c = 0; c < 4; ++c) narrow(sums[c], four.of[c]);
+            *reinterpret_cast<Pack<Memory, 4>*>(place(out.dx, step)) = four;
+        };
+        ConvAdjoint<Real, 4> at;
+        at.begin(row, channel, begin, begin + steps < in.seqlen ? begin + steps : in.seqlen);
+        at.inputs.begin(in, row, channel, begin);
         SSM_ROLLED
         for (std::int64_t step = begin; step < in.seqlen && (step < at.end || at.owes());
              step += kAhead) {
@@ -292,97 +240,94 @@ struct ChannelFours {
             SSM_UNROLL
             for (int i = 0; i < kAhead; ++i)
                 if (step + i < in.seqlen && (step + i < at.end || at.owes()))
-                    advance(at, step + i, x[i], dy[i], r);
+                    at.advance(in, out, step + i, x[i].of, dy[i].of, r, put_input);
         }
-        finish(at, true);
+        at.finish(in, out, true, put_input);
     }
+};
 
-    SSM_DEVICE void advance(Adjoint& at, std::int64_t step, const Pack<Memory, 4>& x,
-                            const Pack<Memory, 4>& dy, Registers& r) const {
-        const std::int32_t next = in.sequence_at(at.row, step);
-        const bool own = step < at.end;
-        if (next < 0) {
-            if (own) put_input(at, step, {});
-            return;
+/// A lane walks packs of steps of a channel, each of them on until what it owes to it is complete;
+/// a warp has every 32nd pack of a stretch.
+template <class Memory, class Real>
+struct StepPacks {
+    static constexpr int kThreads = kConvThreads;
+    static constexpr int kBlocksPerUnit = 4;
+    static constexpr int kPack = Pack<Memory>::kWidth;
+    static constexpr std::int64_t kMostPacks = 256, kLeastPacks = kLanes;
+    using Registers = ConvSums<Real, 1>;
+
+    ConvInputs in;
+    Gradients<Real> out;
+    std::int64_t tiles;                        // blocks along channels
+    std::int64_t row_packs, packs, parts = 0;  // packs of a row and of a part; parts
+
+    StepPacks(const ConvInputs& inputs, const Gradients<Real>& gradients)
+        : in(inputs),
+          out(gradients),
+          tiles((in.dim + kThreads / kLanes - 1) / (kThreads / kLanes)),
+          row_packs(in.seqlen / kPack) {
+        for (packs = kMostPacks;; packs /= 2) {
+            parts = (in.batch * row_packs + packs - 1) / packs;
+            if (parts * tiles >= kFullDevice || packs == kLeastPacks) break;
         }
-        if (next != at.inputs.sequence) {
-            if (at.inputs.sequence >= 0) finish(at, in.state_per_sequence);
-            if (!own) return;
-            const bool has_state = at.inputs.change(in, at.row, at.channel, step, next);
-            SSM_UNROLL
-            for (int k = 1; k < kConvTaps; ++k) {
-                const int place = k - at.inputs.missing - 1;
-                at.to[k] = has_state && place >= 0 ? -2 - place : kNowhere;
-                SSM_UNROLL
-                for (int c = 0; c < 4; ++c) at.sums[k][c] = 0;
+    }
+    /// Where the gradients of a pack are put together: the place in it is no constant.
+    std::int64_t shared_size() const { return kPack * kThreads; }
+
+    template <class Block>
+    SSM_DEVICE void operator()(Block& block, std::int64_t index) const {
+        const std::int64_t part = quotient(index, tiles);
+        const std::int64_t first_channel = (index - part * tiles) * (kThreads / kLanes);
+        block.each([&](int thread, Registers& r) {
+            r.clear();
+            const std::int64_t channel = first_channel + thread / kLanes;
+            if (channel >= in.dim) return;
+            ConvAdjoint<Real, 1> at;
+            at.inputs.load_filter(in, channel);
+            const std::int64_t all = in.batch * row_packs;
+            const std::int64_t end = (part + 1) * packs < all ? (part + 1) * packs : all;
+            SSM_ROLLED
+            for (std::int64_t i = part * packs + thread % kLanes; i < end; i += kLanes) {
+                const std::int64_t row = quotient(i, row_packs);
+                walk(block, thread, row, channel, (i - row * row_packs) * kPack, at, r);
             }
-        }
-        Real inputs[4];
-        SSM_UNROLL
-        for (int c = 0; c < 4; ++c) inputs[c] = static_cast<Real>(widen(x.of[c]));
-        at.inputs.take(inputs);
-        SSM_UNROLL
-        for (int k = 0; k + 1 < kConvTaps; ++k) at.to[k] = at.to[k + 1];
-        at.to[kConvTaps - 1] = own ? static_cast<int>(step - at.begin) : kNowhere;
-        SSM_UNROLL
-        for (int c = 0; c < 4; ++c) {
-            Real gradient = static_cast<Real>(widen(dy.of[c]));
-            if (in.silu) {
-                const Real sum = at.inputs.filter(c);
-                gradient *= silu_slope(sum, sigmoid(sum));
-            }
-            SSM_UNROLL
-            for (int k = 0; k + 1 < kConvTaps; ++k) at.sums[k][c] = at.sums[k + 1][c];
-            at.sums[kConvTaps - 1][c] = 0;
-            SSM_UNROLL
-            for (int k = 0; k < kConvTaps; ++k) {
-                if (k < at.inputs.missing) continue;
-                at.sums[k][c] = fma_of(at.inputs.taps[k][c], gradient, at.sums[k][c]);
-                if (own) r.sums[k][c] = fma_of(gradient, at.inputs.window[k][c], r.sums[k][c]);
-            }
-            if (own) r.bias[c] += gradient;
-        }
+        });
         SSM_UNROLL
         for (int k = 0; k < kConvTaps; ++k)
-            if (k == at.inputs.missing) put(at, k);
+            block.template sum_lanes<kLanes>([k](Registers& r) -> Real& { return r.taps[k][0]; });
+        block.template sum_lanes<kLanes>([](Registers& r) -> Real& { return r.bias[0]; });
+        block.each([&](int thread, Registers& r) {
+            const std::int64_t channel = first_channel + thread / kLanes;
+            if (channel < in.dim && thread % kLanes == 0)
+                r.put(in, out.parts + part * (in.width + 1) * in.dim + channel);
+        });
     }
 
-    /// The sequence ends: its last inputs are the final state, where there is one.
-    SSM_DEVICE void finish(Adjoint& at, bool has_state) const {
-        const std::int64_t state = in.state_of(at.row, at.inputs.sequence);
+  private:
+    template <class Block>
+    SSM_DEVICE void walk(Block& block, int thread, std::int64_t row, std::int64_t channel,
+                         std::int64_t begin, ConvAdjoint<Real, 1>& at, Registers& r) const {
+        const auto place = [&](const Plane<3>& tensor, std::int64_t step) {
+            return static_cast<Memory*>(tensor.data) + in.offset(tensor, row, channel, step);
+        };
+        const auto put_input = [&](std::int64_t step, const Real(&sums)[1]) {
+            block.write(static_cast<int>(step - begin) * kThreads + thread, sums[0]);
+        };
+        const auto x = *reinterpret_cast<const Pack<Memory>*>(place(in.x, begin));
+        const auto dy = *reinterpret_cast<const Pack<Memory>*>(place(out.dy, begin));
+        at.begin(row, channel, begin, begin + kPack);
+        at.inputs.resume(in, row, channel, begin);
         SSM_UNROLL
-        for (int k = 1; k < kConvTaps; ++k) {
-            if (at.to[k] == kNowhere || k <= at.inputs.missing) continue;
-            if (has_state) {
-                SSM_UNROLL
-                for (int c = 0; c < 4; ++c)
-                    at.sums[k][c] +=
-                        out.final_gradient(state, at.channel + c, k - at.inputs.missing - 1);
-            }
-            put(at, k);
-        }
-    }
-
-    /// Writes the gradient of an input, which is complete.
-    SSM_DEVICE void put(Adjoint& at, int k) const {
-        const int to = at.to[k];
-        at.to[k] = kNowhere;
-        if (to == kNowhere) return;
-        if (to >= 0) return put_input(at, at.begin + to, at.sums[k]);
-        if (!out.dinitial_state) return;
+        for (int i = 0; i < kPack; ++i)
+            at.advance(in, out, begin + i, &x.of[i], &dy.of[i], r, put_input);
+        SSM_ROLLED
+        for (std::int64_t step = at.end; step < in.seqlen && at.owes(); ++step)
+            at.advance(in, out, step, place(in.x, step), place(out.dy, step), r, put_input);
+        at.finish(in, out, true, put_input);
+        Pack<Memory> dx;
         SSM_UNROLL
-        for (int c = 0; c < 4; ++c)
-            out.dinitial_state.store(
-                in.offset(out.dinitial_state, in.state_of(at.row, at.inputs.sequence),
-                          at.channel + c, -2 - to),
-                at.sums[k][c]);
-    }
-    SSM_DEVICE void put_input(const Adjoint& at, std::int64_t step, const Real (&sums)[4]) const {
-        Pack<Memory, 4> four;
-        SSM_UNROLL
-        for (int c = 0; c < 4; ++c) narrow(sums[c], four.of[c]);
-        *reinterpret_cast<Pack<Memory, 4>*>(static_cast<Memory*>(out.dx.data) +
-                                            in.offset(out.dx, at.row, at.channel, step)) = four;
+        for (int i = 0; i < kPack; ++i) narrow(block.read(i * kThreads + thread), dx.of[i]);
+        *reinterpret_cast<Pack<Memory>*>(place(out.dx, begin)) = dx;
     }
 };
 
@@ -415,11 +360,29 @@ struct AddParts {
     }
 };
 
-bool takes_fours(const DwCausalConvArgs& args, const DwCausalConvGrads& grads) {
-    bool all = args.weight.shape[1] <= kConvTaps;
-    for (const TensorView* view : {&args.x, &grads.dy, &grads.dx})
-        all = all && view->dtype == args.x.dtype && in_packs(*view, 1, 4);
-    return all;
+/// How the backward goes: packs of channels, packs of steps, or element by element.
+enum class Way { channels, steps, elements };
+
+Way way_of(const DwCausalConvArgs& args, const DwCausalConvGrads& grads) {
+    const int pack = args.x.dtype == DType::f64 ? 2 : args.x.dtype == DType::f32 ? 4 : 8;
+    const auto all = [&](int axis, int width) {
+        for (const TensorView* view : {&args.x, &grads.dy, &grads.dx})
+            if (view->dtype != args.x.dtype || !in_packs(*view, axis, width)) return false;
+        return true;
+    };
+    if (args.weight.shape[1] > kConvTaps) return Way::elements;
+    return all(1, 4) ? Way::channels : all(2, pack) ? Way::steps : Way::elements;
+}
+
+/// Parts of the sums, where they do not depend on the compute type.
+std::int64_t packed_parts(const ConvInputs& in, Way way, DType dtype) {
+    std::int64_t parts = 0;
+    with_memory_type(dtype, [&](auto element) {
+        using Memory = decltype(element);
+        parts = way == Way::channels ? ChannelFours<Memory, float>(in, {}).parts()
+                                     : StepPacks<Memory, float>(in, {}).parts;
+    });
+    return parts;
 }
 
 template <class Real>
@@ -442,7 +405,8 @@ std::int64_t dw_causal_conv_bwd_workspace(const DwCausalConvArgs& args,
     const ConvInputs in(args, 0);
     const std::int64_t size = args.x.dtype == DType::f64 ? sizeof(double) : sizeof(float);
     const std::int64_t sums = (in.width + 1) * in.dim;
-    if (takes_fours(args, grads)) return ChannelFours<float, float>(in, {}).parts() * sums * size;
+    const Way way = way_of(args, grads);
+    if (way != Way::elements) return packed_parts(in, way, args.x.dtype) * sums * size;
     return (in.elements() + Parts(in).count * sums) * size;
 }
 
@@ -461,16 +425,23 @@ void dw_causal_conv_bwd(const DwCausalConvArgs& args, const DwCausalConvGrads& g
                             nullptr,
                             static_cast<Real*>(exec.workspace)};
         copy_conv_states<Real>(kOp, in, grads.dfinal_state, grads.dinitial_state, device, exec);
+        const Way way = way_of(args, grads);
         std::int64_t parts = Parts(in).count;
-        if (takes_fours(args, grads)) {
-            with_memory_type(args.x.dtype, [&](auto element) {
-                const ChannelFours<decltype(element), Real> kernel(in, out);
-                parts = kernel.parts();
-                launch<Real>(kOp, kernel, parts * kernel.tiles, device, exec);
-            });
-        } else {
+        if (way == Way::elements) {
             out.before = out.parts + parts * (in.width + 1) * in.dim;
             start_strided(in, out, grads, device, exec);
+        } else {
+            parts = packed_parts(in, way, args.x.dtype);
+            with_memory_type(args.x.dtype, [&](auto element) {
+                using Memory = decltype(element);
+                const auto start = [&](const auto& kernel) {
+                    launch<Real>(kOp, kernel, parts * kernel.tiles, device, exec);
+                };
+                if (way == Way::channels)
+                    start(ChannelFours<Memory, Real>(in, out));
+                else
+                    start(StepPacks<Memory, Real>(in, out));
+            });
         }
         launch<Real>(kOp, AddParts<Real>{out, in.dim, in.width, parts},
                      conv_blocks((in.width + 1) * in.dim), device, exec);

@@ -142,6 +142,11 @@ struct Walk {
 
     SSM_DEVICE void begin(const ConvInputs& in, std::int64_t row, std::int64_t channel,
                           std::int64_t step) {
+        load_filter(in, channel);
+        resume(in, row, channel, step);
+    }
+
+    SSM_DEVICE void load_filter(const ConvInputs& in, std::int64_t channel) {
         missing = kConvTaps - static_cast<int>(in.width);
         SSM_UNROLL
         for (int c = 0; c < kChannels; ++c) {
@@ -151,6 +156,11 @@ struct Walk {
                 taps[k][c] =
                     k < missing ? Real(0) : in.template tap<Real>(channel + c, k - missing);
         }
+    }
+
+    /// The inputs before a step, wherever the walk was.
+    SSM_DEVICE void resume(const ConvInputs& in, std::int64_t row, std::int64_t channel,
+                           std::int64_t step) {
         const std::int64_t before = in.step_before(row, step);
         sequence = before < 0 ? -1 : in.sequence_at(row, before);
         if (sequence >= 0) enter(in, row, channel, in.reach(row, step, sequence));
