@@ -20,8 +20,9 @@ JSON (schema 1): an object with
     load_average [before, after], agreement: a list of {model, level, logits, tokens};
     workloads: a list of {model, workload, layers, wanted, rows: a list of {level, median_ms,
     min_ms, max_ms, samples, vs_plain}};
-    first_calls: a list of {model, workload, level, first_ms, median_ms, ratio}, each from a fresh
-    process.
+    first_calls: a list of {model, workload, level, enable_ms, first_ms, median_ms, ratio}, each from
+    a fresh process: what enabling the level takes, once and at import time of a program, the first
+    call of the model, and the median of the next five.
 """
 
 from __future__ import annotations
@@ -176,14 +177,17 @@ def time_workload(name: str, workload: str, iters: int) -> dict:
 
 
 def first_call(name: str, workload: str, level: str) -> dict:
-    """Time the first call of a workload in this process, which must be fresh, and the next ones."""
-    call, times = at(level, work(build(name, LAYERS), workload)), []
+    """Time enabling and the first calls of a workload in this process, which must be fresh."""
+    call, times = work(build(name, LAYERS), workload), []
+    started = time.perf_counter()
+    at(level, lambda: None)()
+    enable_ms = (time.perf_counter() - started) * 1e3
     for _ in range(6):
         started = time.perf_counter()
         call()
         times.append((time.perf_counter() - started) * 1e3)
     median = sorted(times[1:])[len(times[1:]) // 2]
-    found = {"model": name, "workload": workload, "level": level}
+    found = {"model": name, "workload": workload, "level": level, "enable_ms": enable_ms}
     return found | {"first_ms": times[0], "median_ms": median, "ratio": times[0] / median}
 
 
@@ -257,7 +261,7 @@ def run(arguments: argparse.Namespace) -> int:
     for item in report["first_calls"]:
         print(
             f"{item['model']:<8}{item['level']:<10}{item['first_ms']:>9.1f} ms, then "
-            f"{item['median_ms']:.1f} ms: {item['ratio']:.2f}x"
+            f"{item['median_ms']:.1f} ms: {item['ratio']:.2f}x; enabled in {item['enable_ms']:.0f} ms"
         )
     report["load_average"].append(os.getloadavg()[0])
     print(f"load average at the end: {report['load_average'][1]:.1f}")

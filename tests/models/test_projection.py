@@ -149,3 +149,32 @@ def test_gradients_are_torchs():
     linear, x = nn.Linear(512, 1024), torch.randn(1, 512)
     projection.project(linear, x).sum().backward()
     assert_close("weight", linear.weight.grad, x.expand(1024, 512), CLOSE)
+
+
+def test_projected_block(called):
+    linear, x = layer(), torch.randn(1, 512)
+    with torch.no_grad(), pytest.raises(KeyError), projection.projected(linear):
+        got = linear(x)
+        raise KeyError
+    assert not called
+    assert torch.equal(got, projection.project(linear, x))
+    linear(x)
+    assert called
+
+
+def test_projected_block_leaves_what_is_more_than_a_product(called):
+    linear = layer()
+    linear.register_forward_hook(lambda module, args, result: 2 * result)
+    with torch.no_grad(), projection.projected(linear):
+        linear(torch.randn(1, 512))
+    assert called
+
+
+def test_projected_blocks_of_two_threads():
+    linear, x = layer(), torch.randn(1, 512)
+    with torch.no_grad(), projection.projected(linear):
+        with projection.projected(linear):
+            want = linear(x)
+        vars(linear).pop("forward", None)  # the other thread is done
+        assert_close("after the other thread", linear(x), want, CLOSE)
+    assert "forward" not in vars(linear)

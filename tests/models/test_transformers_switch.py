@@ -112,6 +112,7 @@ def test_status():
             "mamba_selective_state_update",
             "JambaMambaMixer.forward",
             "JambaRMSNorm.forward",
+            "JambaForCausalLM.forward",
         ],
         "reason": "",
     }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
@@ -34,6 +37,24 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
         it is asked for parts of it; for many rows oneDNN is a tenth to a fifth faster.
     """
     return multiply(x, linear.weight, linear.bias) if _is_plain(linear) else linear(x)
+
+
+@contextlib.contextmanager
+def projected(linear: nn.Module) -> Iterator[None]:
+    """Let others who call a projection in this block call :func:`project` instead.
+
+    Args:
+        linear: as of :func:`project`.
+    """
+    if torch.compiler.is_compiling() or not _is_plain(linear):
+        yield
+        return
+    vars(linear)["forward"] = lambda x: multiply(x, linear.weight, linear.bias)
+    try:
+        yield
+    finally:
+        # Another thread in such a block may have been first; the product is the same without.
+        vars(linear).pop("forward", None)
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -17,7 +17,13 @@ from types import ModuleType
 from typing import NamedTuple
 
 from ssm.integrations.transformers_functions import MAMBA1, MAMBA2, serves_device
-from ssm.integrations.transformers_mixers import gated_norm, mamba1_mixer, mamba2_mixer, rms_norm
+from ssm.integrations.transformers_mixers import (
+    gated_norm,
+    language_model,
+    mamba1_mixer,
+    mamba2_mixer,
+    rms_norm,
+)
 
 __all__ = ["FAMILIES", "LEVELS", "TESTED", "disable", "enable", "status"]
 
@@ -33,53 +39,31 @@ class Family(NamedTuple):
     methods: dict[str, Callable]
 
 
-def _family(functions, mixer, maker, **norms) -> Family:
-    return Family(functions, {mixer: maker, **norms})
+def _mamba1(prefix: str, mixer: str) -> Family:
+    return Family(MAMBA1, {prefix + mixer: mamba1_mixer, **_around(prefix)})
+
+
+def _mamba2(prefix: str, mixer: str, gated: str | None = None) -> Family:
+    methods = {prefix + mixer: mamba2_mixer, gated or f"{prefix}RMSNormGated": gated_norm}
+    return Family(MAMBA2, methods | _around(prefix))
+
+
+def _around(prefix: str) -> dict[str, Callable]:
+    """Return what is replaced outside the mixers of a family, whose classes share a prefix."""
+    return {f"{prefix}RMSNorm": rms_norm, f"{prefix}ForCausalLM": language_model}
 
 
 # Name of a model type in transformers -> what is replaced for it.
 FAMILIES = {
-    "mamba": _family(MAMBA1, "MambaMixer", mamba1_mixer, MambaRMSNorm=rms_norm),
-    "falcon_mamba": _family(MAMBA1, "FalconMambaMixer", mamba1_mixer, FalconMambaRMSNorm=rms_norm),
-    "jamba": _family(MAMBA1, "JambaMambaMixer", mamba1_mixer, JambaRMSNorm=rms_norm),
-    "mamba2": _family(
-        MAMBA2,
-        "Mamba2Mixer",
-        mamba2_mixer,
-        MambaRMSNormGated=gated_norm,
-        Mamba2RMSNorm=rms_norm,
-    ),
-    "bamba": _family(
-        MAMBA2, "BambaMixer", mamba2_mixer, BambaRMSNormGated=gated_norm, BambaRMSNorm=rms_norm
-    ),
-    "zamba2": _family(
-        MAMBA2,
-        "Zamba2MambaMixer",
-        mamba2_mixer,
-        Zamba2RMSNormGated=gated_norm,
-        Zamba2RMSNorm=rms_norm,
-    ),
-    "nemotron_h": _family(
-        MAMBA2,
-        "NemotronHMamba2Mixer",
-        mamba2_mixer,
-        NemotronHRMSNormGated=gated_norm,
-        NemotronHRMSNorm=rms_norm,
-    ),
-    "granitemoehybrid": _family(
-        MAMBA2,
-        "GraniteMoeHybridMambaLayer",
-        mamba2_mixer,
-        GraniteMoeHybridRMSNormGated=gated_norm,
-        GraniteMoeHybridRMSNorm=rms_norm,
-    ),
-    "falcon_h1": _family(
-        MAMBA2,
-        "FalconH1Mixer",
-        mamba2_mixer,
-        FalconH1RMSNormGated=gated_norm,
-        FalconH1RMSNorm=rms_norm,
-    ),
+    "mamba": _mamba1("Mamba", "Mixer"),
+    "falcon_mamba": _mamba1("FalconMamba", "Mixer"),
+    "jamba": _mamba1("Jamba", "MambaMixer"),
+    "mamba2": _mamba2("Mamba2", "Mixer", "MambaRMSNormGated"),
+    "bamba": _mamba2("Bamba", "Mixer"),
+    "zamba2": _mamba2("Zamba2", "MambaMixer"),
+    "nemotron_h": _mamba2("NemotronH", "Mamba2Mixer"),
+    "granitemoehybrid": _mamba2("GraniteMoeHybrid", "MambaLayer"),
+    "falcon_h1": _mamba2("FalconH1", "Mixer"),
 }
 _MODULES = {f"transformers.models.{name}.modeling_{name}": name for name in FAMILIES}
 

@@ -1,4 +1,4 @@
-"""Forward passes of transformers' Mamba mixers and their norms, on our operators.
+"""Forward passes of transformers' Mamba mixers, norms and language model heads, on our operators.
 
 They read and write the caches of transformers, call projections that are more than a product as
 modules, and mask padding as transformers does, so that they may take the place of the original
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ssm import ops
-from ssm.integrations.projection import project
+from ssm.integrations.projection import project, projected
 from ssm.integrations.transformers_functions import NO_LIMIT, layout, serves
 from ssm.modules.precision import at_least_fp32
 
@@ -295,5 +295,20 @@ def rms_norm(original: Callable) -> Callable:
         return ops.fused_layer_norm(
             hidden_states, self.weight, None, is_rms=True, eps=self.variance_epsilon, prenorm=False
         )
+
+    return forward
+
+
+def language_model(original: Callable) -> Callable:
+    """Return the forward of a causal language model: the original's, but for the product of its head.
+
+    Args:
+        original: the forward that it calls.
+    """
+
+    @functools.wraps(original)
+    def forward(self, *args, **kwargs):
+        with projected(self.lm_head):
+            return original(self, *args, **kwargs)
 
     return forward
