@@ -20,9 +20,9 @@ JSON (schema 1): an object with
     load_average [before, after], agreement: a list of {model, level, logits, tokens};
     workloads: a list of {model, workload, layers, wanted, rows: a list of {level, median_ms,
     min_ms, max_ms, samples, vs_plain}};
-    first_calls: a list of {model, workload, level, enable_ms, first_ms, median_ms, ratio}, each from
-    a fresh process: what enabling the level takes, once and at import time of a program, the first
-    call of the model, and the median of the next five.
+    first_calls: a list of {model, workload, level, enable_ms, first_ms, median_ms, ratio}, each
+    from a fresh process: what enabling the level takes, the first call of the model, and the
+    median of the next five.
 """
 
 from __future__ import annotations
@@ -261,7 +261,8 @@ def run(arguments: argparse.Namespace) -> int:
     for item in report["first_calls"]:
         print(
             f"{item['model']:<8}{item['level']:<10}{item['first_ms']:>9.1f} ms, then "
-            f"{item['median_ms']:.1f} ms: {item['ratio']:.2f}x; enabled in {item['enable_ms']:.0f} ms"
+            f"{item['median_ms']:.1f} ms: {item['ratio']:.2f}x, enabled in "
+            f"{item['enable_ms']:.0f} ms"
         )
     report["load_average"].append(os.getloadavg()[0])
     print(f"load average at the end: {report['load_average'][1]:.1f}")

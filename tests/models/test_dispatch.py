@@ -1,6 +1,7 @@
 """The dispatch chooses, falls back and explains.  Judge: backends made for the test."""
 
 import inspect
+import os
 import subprocess
 import sys
 import threading
@@ -303,14 +304,28 @@ def test_compiles_under_a_forced_backend(monkeypatch):
         assert torch.is_tensor(compiled(x, x[0], None, prenorm=False))
 
 
-def test_import_loads_no_backend():
-    code = (
-        "import sys, ssm, ssm.ops, ssm.utils.dispatch\n"
-        "loaded = [m for m in sys.modules if m.startswith(('ssm_kernels', 'ssm.ops.'))]\n"
-        "assert not loaded, loaded\n"
-        "import ssm.ops.python.reference\n"
-        "assert not [m for m in sys.modules if m.startswith(('ssm_kernels', 'ssm.ops.compiled'))]\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+LOADED = "{m for m in sys.modules if m.startswith(('ssm_kernels', 'ssm.ops.compiled'))}"
+
+
+@pytest.mark.parametrize(
+    ("code", "backend"),
+    [
+        (f"import ssm, ssm.utils.dispatch; assert not {LOADED}", ""),
+        (f"import ssm.ops; assert not {LOADED}", "python"),
+        # No call has to load anything.
+        (
+            f"import ssm.ops, ssm.utils.dispatch as d; a = {LOADED}; assert len(a) > 12, a; "
+            f"assert d.has_cpu_kernels(); assert a == {LOADED}",
+            "",
+        ),
+        # A fault waits for the first use.
+        ("sys.modules['ssm_kernels'] = None; import ssm.ops", ""),
+        ("import ssm.ops", "nonsense"),
+    ],
+)
+def test_what_importing_loads(code, backend):
+    env = {**os.environ, "SSM_BACKEND": backend}
+    code = f"import sys; {code}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert result.returncode == 0, result.stderr
     assert result.stdout + result.stderr == ""

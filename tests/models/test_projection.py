@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ssm.integrations import projection
+from ssm.ops import projection
 from tests.tolerances import Tolerance, assert_close
 
 CLOSE = Tolerance(1e-5, 1e-5, "sums of 512 products in float32, in another order")
@@ -153,13 +153,19 @@ def test_gradients_are_torchs():
 
 def test_projected_block(called):
     linear, x = layer(), torch.randn(1, 512)
-    with torch.no_grad(), pytest.raises(KeyError), projection.projected(linear):
+    with torch.no_grad(), projection.projected(linear):
         got = linear(x)
-        raise KeyError
     assert not called
     assert torch.equal(got, projection.project(linear, x))
     linear(x)
     assert called
+
+
+def test_projected_block_ends_with_an_error():
+    linear = layer()
+    with pytest.raises(RuntimeError, match="shape"), projection.projected(linear):
+        linear(torch.randn(1, 3))
+    assert "forward" not in vars(linear)
 
 
 def test_projected_block_leaves_what_is_more_than_a_product(called):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ssm import ops
+from ssm.ops import projection
 from tests.tolerances import TOLERANCES, assert_close
 from tests.transformers_models import (
     CONFIGS,
@@ -24,7 +25,6 @@ from tests.transformers_models import (
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from ssm.integrations import projection  # noqa: E402
 from ssm.integrations import transformers as integration  # noqa: E402
 
 FLOAT32 = TOLERANCES["transformers", "float32"]

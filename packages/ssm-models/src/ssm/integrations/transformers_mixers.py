@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ssm import ops
-from ssm.integrations.projection import project, projected
 from ssm.integrations.transformers_functions import NO_LIMIT, layout, serves
 from ssm.modules.precision import at_least_fp32
+from ssm.ops.projection import project, projected
 
 
 def mamba1_mixer(original: Callable) -> Callable:
@@ -300,7 +300,7 @@ def rms_norm(original: Callable) -> Callable:
 
 
 def language_model(original: Callable) -> Callable:
-    """Return the forward of a causal language model: the original's, but for the product of its head.
+    """Return the forward of a causal language model: the original's, with our product of its head.
 
     Args:
         original: the forward that it calls.

@@ -23,6 +23,7 @@ from ssm.modules.attention import MHA
 from ssm.modules.memory import check_model_memory, key_of
 from ssm.modules.norm import add_norm
 from ssm.modules.sequence import sequence_meta
+from ssm.ops.projection import project
 from ssm.seq_meta import SeqMeta
 from ssm.state import State
 
@@ -317,7 +318,7 @@ class MambaLMHeadModel(nn.Module):
             state.seqlen_offset += seqlen
         if num_last_tokens:
             hidden_states = hidden_states[:, -num_last_tokens:]
-        logits = self.lm_head(hidden_states)
+        logits = project(self.lm_head, hidden_states)
         if self.config.logits_multiplier != 1:
             logits = logits * self.config.logits_multiplier
         return CausalLMOutput(logits=logits)

@@ -12,6 +12,7 @@ from ssm import ops
 from ssm.distributed.collectives import check_group
 from ssm.distributed.layout import Section
 from ssm.modules.tensor_parallel import check_split, column_linear, row_linear
+from ssm.ops.projection import project
 
 
 class GatedMLP(nn.Module):
@@ -92,13 +93,13 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in_features) to (..., out_features)."""
-        up, gate = self.fc1(x).chunk(2, dim=-1)
+        up, gate = project(self.fc1, x).chunk(2, dim=-1)
         if self.gate_multiplier != 1:
             gate = gate * self.gate_multiplier
         if self.activation is F.silu:
-            y = self.fc2(ops.swiglu(gate, up))
+            y = project(self.fc2, ops.swiglu(gate, up))
         else:
-            y = self.fc2(up * self.activation(gate))
+            y = project(self.fc2, up * self.activation(gate))
         return y if self.out_multiplier == 1 else y * self.out_multiplier
 
 
@@ -158,4 +159,4 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in_features) to (..., in_features)."""
-        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
+        return project(self.fc2, ACTIVATIONS[self.activation](project(self.fc1, x)))

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssm.ops import projection
+
 
 class DeltaProjection(nn.Linear):
     """Linear map from rank R to the step sizes (D,), whose bias is kept and added in float32.
@@ -53,7 +55,7 @@ def at_least_fp32(dtype: torch.dtype | None) -> torch.dtype:
 def project(linear: nn.Module, x: Tensor) -> Tensor:
     """Call a projection on x cast to its parameter dtype.
 
-    The module is called, never its weight taken, so that hooks fire and a LoRA or quantised
+    Unless it is a plain nn.Linear, the module is called, so that hooks fire and a LoRA or quantised
     replacement is used. Where the weight is no floating point tensor, and under autocast, the
     module decides itself.
 
@@ -68,4 +70,4 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
     is_float = isinstance(weight, Tensor) and weight.is_floating_point()
     if is_float and not torch.is_autocast_enabled(x.device.type):
         x = x.to(weight.dtype)
-    return linear(x)
+    return projection.project(linear, x)

@@ -1,12 +1,13 @@
 """The operators: plain functions that hand their arguments to the best implementation.
 
 The full contract of each is the docstring of the function of the same name in
-``ssm.ops.python.reference``; ``ssm.utils.dispatch.why`` says what serves it. Tensors are float64,
+``ssm.ops.python.reference``; ``ssm.utils.dispatch.why`` says what serves it. Importing this package
+loads the kernels of the CPU where there are some, so that no call has to. Tensors are float64,
 float32, bfloat16 or float16 in any mixture and with any strides; computation and states are in
 float64 if the main input is, else in float32.
 """
 
-from ssm.utils.dispatch import implementation
+from ssm.utils.dispatch import implementation, load_cpu_kernels
 
 __all__ = [
     "dw_causal_conv",
@@ -483,3 +484,6 @@ def swiglu(gate, up=None):
         Shazeer 2020 (arXiv:2002.05202), eq. 5.
     """
     return implementation("swiglu", gate)(gate, up)
+
+
+load_cpu_kernels()

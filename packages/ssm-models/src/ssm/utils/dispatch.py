@@ -1,8 +1,9 @@
 """Which implementation serves an operator, and why: table (operator, device type) -> function.
 
 A compiled operator is ``ssm.ops.compiled.<op>.<op>``; where it cannot be loaded, for whatever
-reason, the reference serves and the reason is kept for :func:`why`. Nothing is loaded before the
-first use. ``SSM_BACKEND`` (auto, python, cpu, cuda) is read once, at first use.
+reason, the reference serves and the reason is kept for :func:`why`. Kernels of the CPU are loaded
+with ``ssm.ops``, those of a GPU when they are first used. ``SSM_BACKEND`` (auto, python, cpu, cuda)
+is read once, at first use.
 """
 
 import contextlib
@@ -154,6 +155,18 @@ def implementation(op: str, tensor: torch.Tensor) -> Callable:
         if function is not None:
             return function
     return _table[_resolve(op, device_type)]
+
+
+def load_cpu_kernels() -> None:
+    """Load what serves tensors of the CPU, unless SSM_BACKEND asks for the reference.
+
+    Raises nothing: what does not load is served by the reference, and :func:`why` says so.
+
+    Source:
+        This project's design: the first call is at steady speed.
+    """
+    if os.environ.get("SSM_BACKEND") != "python":
+        has_cpu_kernels()
 
 
 def has_cpu_kernels() -> bool:

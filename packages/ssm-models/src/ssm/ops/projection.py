@@ -46,7 +46,7 @@ def projected(linear: nn.Module) -> Iterator[None]:
     Args:
         linear: as of :func:`project`.
     """
-    if torch.compiler.is_compiling() or not _is_plain(linear):
+    if not _is_plain(linear):
         yield
         return
     vars(linear)["forward"] = lambda x: multiply(x, linear.weight, linear.bias)
@@ -83,8 +83,10 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _is_plain(linear: nn.Module) -> bool:
     """Return whether to call a projection is to multiply, and nothing else."""
+    if type(linear) is not nn.Linear or torch.compiler.is_compiling():
+        return False
     held = vars(linear)
-    if type(linear) is not nn.Linear or "forward" in held:
+    if "forward" in held:
         return False
     hooked = any(held[name] for name in _HOOKS)
     return not hooked and not any(getattr(torch_modules, name) for name in _GLOBAL_HOOKS)
