@@ -45,6 +45,9 @@ def projected(linear: nn.Module) -> Iterator[None]:
 
     Args:
         linear: as of :func:`project`.
+
+    Yields:
+        None.
     """
     if not _is_plain(linear):
         yield
