@@ -3,8 +3,10 @@
 Judge: the same call without graphs, bit for bit.
 """
 
+import contextlib
 import copy
 import gc
+import inspect
 import weakref
 
 import pytest
@@ -14,7 +16,7 @@ from ssm.models.config import MambaConfig
 from ssm.models.lm import CausalLMOutput, MambaLMHeadModel
 from ssm.state import State
 from ssm.utils import decoding_graph, dispatch
-from ssm.utils.decoding_graph import release, why_not
+from ssm.utils.decoding_graph import record_cuda, release, why_not
 from tests.recorded_graph import Recorder
 
 VOCAB = 11
@@ -264,6 +266,34 @@ def test_other_reasons_are_said(recorder):
     assert "autograd" in why_not(model, state)
     model.backbone.process_group = object()
     assert "ranks" in why_not(model, make().allocate_state(2))
+
+
+def test_cuda_recorder_warms_up_before_it_captures(monkeypatch):
+    """Without a GPU: what it asks of torch, and in which order."""
+    done, options_of = [], inspect.signature(torch.cuda.graph)
+
+    class Graph:
+        def replay(self):
+            done.append("replay")
+
+    @contextlib.contextmanager
+    def capture(graph, **options):
+        options_of.bind(graph, **options)
+        done.append(("begin", options["stream"]))
+        yield
+        done.append("end")
+
+    fakes = {"CUDAGraph": Graph, "graph": capture, "device": contextlib.nullcontext}
+    for name, fake in {**fakes, "Stream": str}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(decoding_graph, "_streams", {})
+    for device in ("cuda:1", "cuda:0", "cuda:1"):
+        replay, result = record_cuda(lambda: done.append("step") or len(done), torch.device(device))
+        replay()
+    first = ["step", ("begin", "cuda:1"), "step", "end", "replay"]
+    assert done[:5] == done[10:] == first
+    assert done[6] == ("begin", "cuda:0")
+    assert result == 13
 
 
 def test_model_that_replaces_its_state_is_refused(recorder):

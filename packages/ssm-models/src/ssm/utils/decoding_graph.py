@@ -7,6 +7,7 @@ state of a text moves into the tensors of the graph while it decodes, and back w
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 
@@ -30,19 +31,21 @@ def record_cuda(step: Step, device: torch.device) -> tuple[Callable[[], None], T
         A function that replays it on the current stream, and the tensor (of the graph's own memory)
         that each replay overwrites with the result.
     """
-    # What is loaded or chosen at a first launch must not be so while a graph is captured.
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.device(device), torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    # Other threads may go on using the GPU meanwhile.
-    mode = {"capture_error_mode": "thread_local"}
-    with torch.cuda.device(device), torch.cuda.graph(graph, **mode):
-        result = step()
+    with torch.cuda.device(device), _capturing:
+        # What is loaded or chosen at a first launch must not be so while a graph is captured.
+        step()
+        stream = _streams.setdefault(device.index, torch.cuda.Stream(device))
+        # Other threads may go on using the GPU meanwhile.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            result = step()
     return graph.replay, result
 
+
+# One stream per device for all captures: torch keeps working memory for every stream that
+# multiplied matrices, and its own default is a stream of the device that came first.
+_streams: dict[int, torch.cuda.Stream] = {}
+_capturing = threading.Lock()
 
 # Device type -> what captures a step there. Other devices decode without graphs.
 RECORDERS: dict[str, Callable] = {"cuda": record_cuda}
@@ -120,10 +123,11 @@ class Decoder:
         """
         if self._graph is not None and not self._is_lent():
             self.close()  # the caller put other tensors into the state
+        if self._graph is None and self._wanted:
+            self._wanted = why_not(self._model, self._state) is None
+        if not self._wanted:
+            return self._model(tokens[:, None], state=self._state, num_last_tokens=1).logits[:, -1]
         if self._graph is None:
-            if not self._wanted or why_not(self._model, self._state) is not None:
-                fed = tokens[:, None]
-                return self._model(fed, state=self._state, num_last_tokens=1).logits[:, -1]
             self._lend()
         logits = self._graph.step(tokens)
         self._state.seqlen_offset += 1
