@@ -84,16 +84,17 @@ def test_time_is_kept(run, is_built):
     assert not found
 
 
-def test_item_that_kills_the_process_is_a_fault_and_not_tried_again(run, is_built, tmp_path):
-    status, found = run("--small", "--part", "matrix", "--op", "swiglu")
-    assert "running" not in found
+@pytest.mark.parametrize("is_blamed", [True, False])
+def test_item_that_kills_the_process_is_a_fault(run, is_built, tmp_path, is_blamed):
+    _, found = run("--small", "--part", "matrix", "--op", "swiglu")
     item = "matrix/swiglu/odd/float32"
     del found["items"][item]
     (tmp_path / "found.json").write_text(json.dumps({**found, "running": item}))
-    status, found = run("--small", "--part", "matrix", "--op", "swiglu")
-    assert status == 1
-    assert found["items"][item] == {"fault": "the process crashed or hung"}
-    assert len(found["items"]) > 1
+    blame = ("--blame", item) if is_blamed else ()
+    status, found = run("--small", "--part", "matrix", "--op", "swiglu", *blame)
+    assert status == (1 if is_blamed else 0)
+    assert "running" not in found
+    assert ("fault" in found["items"][item]) == is_blamed
 
 
 HANG = """
@@ -109,7 +110,9 @@ def test_item_that_hangs_ends_the_process(tmp_path):
     path = tmp_path / "found.json"
     done = subprocess.run([sys.executable, "-c", HANG, str(path)], cwd=gpu_check.ROOT, timeout=50)
     assert done.returncode == gpu_check.LOST
-    assert gpu_check.Report(path, {}, None).faults() == {"slow": "the process crashed or hung"}
+    assert json.loads(path.read_text())["running"] == "slow"
+    report = gpu_check.Report(path, {}, None, "slow")
+    assert report.faults() == {"slow": "the process crashed or hung"}
 
 
 @pytest.mark.parametrize(
@@ -128,7 +131,25 @@ def test_processes_follow_one_another(tmp_path, monkeypatch, statuses, running, 
     monkeypatch.setattr(subprocess, "run", process)
     assert gpu_check.supervise(["--part", "matrix"], path, 7.0) == want
     assert seen[0][2:] == ["--part", "matrix", "--worker", "--deadline", "7.0"]
+    if running:
+        assert seen[1] == [*seen[0], "--blame", running]
     assert len(left) == (1 if want == 1 and len(statuses) == 2 else 0)
+
+
+def test_sanitizer_looks_for_the_operator_at_fault(tmp_path, monkeypatch):
+    seen = []
+
+    def sanitize(program, command):
+        seen.append([word for word in command[5:] if word in ("a", "b")])
+        return (
+            {"clean": True} if command[2] != "racecheck" or "a" not in command else {"fault": "x"}
+        )
+
+    monkeypatch.setattr(gpu_check, "sanitize", sanitize)
+    report = gpu_check.Report(tmp_path / "found.json", {}, None)
+    gpu_check.check_sanitizer(report, ["a", "b"])
+    assert seen == [["a", "b"], ["a", "b"], ["a"], ["b"], ["a", "b"], ["a", "b"]]
+    assert list(report.faults()) == ["sanitizer/racecheck", "sanitizer/racecheck/a"]
 
 
 def test_lost_gpu_ends_the_process_after_the_fault_is_kept(tmp_path, monkeypatch):

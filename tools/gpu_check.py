@@ -52,17 +52,18 @@ LOST = 3
 class Report:
     """What is known so far: item -> result. Kept in a file, so that a run can be continued."""
 
-    def __init__(self, path: Path, environment: dict, deadline: float | None):
+    def __init__(
+        self, path: Path, environment: dict, deadline: float | None, blamed: str | None = None
+    ):
         self.path, self.deadline = path, deadline
         self.found = {"environment": environment, "items": {}}
         if path.exists():
             before = json.loads(path.read_text(encoding="utf-8"))
             if before.get("environment") == environment:
                 self.found = before
-        # The item of a process that did not live to tell.
-        dead = self.found.pop("running", None)
-        if dead is not None:
-            self._keep(dead, {"fault": "the process crashed or hung"})
+        self.found.pop("running", None)
+        if blamed is not None:
+            self._keep(blamed, {"fault": "the process crashed or hung"})
 
     @property
     def items(self) -> dict:
@@ -227,11 +228,19 @@ def check_sanitizer(report: Report, operators: list[str]) -> None:
     """Run the small cases under every tool of compute-sanitizer."""
     program = shutil.which("compute-sanitizer")
     for tool in SANITIZERS:
-        for op in operators:
-            command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable]
-            command += [__file__, "--worker", "--small", "--part", "matrix", "--op", op]
+        command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, __file__]
+        command += ["--worker", "--small", "--part", "matrix"]
+
+        def check(name: str, those: list[str], command: list[str] = command) -> None:
+            words = [word for op in those for word in ("--op", op)]
             patience = SANITIZER_LIMIT + PATIENCE
-            report.run(f"sanitizer/{tool}/{op}", sanitize, program, command, patience=patience)
+            report.run(name, sanitize, program, [*command, *words], patience=patience)
+
+        # Starting under the sanitizer takes longest: one by one only to find who is at fault.
+        check(f"sanitizer/{tool}", operators)
+        if "fault" in report.items.get(f"sanitizer/{tool}", {}):
+            for op in operators:
+                check(f"sanitizer/{tool}/{op}", [op])
 
 
 def sanitize(program: str | None, command: list[str]) -> dict:
@@ -253,12 +262,15 @@ def supervise(words: list[str], path: Path, deadline: float | None) -> int:
     command = [sys.executable, __file__, *words, "--worker"]
     if deadline is not None:
         command += ["--deadline", str(deadline)]
+    blame = []
     while True:
-        status = subprocess.run(command).returncode
+        status = subprocess.run([*command, *blame]).returncode
         if status in (0, 1, 2):
             return status
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if status != LOST and "running" not in known:
+        # Who ends this process as well, by a limit of time say, blames no item.
+        blame = ["--blame", known["running"]] if "running" in known else []
+        if status != LOST and not blame:
             print(f"gpu_check: the process ended with status {status}", file=sys.stderr)
             return 1
 
@@ -290,6 +302,7 @@ def main() -> int:
     )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--blame", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     deadline = arguments.deadline
     if deadline is None and arguments.minutes:
@@ -312,7 +325,7 @@ def work(arguments: argparse.Namespace, deadline: float | None) -> int:
 
     environment = environment_of(arguments.device)
     operators = arguments.op or environment.get("operators") or ["selective_scan", "swiglu"]
-    report = Report(arguments.json, environment, deadline)
+    report = Report(arguments.json, environment, deadline, arguments.blame)
     parts = arguments.part or PARTS
     if "ceilings" in parts:
         gpu_bench.measure_ceilings(report, arguments.device)
