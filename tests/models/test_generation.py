@@ -4,6 +4,7 @@ Judge: each row decoded alone by repeated whole forward passes, and the definiti
 """
 
 import copy
+import time
 
 import pytest
 import torch
@@ -165,6 +166,15 @@ def test_scores_have_the_dtype_of_the_model_and_the_columns_asked_for(model):
     narrow = model.generate(ids, vocab_size=VOCAB - 2, **kwargs)
     assert {score.shape[1] for score in narrow.scores} == {VOCAB - 2}
     assert narrow.sequences[:, 4:].max() < VOCAB - 2
+
+
+def test_time_is_kept_where_asked_for(model):
+    ids, kwargs = prompts(), {"max_new_tokens": 2, "return_dict_in_generate": True}
+    start = time.perf_counter()
+    out = model.generate(ids, enable_timing=True, **kwargs)
+    assert 0 < out.seconds <= time.perf_counter() - start
+    assert model.generate(ids, enable_timing=False, **kwargs).seconds is None
+    assert torch.equal(model.generate(ids, max_new_tokens=2, enable_timing=True), out.sequences)
 
 
 def test_padding_columns_are_never_produced(model):

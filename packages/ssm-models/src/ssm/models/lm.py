@@ -395,7 +395,7 @@ class MambaLMHeadModel(nn.Module):
             output_scores: keep the logits of every step.
             **kwargs: max_new_tokens, eos_token_id, pad_token_id, repetition_penalty,
                 attention_mask, seed, generator, streamer, state, teacher_outputs, vocab_size,
-                do_sample, cg.
+                do_sample, enable_timing, cg.
 
         Returns:
             (B, length) int64, or a GenerateOutput.

@@ -6,6 +6,7 @@ import difflib
 import inspect
 import math
 import operator
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -26,10 +27,12 @@ class GenerateOutput:
         scores: with ``output_scores`` one (B, V) tensor per new token: the logits as the model gave
             them, in its dtype, those of padding columns included; where ``vocab_size`` was given,
             as many columns. Else None.
+        seconds: with ``enable_timing`` the time that prompt and decoding took; else None.
     """
 
     sequences: Tensor
     scores: tuple[Tensor, ...] | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ def generate(model, input_ids: Tensor, max_length: int | None = None, **kwargs):
         vocab_size: columns of the logits that are tokens; None takes ``model.config.vocab_size``.
         return_dict_in_generate: return a GenerateOutput.
         output_scores: keep the logits of every step in it.
+        enable_timing: keep the time that the call took in it; a GPU is waited for.
         cg: decode with a CUDA graph, which is kept for the next call; the tokens stay the same.
             Without effect where ``ssm.utils.decoding_graph.why_not`` gives a reason: on a CPU, and
             with attention.
@@ -104,9 +108,11 @@ def generate(model, input_ids: Tensor, max_length: int | None = None, **kwargs):
     """
     return_dict = kwargs.pop("return_dict_in_generate", False)
     output_scores = kwargs.pop("output_scores", False)
+    enable_timing = kwargs.pop("enable_timing", False)
     streamer = kwargs.pop("streamer", None)
     put = None if streamer is None else getattr(streamer, "put", streamer)
     _check_names("generate", kwargs)
+    start = _clock(input_ids) if enable_timing else 0.0
     steps = _steps(model, input_ids, max_length=max_length, **kwargs)
     sequences, scores = [input_ids.long()], []
     # After the checks: a call that is refused shows nothing.
@@ -121,9 +127,17 @@ def generate(model, input_ids: Tensor, max_length: int | None = None, **kwargs):
     if hasattr(streamer, "end"):
         streamer.end()
     result = torch.cat(sequences, dim=1)
-    if return_dict:
-        return GenerateOutput(result, tuple(scores) if output_scores else None)
-    return result
+    if not return_dict:
+        return result
+    seconds = _clock(result) - start if enable_timing else None
+    return GenerateOutput(result, tuple(scores) if output_scores else None, seconds)
+
+
+def _clock(tensor) -> float:
+    """Return the time in seconds, behind everything that the device of a tensor has to do."""
+    if isinstance(tensor, Tensor) and tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+    return time.perf_counter()
 
 
 def stream(model, input_ids: Tensor, max_length: int | None = None, **kwargs) -> Iterator[Tensor]:
