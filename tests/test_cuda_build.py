@@ -5,6 +5,8 @@ extension module. No GPU is needed.
 """
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,7 @@ MOST_REGISTERS = {
     "selective_state_step": 128,
 }
 ANY_OTHER = 255
+MULTIPLYING = ("ssd_chunk_scan_fwd",)
 
 
 def reports() -> dict[str, str]:
@@ -48,6 +51,38 @@ def test_kernels_spill_nothing_and_keep_to_their_registers():
         for used in re.findall(r"Used (\d+) registers", report):
             assert int(used) <= MOST_REGISTERS.get(source, ANY_OTHER), f"{source}: {used} registers"
     assert checked > 0
+
+
+# What instructions the kernels that multiply matrices are made of, with tensor cores: products,
+# their operands from shared memory, and copies to it.
+TENSOR = ("HMMA", "LDSM", "LDGSTS")
+
+
+def instructions(source: str) -> dict[str, str]:
+    """Return the machine code of each kernel of a source."""
+    found = shutil.which("cuobjdump")
+    if found is None:
+        pytest.skip("no cuobjdump on PATH: the machine code cannot be read")
+    path = Path(ssm_kernels.__file__).parents[2] / f"src/{source}.cu.o"
+    code = subprocess.run([found, "-sass", path], capture_output=True, text=True, check=True)
+    parts = re.split(r"Function : (\S+)", code.stdout)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@pytest.mark.parametrize("source", MULTIPLYING)
+def test_matrices_are_multiplied_by_tensor_cores(source):
+    if source not in reports():
+        pytest.skip(f"{source} is not built")
+    kernels = {name: code for name, code in instructions(source).items() if "Forward" in name}
+    assert kernels
+    for name, code in kernels.items():
+        assert not re.search(r"\b(LDL|STL)\b", code), f"{name} has local memory"
+        # Elements of 16 bits come as they lie, float32 without ldmatrix.
+        is_half = "Bf16" in name or "F16" in name
+        for word in TENSOR if is_half else ("HMMA", "LDGSTS"):
+            used = re.search(rf"\b{word}\b", code) is not None
+            wanted = word != "HMMA" or "on tensor cores" in _build.CUDA
+            assert used == wanted, f"{name}: {word} {'is missing' if wanted else 'without CUTLASS'}"
 
 
 def test_every_kernel_is_in_the_extension_module():

@@ -13,11 +13,16 @@ namespace ssm {
 /// backward computes the ones in between again.
 inline constexpr int kSsdChunkScanCheckpoint = 96;
 
+/// Most states of a head on a GPU.
+inline constexpr int kSsdChunkScanGpuStates = 256;
+
 /// s_t = clamp(softplus?(dt_t + dt_bias), low, high),  h_t = exp(s_t A) h_{t-1} + s_t X_t B_t^T,
 /// y_t = (h_t C_t + D X_t) silu(z_t).            Dao & Gu 2024, arXiv:2405.21060, eq. 1
 ///
 /// Tensors are f64, f32, bf16 or f16 in any mix and any strides. Arithmetic and states are f64 when
-/// X is f64, else f32. L = 0 and empty batches are allowed.
+/// X is f64, else f32. L = 0 and empty batches are allowed. On a GPU N is at most
+/// kSsdChunkScanGpuStates, and where X is bf16 or f16 matrices are multiplied in that type, with
+/// sums in f32.
 struct SsdChunkScanArgs {
     TensorView X{};               // (B, L, H, P)     in
     TensorView dt{};              // (B, L, H)        in
@@ -57,6 +62,9 @@ struct SsdChunkScanGrads {
 
 /// Throws std::invalid_argument naming the argument, the rule and the value.
 SSM_API void ssd_chunk_scan_fwd(const SsdChunkScanArgs& args, const Exec& exec = {});
+
+/// Bytes of working memory that the forward needs; 0 on the CPU. Looks at the shapes of X and B.
+SSM_API std::int64_t ssd_chunk_scan_fwd_workspace(const SsdChunkScanArgs& args);
 
 /// Needs `args.checkpoints` as the forward wrote it; `args.y` and `args.final_states` are not read.
 SSM_API void ssd_chunk_scan_bwd(const SsdChunkScanArgs& args, const SsdChunkScanGrads& grads,

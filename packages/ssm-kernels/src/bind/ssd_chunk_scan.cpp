@@ -35,14 +35,15 @@ void forward(const Input& X, const Input& dt, const Input& A, const Input& B, co
              const Input& D, const Input& z, const Input& dt_bias, const Input& initial_states,
              const Input& seq_idx, const Output& y, const Output& final_states,
              const Output& checkpoints, double dt_low, double dt_high, bool softplus,
-             bool state_per_sequence, int num_threads) {
+             bool state_per_sequence, int num_threads, std::intptr_t stream,
+             const Output& workspace) {
     SsdChunkScanArgs args = inputs(X, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, dt_low,
                                    dt_high, softplus, state_per_sequence);
     args.y = view(kOp, "y", y);
     args.final_states = view(kOp, "final_states", final_states);
     args.checkpoints = view(kOp, "checkpoints", checkpoints);
     const nb::gil_scoped_release unlocked;
-    ssd_chunk_scan_fwd(args, {.num_threads = num_threads});
+    ssd_chunk_scan_fwd(args, settings(kOp, num_threads, stream, workspace));
 }
 
 void backward(const Input& X, const Input& dt, const Input& A, const Input& B, const Input& C,
@@ -70,6 +71,11 @@ void backward(const Input& X, const Input& dt, const Input& A, const Input& B, c
     ssd_chunk_scan_bwd(args, grads, {.num_threads = num_threads});
 }
 
+std::int64_t forward_workspace(const Input& X, const Input& B, const Input& C) {
+    return ssd_chunk_scan_fwd_workspace(
+        {.X = view(kOp, "X", X), .B = view(kOp, "B", B), .C = view(kOp, "C", C)});
+}
+
 }  // namespace
 
 void register_ssd_chunk_scan(nb::module_& module) {
@@ -80,7 +86,7 @@ void register_ssd_chunk_scan(nb::module_& module) {
         "C"_a.none(), "D"_a = none, "z"_a = none, "dt_bias"_a = none, "initial_states"_a = none,
         "seq_idx"_a = none, nb::kw_only(), "y"_a.none(), "final_states"_a = none,
         "checkpoints"_a = none, "dt_low"_a = 0.0, "dt_high"_a = high, "softplus"_a = false,
-        "state_per_sequence"_a = false, "num_threads"_a = 0,
+        "state_per_sequence"_a = false, "num_threads"_a = 0, "stream"_a = 0, "workspace"_a = none,
         R"(Run the state-space dual scan and write the output and, where given, the final states.
 
 y_t = (h_t C_t + D X_t) silu(z_t) with h_t = exp(s_t A) h_{t-1} + s_t X_t B_t^T and
@@ -98,15 +104,31 @@ Args:
     y: (B, L, H, P). Output; written completely.
     final_states: (S, H, P, N). Output; the state after each sequence.
     checkpoints: (B, ceil(L / 96), H, N, P), contiguous, float64 when X is, else float32. Output
-        that ssd_chunk_scan_bwd needs.
+        that ssd_chunk_scan_bwd needs on the CPU; not written on a GPU.
     dt_low, dt_high: the step size is clamped to these last.
     softplus: Apply softplus to dt + dt_bias.
     state_per_sequence: States belong to the sequence numbers of seq_idx; otherwise S = B.
-    num_threads: 0 means the process-wide setting.
+    num_threads: 0 means the process-wide setting; not used on a GPU.
+    stream: handle of the CUDA stream, 0 the legacy default stream; not used on the CPU.
+    workspace: contiguous, of the inputs' device, at least ssd_chunk_scan_fwd_workspace bytes; None
+        where these are 0.
 
 Raises:
     ValueError: a shape, dtype, device or value breaks the contract; the message names the argument.
     TypeError: an argument is not an array with DLPack, or an output is read-only.
+)");
+    module.def("ssd_chunk_scan_fwd_workspace", &forward_workspace, "X"_a.none(), "B"_a.none(),
+               "C"_a.none(),
+               R"(Say how much working memory ssd_chunk_scan_fwd needs.
+
+Args:
+    X, B, C: as for ssd_chunk_scan_fwd. Only shapes, dtypes and devices are looked at.
+
+Returns:
+    Bytes; 0 on the CPU.
+
+Raises:
+    ValueError, TypeError: as ssd_chunk_scan_fwd.
 )");
     module.def("ssd_chunk_scan_bwd", &backward, "X"_a.none(), "dt"_a.none(), "A"_a.none(),
                "B"_a.none(), "C"_a.none(), "D"_a = none, "z"_a = none, "dt_bias"_a = none,

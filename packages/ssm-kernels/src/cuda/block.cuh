@@ -60,6 +60,14 @@ struct MatrixElement<Kernel, std::void_t<typename Kernel::Element>> {
     static std::int64_t size(const Kernel& kernel) { return kernel.matrix_size(); }
 };
 
+/// Keeps accesses to memory before it from those after it; all lanes of a warp are here. The
+/// compiler would begin a long row of them at once, for which there are no registers.
+SSM_DEVICE void keep_order() {
+#if defined(__CUDACC__)
+    __syncwarp();
+#endif
+}
+
 #if defined(__CUDACC__)
 
 /// One value per lane of a warp, for the duration of a phase of the warp.
@@ -75,8 +83,7 @@ class Warp {
     using Real = typename Block::RealType;
     using Element = typename Block::ElementType;
 
-    SSM_DEVICE explicit Warp(Block& block)
-        : index(static_cast<int>(threadIdx.x) / kWarp), block_(block) {}
+    SSM_DEVICE explicit Warp(Block& block) : index(block.thread_ / kWarp), block_(block) {}
 
     const int index;
 
@@ -84,7 +91,7 @@ class Warp {
 
     template <class Phase>
     SSM_DEVICE void each(Phase&& phase) {
-        phase(static_cast<int>(threadIdx.x) % kWarp, block_.registers_);
+        phase(block_.thread_ % kWarp, block_.registers_);
     }
 
     /// What get(lane) refers to becomes its sum over the lanes up to this one.
@@ -111,7 +118,7 @@ class Warp {
     /// column.
     template <bool kTransposed, class Place, class Get>
     SSM_DEVICE void load(Place&& place_of, Get&& get) {
-        const int lane = static_cast<int>(threadIdx.x) % kWarp;
+        const int lane = block_.thread_ % kWarp;
         Pair<Element>* const pairs = get(lane).of;
         if constexpr (sizeof(Element) == 2) {
             const unsigned address =
@@ -161,7 +168,7 @@ class Block {
 
     template <class Phase>
     SSM_DEVICE void each(Phase&& phase) {
-        phase(static_cast<int>(threadIdx.x), registers_);
+        phase(thread_, registers_);
     }
     template <class Phase>
     SSM_DEVICE void each_warp(Phase&& phase) {
@@ -171,10 +178,14 @@ class Block {
 
     SSM_DEVICE void barrier() { __syncthreads(); }
 
+    /// Makes the compiler compute again what it knows from the number of a thread: kept from turn
+    /// to turn of a long loop, that takes the registers that sums need.
+    SSM_DEVICE void forget() { asm volatile("" : "+r"(thread_)); }
+
     /// The lanes of a warp of which says(thread) is true, as bits. All warps find the same.
     template <class Says>
     SSM_DEVICE std::uint32_t vote(Says&& says) {
-        return __ballot_sync(0xffffffffu, says(static_cast<int>(threadIdx.x)));
+        return __ballot_sync(0xffffffffu, says(thread_));
     }
 
     SSM_DEVICE Real read(int place) const { return shared_[place]; }
@@ -204,7 +215,15 @@ class Block {
                      "l"(from), "r"(exists ? 16 : 0)
                      : "memory");
     }
-    SSM_DEVICE void wait_for_copies(int) { asm volatile("cp.async.wait_all;" ::: "memory"); }
+    /// Ends a group of copies of this thread.
+    SSM_DEVICE void commit_copies(int) { asm volatile("cp.async.commit_group;" ::: "memory"); }
+    /// Waits for all copies of this thread, or for all but its last group.
+    SSM_DEVICE void wait_for_copies(int, bool all = true) {
+        if (all)
+            asm volatile("cp.async.wait_all;" ::: "memory");
+        else
+            asm volatile("cp.async.wait_group 1;" ::: "memory");
+    }
 
     /// The sum of a register over the threads whose numbers differ in the bits kStride, 2 kStride,
     /// ... below kStride kLanes, in all of them; at most the 32 threads of a warp.
@@ -252,6 +271,7 @@ class Block {
         }
     }
 
+    int thread_ = static_cast<int>(threadIdx.x);
     ElementType* matrices_;
     Real* shared_;
     typename Kernel::Registers registers_;

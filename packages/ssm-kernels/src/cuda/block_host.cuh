@@ -185,6 +185,7 @@ class Block {
     }
 
     void barrier() { ++now_.epoch; }
+    void forget() {}
 
     template <class Says>
     std::uint32_t vote(Says&& says) {
@@ -230,13 +231,15 @@ class Block {
             matrices_.fault("copied to or from an odd address", place);
         for (int i = 0; i < kCount; ++i) {
             matrices_.begin_copy(place + i, exists ? from[i] : ElementType{});
-            copies_.push_back({now_.thread, place + i});
+            copies_.push_back({now_.thread, committed_[now_.thread], place + i});
         }
     }
-    void wait_for_copies(int thread) {
+    void commit_copies(int thread) { ++committed_[thread]; }
+    void wait_for_copies(int thread, bool all = true) {
+        const int end = all ? committed_[thread] + 1 : committed_[thread] - 1;
         std::size_t kept = 0;
         for (const auto& copy : copies_)
-            if (copy.thread == thread)
+            if (copy.thread == thread && copy.group < end)
                 matrices_.end_copy(copy.place);
             else
                 copies_[kept++] = copy;
@@ -280,13 +283,14 @@ class Block {
     }
 
     struct Copy {
-        int thread, place;
+        int thread, group, place;
     };
 
     Progress now_;
     CheckedMemory<Real> shared_;
     CheckedMemory<ElementType> matrices_;
     std::vector<Copy> copies_;
+    int committed_[Kernel::kThreads] = {};  // groups
     typename Kernel::Registers registers_[Kernel::kThreads] = {};
     std::int64_t phases_ = 0;
 };

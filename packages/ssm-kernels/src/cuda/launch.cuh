@@ -14,6 +14,14 @@ namespace ssm::cuda {
 /// fixed, so that nothing depends on the device.
 constexpr std::int64_t kMostBlocks = std::int64_t{1} << 30;
 
+/// Shared memory of a block of a kernel.
+template <class Real, class Kernel>
+std::int64_t shared_bytes(const Kernel& kernel) {
+    using Matrices = MatrixElement<Kernel>;
+    return kernel.shared_size() * static_cast<std::int64_t>(sizeof(Real)) +
+           Matrices::size(kernel) * static_cast<std::int64_t>(sizeof(typename Matrices::Type));
+}
+
 #if defined(__CUDACC__)
 
 [[noreturn]] inline void fail_launch(const char* op, cudaError_t error) {
@@ -54,16 +62,21 @@ class OnDevice {
     bool changed_ = false;
 };
 
+/// Shared memory of a multiprocessor in bytes: how often blocks take what they could have at once
+/// may depend on it, and no result.
+inline std::int64_t shared_of_multiprocessor(const Device& device) {
+    int bytes = 0;
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device.index);
+    return bytes;
+}
+
 /// Runs `kernel` on `count` blocks. Throws std::runtime_error when the launch fails.
 template <class Real, class Kernel>
 void launch(const char* op, const Kernel& kernel, std::int64_t count, const Device& device,
             const Exec& exec) {
     if (count == 0) return;
     const OnDevice on(op, device);
-    using Matrices = MatrixElement<Kernel>;
-    const auto bytes = static_cast<std::size_t>(
-        kernel.shared_size() * static_cast<std::int64_t>(sizeof(Real)) +
-        Matrices::size(kernel) * static_cast<std::int64_t>(sizeof(typename Matrices::Type)));
+    const auto bytes = static_cast<std::size_t>(shared_bytes<Real>(kernel));
     constexpr std::size_t kWithoutAsking = 48 << 10;
     if (bytes > kWithoutAsking) {
         const cudaError_t error =
@@ -80,6 +93,8 @@ void launch(const char* op, const Kernel& kernel, std::int64_t count, const Devi
 }
 
 #else
+
+inline std::int64_t shared_of_multiprocessor(const Device&) { return 228 << 10; }
 
 template <class Real, class Kernel>
 void launch(const char*, const Kernel& kernel, std::int64_t count, const Device&, const Exec&) {

@@ -199,7 +199,7 @@ class SsdPieces {
 /// Begins to bring the steps of a piece and `columns` columns of a tensor (B, L, G, N) to a matrix
 /// (step, column), from the element (0, 0, group, first) of the row on. What does not exist is
 /// zero, and so are skipped steps.
-template <class Element, int kColumns, class Block>
+template <class Element, int kColumns, int kThreads = kSsdThreads, class Block>
 SSM_DEVICE void fetch_rows(Block& block, int thread, const Matrix& to, const Plane<4>& tensor,
                            bool copies, std::int64_t row, std::int64_t group, std::int64_t first,
                            std::int64_t columns, const SsdPiece& piece) {
@@ -207,14 +207,15 @@ SSM_DEVICE void fetch_rows(Block& block, int thread, const Matrix& to, const Pla
                               group * tensor.stride[2] + first * tensor.stride[3];
     if (copies) {
         constexpr int kWidth = 16 / sizeof(Element), kPerRow = kColumns / kWidth;
-        const Element* const from = static_cast<const Element*>(tensor.data);
-        SSM_UNROLL
-        for (int i = 0; i < kSsdTile * kPerRow / kSsdThreads; ++i) {
-            const int chunk = i * kSsdThreads + thread;
-            const int step = chunk / kPerRow, column = chunk % kPerRow * kWidth;
+        constexpr int kRows = kThreads / kPerRow;
+        const int first_step = thread / kPerRow, column = thread % kPerRow * kWidth;
+        const Element* const none = static_cast<const Element*>(tensor.data);
+        const Element* from = none + base + first_step * tensor.stride[1] + column;
+        SSM_UNROLL_TWICE
+        for (int step = first_step; step < kSsdTile; step += kRows) {
             const bool exists = piece.has(step) && column < columns;
-            block.copy(to.at(step, column),
-                       exists ? from + base + step * tensor.stride[1] + column : from, exists);
+            block.copy(to.at(step, column), exists ? from : none, exists);
+            from += kRows * tensor.stride[1];
         }
         return;
     }
@@ -222,7 +223,7 @@ SSM_DEVICE void fetch_rows(Block& block, int thread, const Matrix& to, const Pla
         using Memory = std::remove_pointer_t<decltype(type)>;
         const Memory* const from = static_cast<const Memory*>(tensor.data) + base;
         SSM_ROLLED
-        for (int pair = thread; pair < kSsdTile * kColumns / 2; pair += kSsdThreads) {
+        for (int pair = thread; pair < kSsdTile * kColumns / 2; pair += kThreads) {
             const int step = pair / (kColumns / 2), column = pair % (kColumns / 2) * 2;
             const auto value = [&](int at) -> typename Block::RealType {
                 return piece.has(step) && at < columns
@@ -324,14 +325,28 @@ SSM_DEVICE void write_decays(Block& block, Warp<Block>& warp, const SsdInputs& i
 
 // States ----------------------------------------------------------------------------------------
 
-/// Calls use(i, channel, state) for the accumulators of a lane whose rows are the channels of a
-/// warp and whose columns are states: i of kStates / 2.
+/// Calls use(n, i, exists, offset) for the accumulators [n][i] of a lane whose rows are the
+/// channels of a slab and whose columns are states: whether there is such a channel and state, and
+/// where it is in memory with these strides, from the first of the slab on.
 template <int kStates, class Use>
-SSM_DEVICE void each_state(int thread, Use&& use) {
-    const int lane = thread % kWarp, channel = thread / kWarp * 16 + lane / 4;
+SSM_DEVICE void each_state(const SsdInputs& in, const SsdPart& part, int thread,
+                           std::int64_t channel_stride, std::int64_t state_stride, Use&& use) {
+    const int lane = thread % kWarp, channel = thread / kWarp % 4 * 16 + lane / 4;
+    const int first = thread / kSsdThreads * kStates + lane % 4 * 2;
+    const std::int64_t lower = 8 * channel_stride, next = 8 * state_stride;
+    const bool here = channel < part.channels, below = channel + 8 < part.channels;
+    int left = static_cast<int>(in.dstate) - first;
+    std::int64_t offset = channel * channel_stride + first * state_stride;
     SSM_UNROLL
-    for (int i = 0; i < kStates / 2; ++i)
-        use(i, channel + i % 4 / 2 * 8, i / 4 * 8 + lane % 4 * 2 + i % 2);
+    for (int n = 0; n < kStates / 8; ++n) {
+        use(n, 0, here && left > 0, offset);
+        use(n, 1, here && left > 1, offset + state_stride);
+        use(n, 2, below && left > 0, offset + lower);
+        use(n, 3, below && left > 1, offset + lower + state_stride);
+        offset += next, left -= 8;
+        // More accesses at a time would not leave registers for anything else.
+        if (n % 4 == 3) keep_order();
+    }
 }
 
 /// State number `sequence` of (S, H, P, N) as the accumulators of a lane; 0 where there is none.
@@ -346,11 +361,10 @@ SSM_DEVICE void take_state(const SsdInputs& in, const SsdPart& part, const Plane
     visit(states.dtype, [&](auto* type) {
         using Memory = std::remove_pointer_t<decltype(type)>;
         const Memory* const from = static_cast<const Memory*>(states.data) + base;
-        each_state<kStates>(thread, [&](int i, int channel, int state) {
-            if (channel < part.channels && state < in.dstate)
-                h[i / 4][i % 4] = static_cast<Real>(
-                    widen(from[channel * states.stride[2] + state * states.stride[3]]));
-        });
+        each_state<kStates>(in, part, thread, states.stride[2], states.stride[3],
+                            [&](int n, int i, bool exists, std::int64_t offset) {
+                                if (exists) h[n][i] = static_cast<Real>(widen(from[offset]));
+                            });
     });
 }
 
@@ -363,10 +377,10 @@ SSM_DEVICE void put_state(const SsdInputs& in, const SsdPart& part, const Plane<
     visit(states.dtype, [&](auto* type) {
         using Memory = std::remove_pointer_t<decltype(type)>;
         Memory* const to = static_cast<Memory*>(states.data) + base;
-        each_state<kStates>(thread, [&](int i, int channel, int state) {
-            if (channel < part.channels && state < in.dstate)
-                narrow(h[i / 4][i % 4], to[channel * states.stride[2] + state * states.stride[3]]);
-        });
+        each_state<kStates>(in, part, thread, states.stride[2], states.stride[3],
+                            [&](int n, int i, bool exists, std::int64_t offset) {
+                                if (exists) narrow(h[n][i], to[offset]);
+                            });
     });
 }
 

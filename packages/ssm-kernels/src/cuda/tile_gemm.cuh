@@ -241,4 +241,12 @@ void multiply(Warp&, Sums&& sums, Left&& left, Right&& right, int side) {
 
 #endif
 
+/// sums(lane, side) += left times the right operand `side`, for both sides.
+template <class Warp, class Left, class Right, class Sums>
+SSM_DEVICE void multiply_both(Warp& warp, Left& left, Right& right, Sums&& sums) {
+    SSM_UNROLL
+    for (int side = 0; side < 2; ++side)
+        multiply(warp, [&](int lane) -> auto& { return sums(lane, side); }, left, right, side);
+}
+
 }  // namespace ssm::cuda

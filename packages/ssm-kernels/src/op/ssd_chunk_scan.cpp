@@ -4,6 +4,7 @@
 #include <cstdio>
 
 #include "check.h"
+#include "cuda_kernels.h"
 #include "isa.h"
 #include "runs.h"
 
@@ -48,11 +49,15 @@ Axes check_inputs(const SsdChunkScanArgs& args, std::initializer_list<TensorView
     Axes axes{{"B", sizes[0]}, {"L", sizes[1]}, {"H", sizes[2]},
               {"P", sizes[3]}, {"N", 0},        {"S", sizes[0]}};
     check.input("X", args.X, {axes.batch, axes.seqlen, axes.heads, axes.headdim});
-    check_device_served(kOp, args.X.device);
+    const auto* gpu = cuda_kernels(kOp, args.X.device);  // refuses a device that nothing serves
     check.input("dt", args.dt, {axes.batch, axes.seqlen, axes.heads});
     check.input("A", args.A, {axes.heads});
     axes.dstate.size = args.B.ndim == 4 ? args.B.shape[3] : 1;
     check_group_input(check, "B", args.B, axes);
+    if (gpu != nullptr && axes.dstate.size > kSsdChunkScanGpuStates)
+        check.fail("B",
+                   "have at most " + std::to_string(kSsdChunkScanGpuStates) + " states on a GPU",
+                   std::to_string(axes.dstate.size));
     check_group_input(check, "C", args.C, axes);
     if (args.D.ndim == 2)
         check.input("D", args.D, {axes.heads, axes.headdim});
@@ -97,9 +102,25 @@ void ssd_chunk_scan_fwd(const SsdChunkScanArgs& args, const Exec& exec) {
     check.optional_output("final_states", args.final_states,
                           {axes.states, axes.heads, axes.headdim, axes.dstate});
     if (present(args.checkpoints)) check_checkpoints(check, args, axes);
+    if (const auto* gpu = cuda_kernels(kOp, args.X.device)) {
+        const WithWorkspace with(kOp, exec, args.X.device, gpu->ssd_chunk_scan_fwd_workspace(args));
+        return gpu->ssd_chunk_scan_fwd(args, axes.states.size, with.exec());
+    }
     const RunTable runs(kOp, args.seq_idx, axes.batch.size, axes.seqlen.size,
                         args.state_per_sequence, axes.states.size);
     cpu::ssd_chunk_scan_fwd.active()(args, runs.view(), thread_count(exec));
+}
+
+std::int64_t ssd_chunk_scan_fwd_workspace(const SsdChunkScanArgs& args) {
+    const Checker check(kOp, args.X.device);
+    check.rank("X", args.X, 4, "(B, L, H, P)");
+    const Axis batch{"B", args.X.shape[0]}, seqlen{"L", args.X.shape[1]},
+        heads{"H", args.X.shape[2]};
+    const Axis dstate{"N", args.B.ndim == 4 ? args.B.shape[3] : 1};
+    check_group_input(check, "B", args.B, {batch, seqlen, heads, {"P", 0}, dstate, batch});
+    check_group_input(check, "C", args.C, {batch, seqlen, heads, {"P", 0}, dstate, batch});
+    const auto* gpu = cuda_kernels(kOp, args.X.device);
+    return gpu != nullptr ? gpu->ssd_chunk_scan_fwd_workspace(args) : 0;
 }
 
 void ssd_chunk_scan_bwd(const SsdChunkScanArgs& args, const SsdChunkScanGrads& grads,
@@ -124,6 +145,7 @@ void ssd_chunk_scan_bwd(const SsdChunkScanArgs& args, const SsdChunkScanGrads& g
     if (present(args.dt_bias)) check.output("ddt_bias", grads.ddt_bias, {axes.heads});
     check.optional_output("dinitial_states", grads.dinitial_states,
                           {axes.states, axes.heads, axes.headdim, axes.dstate});
+    check_device_served(kOp, args.X.device);
     const RunTable runs(kOp, args.seq_idx, axes.batch.size, axes.seqlen.size,
                         args.state_per_sequence, axes.states.size);
     cpu::ssd_chunk_scan_bwd.active()(args, grads, runs.view(), thread_count(exec));

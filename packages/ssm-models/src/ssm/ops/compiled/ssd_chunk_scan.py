@@ -9,11 +9,13 @@ from ssm.ops.compiled.library import (
     is_eager,
     refuse_as,
     refuse_second_gradient,
+    settings,
 )
-from ssm.ops.python import check
+from ssm.ops.python import check, reference
 from ssm.ops.python.arithmetic import acc_dtype
 
 _STEPS = 96  # steps between saved states: kSsdChunkScanCheckpoint of the kernels
+_GPU_STATES = 256  # of a head, at most: kSsdChunkScanGpuStates of the kernels
 _INPUTS = (
     "Tensor X, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
     "Tensor? initial_states, Tensor? seq_idx"
@@ -45,7 +47,13 @@ def _forward(*args):
         dt_high=dt_high,
         softplus=softplus,
         state_per_sequence=per_sequence,
-        num_threads=torch.get_num_threads(),
+        **settings(
+            inputs[0],
+            ssm_kernels.ssd_chunk_scan_fwd_workspace,
+            inputs[0],
+            inputs[3],
+            inputs[4],
+        ),
     )
     return y, final_states, checkpoints
 
@@ -164,6 +172,24 @@ def ssd_chunk_scan(
         seq_idx = seq_meta.positions(X.shape[0], X.shape[1], X.device)
         per_sequence = seq_meta.state_per_sequence
     save = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in inputs)
+    if X.is_cuda and (save or B.shape[-1] > _GPU_STATES):
+        # What the kernels of a GPU lack: a backward, and room in registers for more states.
+        return reference.ssd_chunk_scan(
+            X,
+            dt,
+            A,
+            B,
+            C,
+            chunk_size,
+            D,
+            z,
+            seq_meta,
+            initial_states,
+            dt_bias=dt_bias,
+            softplus=softplus,
+            dt_limit=dt_limit,
+            return_final_states=return_final_states,
+        )
     call = _forward if is_eager(*inputs) else _fwd
     low, high = float(dt_limit[0]), float(dt_limit[1])
     y, final_states, _ = call(

@@ -1,0 +1,286 @@
+"""What only the CUDA sources of ssd_chunk_scan have: pieces, segments, slabs, 16-bit products.
+
+Judges: the float64 loops of tests/judge.py; for products in 16 bits, twice the error of
+tests/ssd_rounding.py, which rounds at the same points.
+"""
+
+import ctypes
+import os
+
+import numpy as np
+import pytest
+import ssm_kernels
+
+from tests import judge, ssd_rounding
+from tests.kernels import test_ssd_chunk_scan as plain
+
+if "SSM_TEST_CUDA_HOST" not in os.environ:
+    pytest.skip("SSM_TEST_CUDA_HOST names no CUDA kernels for the host", allow_module_level=True)
+
+HALF = ("bfloat16", "float16")
+
+
+class Bfloat16:
+    """An array of bfloat16, which NumPy has not, as DLPack sees it."""
+
+    def __init__(self, values):
+        """Round float32 numbers."""
+        self.bits = ssd_rounding.bfloat16_bits(values)
+
+    def __dlpack__(self, **_):
+        """Return a capsule of the bits whose type code says bfloat16."""
+        capsule = self.bits.__dlpack__()
+        pointer = ctypes.pythonapi.PyCapsule_GetPointer
+        pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+        # DLTensor: data, device (two int32), ndim (int32), then the type code. dlpack.h
+        ctypes.c_uint8.from_address(pointer(capsule, b"dltensor") + 8 + 8 + 4).value = 4
+        return capsule
+
+    def __dlpack_device__(self):
+        """Return that of the bits."""
+        return self.bits.__dlpack_device__()
+
+    def numpy(self) -> np.ndarray:
+        """Return the numbers as float32."""
+        return (self.bits.astype("u4") << 16).view("f4")
+
+
+def inputs(batch, seqlen, heads, headdim, dstate, groups=(1, 1), seed=0, dtype="f8") -> dict:
+    """Arguments of all kinds."""
+    rng = np.random.default_rng(seed)
+    make = rng.standard_normal
+    found = {
+        "X": make((batch, seqlen, heads, headdim)),
+        "dt": make((batch, seqlen, heads)) - 1,
+        "A": -np.exp(make(heads)),
+        "B": make((batch, seqlen, groups[0], dstate)),
+        "C": make((batch, seqlen, groups[1], dstate)),
+        "D": make((heads, headdim)),
+        "z": make((batch, seqlen, heads, headdim)),
+        "dt_bias": make(heads),
+        "initial_states": make((batch, heads, headdim, dstate)),
+    }
+    return {name: value.astype(dtype) for name, value in found.items()}
+
+
+def run(arguments: dict, seq_meta=None, y=None, **how) -> tuple[np.ndarray, np.ndarray]:
+    """Call the kernel with poisoned outputs."""
+    X = arguments["X"] if isinstance(arguments["X"], np.ndarray) else arguments["X"].bits
+    ids, per_sequence, num_states = judge.positions(seq_meta, *X.shape[:2])
+    acc = "f8" if X.dtype == np.float64 else "f4"
+    states = np.full((num_states, *arguments["initial_states"].shape[1:]), np.nan, acc)
+    y = np.full(X.shape, np.nan, acc) if y is None else y
+    ssm_kernels.ssd_chunk_scan_fwd(
+        **arguments,
+        seq_idx=None if seq_meta is None else ids,
+        state_per_sequence=per_sequence,
+        y=y,
+        final_states=states,
+        softplus=True,
+        **how,
+    )
+    return y, states
+
+
+def meta(kind: str, batch: int, seqlen: int) -> dict | None:
+    """Sequences of uneven length, some within one tile, one without a step, skipped steps."""
+    if kind == "none":
+        return None
+    mask = np.ones((batch, seqlen), bool)
+    mask[:, seqlen // 2 : seqlen // 2 + 3] = False
+    mask[0, :2] = False
+    mask[-1, seqlen // 3 - 1 :: 7] = False
+    lengths = [1, seqlen // 3, 0, seqlen // 4, 1, 5]
+    lengths.append(seqlen - sum(lengths))
+    if kind == "packed":
+        return {"cu_seqlens": np.cumsum([0, *lengths * batch]), "mask": mask}
+    ids = np.repeat(np.arange(len(lengths)), lengths)
+    return {"seq_idx": np.tile(ids, (batch, 1)), "mask": mask}
+
+
+def with_states(arguments: dict, seq_meta) -> dict:
+    """Give every sequence an initial state."""
+    num_states = judge.positions(seq_meta, *arguments["X"].shape[:2])[2]
+    shape = (num_states, *arguments["initial_states"].shape[1:])
+    made = np.random.default_rng(5).standard_normal(shape)
+    return {**arguments, "initial_states": made.astype(arguments["initial_states"].dtype)}
+
+
+@pytest.mark.parametrize("sequences", ["none", "rows", "packed"])
+@pytest.mark.parametrize(
+    ("heads", "headdim", "dstate", "seqlen", "groups"),
+    [
+        (2, 64, 16, 1200, (1, 2)),  # segments
+        (6, 5, 3, 700, (2, 3)),
+        (1, 130, 64, 130, (1, 1)),  # slabs of channels
+        (1, 8, 128, 65, (1, 1)),
+        (1, 3, 200, 200, (1, 1)),  # slabs of states
+    ],
+)
+def test_pieces_segments_and_slabs(heads, headdim, dstate, seqlen, groups, sequences):
+    seq_meta = meta(sequences, 2, seqlen)
+    arguments = with_states(inputs(2, seqlen, heads, headdim, dstate, groups), seq_meta)
+    y, states = run(arguments, seq_meta)
+    want_y, want_states = judge.ssd_chunk_scan(**arguments, seq_meta=seq_meta, softplus=True)
+    np.testing.assert_allclose(y, want_y, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(states, want_states, rtol=1e-10, atol=1e-10)
+
+
+def assert_as_good_as_rounding(arguments: dict, seq_meta, dtype: str, **how) -> None:
+    """Hold the kernel to twice the error of the model, in the root mean square and at worst."""
+    rounds = {name: value.astype("f4") for name, value in arguments.items() if value is not None}
+    for name in ("X", "B", "C"):
+        rounds[name] = ssd_rounding.rounded(rounds[name], dtype)
+    arguments = {name: rounds.get(name) for name in arguments}
+    given = dict(arguments)
+    for name in ("X", "B", "C"):
+        value = arguments[name]
+        given[name] = Bfloat16(value) if dtype == "bfloat16" else value.astype(dtype)
+    how = {"softplus": True, "dt_low": 0.0, "dt_high": np.inf} | how
+    limit = how["dt_low"], how["dt_high"]
+    want = judge.ssd_chunk_scan(
+        **arguments, seq_meta=seq_meta, softplus=how["softplus"], dt_limit=limit
+    )
+    ids, per_sequence, num_states = judge.positions(seq_meta, *arguments["X"].shape[:2])
+    states = arguments["initial_states"]
+    if states is None:
+        shape = (num_states, *arguments["X"].shape[2:], arguments["B"].shape[3])
+        states = np.zeros(shape, "f4")
+    y = np.full(arguments["X"].shape, np.nan, "f4")
+    found = np.full(states.shape, np.nan, "f4")
+    ssm_kernels.ssd_chunk_scan_fwd(
+        **given,
+        seq_idx=None if seq_meta is None else ids,
+        state_per_sequence=per_sequence,
+        y=y,
+        final_states=found,
+        **how,
+    )
+    model = ssd_rounding.ssd_chunk_scan(
+        dtype,
+        **{**arguments, "initial_states": states},
+        ids=ids,
+        per_sequence=per_sequence,
+        **how,
+    )
+    for name, got, judged, rounded in zip(("y", "states"), (y, found), want, model, strict=True):
+        if not judged.size:
+            continue
+        error, allowed = np.abs(got - judged), np.abs(rounded - judged)
+        floor = 1e-5 * (1 + np.abs(judged).max())  # of float32 itself
+        for norm in (np.max, lambda values: np.sqrt(np.mean(values**2))):
+            assert norm(error) <= 2 * norm(allowed) + floor, (name, norm(error), norm(allowed))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("case", plain.ALL, ids=str)
+def test_half_is_as_good_as_its_rounding(case, dtype):
+    arguments = plain.arguments_of(case)
+    softplus, seq_meta = arguments.pop("softplus"), arguments.pop("seq_meta")
+    limit = arguments.pop("dt_limit", (0.0, np.inf))
+    how = {"softplus": softplus, "dt_low": limit[0], "dt_high": limit[1]}
+    assert_as_good_as_rounding(arguments, seq_meta, dtype, **how)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dstate", [64, 128, 256])
+@pytest.mark.parametrize("sequences", ["none", "packed"])
+def test_half_of_real_sizes(dstate, dtype, sequences):
+    seq_meta = meta(sequences, 1, 200)
+    arguments = with_states(inputs(1, 200, 2, 64, dstate, dtype="f4"), seq_meta)
+    assert_as_good_as_rounding(arguments, seq_meta, dtype)
+
+
+@pytest.mark.parametrize("strength", [1e-3, 1.0, 100.0])
+@pytest.mark.parametrize("dtype", ["float32", *HALF])
+def test_decays_of_all_sizes(dtype, strength):
+    """Sums of logarithms over a tile reach thousands; those between neighbours stay exact."""
+    arguments = inputs(1, 130, 2, 16, 32, dtype="f4")
+    arguments["A"] = -strength * np.array([0.5, 1.5], "f4")
+    arguments["dt"][:, ::9] = 4.0
+    assert_as_good_as_rounding(arguments, None, dtype)
+
+
+def test_growing_states():
+    arguments = inputs(1, 70, 1, 4, 4)
+    arguments["A"] = np.array([0.3])
+    y, states = run(arguments)
+    want_y, want_states = judge.ssd_chunk_scan(**arguments, softplus=True)
+    np.testing.assert_allclose(y, want_y, rtol=1e-10, atol=1e-10 * np.abs(want_y).max())
+    np.testing.assert_allclose(states, want_states, rtol=1e-10)
+
+
+def test_states_beyond_float16_stay_large():
+    arguments = inputs(1, 70, 1, 4, 4, dtype="f4")
+    arguments = {**arguments, "D": None, "z": None}
+    arguments["initial_states"] *= 1e6
+    arguments["A"] = np.array([-1e-3], "f4")
+    given = {**arguments, **{n: arguments[n].astype("f2") for n in ("X", "B", "C")}}
+    y, states = run(given)
+    assert np.isfinite(y).all()
+    want = judge.ssd_chunk_scan(**{**arguments, **given}, softplus=True)[1]
+    np.testing.assert_allclose(states, want, rtol=1e-3, atol=1)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+def test_sequences_do_not_see_each_other(dtype):
+    """NaN in one sequence stays there, although one tile holds several."""
+    lengths = [10, 20, 30, 60, 80]
+    seq_meta = {"cu_seqlens": np.cumsum([0, *lengths])}
+    arguments = with_states(inputs(1, 200, 2, 5, 4, dtype=dtype), seq_meta)
+    want_y, want_states = run(arguments, seq_meta)
+    for name in ("X", "dt", "B", "C", "z"):
+        arguments[name][:, 10:30] = np.nan
+    y, states = run(arguments, seq_meta)
+    y[:, 10:30], states[1] = want_y[:, 10:30], want_states[1]
+    np.testing.assert_array_equal(y, want_y)
+    np.testing.assert_array_equal(states, want_states)
+
+
+@pytest.mark.parametrize("sequences", ["rows", "packed"])
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
+def test_what_is_skipped_is_not_looked_at(sequences, dtype):
+    seq_meta = meta(sequences, 2, 150)
+    arguments = with_states(inputs(2, 150, 2, 5, 4, dtype=dtype), seq_meta)
+    want = run(arguments, seq_meta)
+    skipped = judge.positions(seq_meta, 2, 150)[0] < 0
+    assert skipped.any()
+    for name in ("X", "dt", "B", "C", "z"):
+        arguments[name][skipped] = np.nan
+    y, states = run(arguments, seq_meta)
+    np.testing.assert_array_equal(y, want[0])
+    np.testing.assert_array_equal(states, want[1])
+    assert not y[skipped].any()
+
+
+def test_layouts_agree():
+    """Memory that comes in packs of 16 bytes, and the same numbers where it does not."""
+    arguments = inputs(2, 100, 2, 64, 32, dtype="f4")
+    want = run(arguments)
+    spread = {}
+    for name, value in arguments.items():
+        wide = np.full((*value.shape[:-1], 2 * value.shape[-1] + 1), np.nan, "f4")
+        spread[name] = wide[..., 1::2]
+        spread[name][...] = value
+    wide = np.full((*want[0].shape[:-1], 2 * want[0].shape[-1]), np.nan, "f4")
+    y, states = run(spread, y=wide[..., ::2])
+    np.testing.assert_array_equal(y, want[0])
+    np.testing.assert_array_equal(states, want[1])
+    assert np.isnan(wide[..., 1::2]).all()
+
+
+def test_workspace_and_states_at_most():
+    arguments = inputs(1, 1024, 1, 4, 4)
+    size = ssm_kernels.ssd_chunk_scan_fwd_workspace(*(arguments[n] for n in "XBC"))
+    assert size > 0
+    short = [arguments[n][:, :100] for n in "XBC"]
+    assert ssm_kernels.ssd_chunk_scan_fwd_workspace(*short) == 0
+    want = run(arguments)
+    memory = np.full(size + 32, 0xFF, np.uint8)
+    start = -memory.ctypes.data % 16
+    got = run(arguments, workspace=memory[start : start + size])
+    np.testing.assert_array_equal(got[0], want[0])
+    assert (memory[:start] == 0xFF).all()
+    assert (memory[start + size :] == 0xFF).all()
+    with pytest.raises(ValueError, match="B must have at most 256 states on a GPU, got 257"):
+        run(inputs(1, 2, 1, 1, 257))
