@@ -6,6 +6,8 @@ kernels round them (docs/ops/ssd_chunk_scan.md, "On a GPU"). Kernels are held to
 
 import numpy as np
 
+from tests import judge
+
 TILE = 64
 
 
@@ -40,21 +42,23 @@ def pieces(ids: np.ndarray, per_sequence: bool) -> list[tuple[int, int, int | No
     return found
 
 
-def ssd_chunk_scan(dtype, X, dt, A, B, C, D, z, dt_bias, initial_states, ids, per_sequence, **how):
-    """Return y and the final states of float32 inputs of the shapes that the kernels take.
-
-    Args:
-        dtype: what operands of products are rounded to: "bfloat16", "float16" or "float32".
-        X, dt, A, B, C, D, z, dt_bias, initial_states: float32; D, z, dt_bias may be None.
-        ids: (B, L), the sequence of each step, -1 where it is skipped.
-        per_sequence: states belong to sequences, else to rows.
-        how: softplus, dt_low and dt_high.
-    """
+def ssd_chunk_scan(
+    dtype, X, dt, A, B, C, chunk_size=None, D=None, z=None, seq_meta=None, initial_states=None, *,
+    dt_bias=None, softplus=False, dt_limit=(0.0, np.inf),
+):  # fmt: skip
+    """Return y and final_states of what the judge takes, operands rounded to `dtype`, by name."""
+    X, dt, A, B, C, D, z, dt_bias, initial_states = (
+        None if value is None else np.asarray(value, "f4")
+        for value in (X, dt, A, B, C, D, z, dt_bias, initial_states)
+    )
+    ids, per_sequence, num_states = judge.positions(seq_meta, *X.shape[:2])
+    if initial_states is None:
+        initial_states = np.zeros((num_states, *X.shape[2:], B.shape[3]), "f4")
     batch, _, heads, headdim = X.shape
     size = dt + (0 if dt_bias is None else dt_bias)
-    if how["softplus"]:
+    if softplus:
         size = np.maximum(size, 0) + np.log1p(np.exp(-np.abs(size)))
-    size = np.where(ids[..., None] < 0, 0, np.clip(size, how["dt_low"], how["dt_high"]))
+    size = np.where(ids[..., None] < 0, 0, np.clip(size, *dt_limit))
     size = size.astype("f4")
     y, final = np.zeros_like(X), initial_states.copy()
     for row in range(batch):
@@ -89,4 +93,4 @@ def ssd_chunk_scan(dtype, X, dt, A, B, C, D, z, dt_bias, initial_states, ids, pe
         y += rounded(X, dtype) * (D if D.ndim == 2 else D[:, None])
     if z is not None:
         y *= z / (1 + np.exp(-z))
-    return np.where(ids[..., None, None] < 0, 0, y), final
+    return {"y": np.where(ids[..., None, None] < 0, 0, y), "final_states": final}

@@ -187,8 +187,9 @@ def compare(op: str, case, dtype: str, device: str) -> dict:
     served = dispatch.why(op, main)
     if f": {device}," not in served:
         raise AssertionError(f"served by another backend: {served}")
+    bounds = bounds_of(op, dtype, narrow, want, device)
     for name, value in want.items():
-        assert_close(name, got[name], value, TOLERANCES[op, dtype])
+        assert_close(name, got[name], value, bounds[name])
         if not torch.equal(bits(got[name]), bits(again[name])):
             raise AssertionError(f"{name}: other bits in a second call")
     if op in IN_PLACE:
@@ -209,6 +210,26 @@ def compare(op: str, case, dtype: str, device: str) -> dict:
         if not torch.equal(bits(found[name]), bits(again[name])):
             raise AssertionError(f"d{name}: other bits in a second call")
     return {"served": "outputs and gradients"}
+
+
+def bounds_of(op: str, dtype: str, arguments: dict, want: dict, device: str) -> dict:
+    """Return how far each output may be from `want`.
+
+    Products of 16 bits round their operands on a GPU: there the bound is what the row of the
+    operator says, and twice the error of a model that rounds at the same points.
+    """
+    from tests import ssd_rounding
+    from tests.tensors import arrays
+    from tests.tolerances import TOLERANCES
+
+    row = TOLERANCES[op, dtype]
+    bounds = dict.fromkeys(want, row)
+    if op != "ssd_chunk_scan" or dtype == "float32" or device == "cpu":
+        return bounds
+    for name, rounded in ssd_rounding.ssd_chunk_scan(dtype, **arrays(arguments)).items():
+        error = abs(rounded - want[name].numpy()).max(initial=0.0)
+        bounds[name] = row._replace(atol=row.atol + 2 * float(error))
+    return bounds
 
 
 def to_device(value, device: str):
