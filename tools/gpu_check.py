@@ -141,15 +141,26 @@ def environment_of(device: str) -> dict:
         return found
     from ssm_kernels import _cuda
 
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True).stdout.strip().split("\n")[0]
+    from ssm.utils import dispatch
+
     return {
         **found,
         "gpu": torch.cuda.get_device_name(),
-        "driver": driver,
+        "driver": driver_version(),
         "architectures": list(_cuda.architectures),
-        "operators": list(_cuda.operators),
+        # Some files hold several operators.
+        "operators": [
+            op for op in dispatch.OPERATORS if dispatch.FILES.get(op, op) in _cuda.operators
+        ],
     }
+
+
+def driver_version() -> str | None:
+    """Return what nvidia-smi says, where there is one."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True).stdout.strip().split("\n")[0]
 
 
 def check_matrix(report: Report, operators: list[str], device: str, small: bool) -> None:
@@ -274,7 +285,8 @@ def sanitize(program: str | None, command: list[str]) -> dict:
         [*command, "--json", str(scratch)], capture_output=True, text=True, timeout=SANITIZER_LIMIT
     )
     if done.returncode != 0:
-        return {"fault": "\n".join((done.stdout + done.stderr).strip().splitlines()[-30:])}
+        said = (done.stdout + done.stderr).strip().splitlines()[-30:]
+        return {"fault": "\n".join([f"status {done.returncode}", *said])}
     return {"clean": True}
 
 
