@@ -26,7 +26,7 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
 
     Args:
         linear: nn.Linear or what replaced it. It is called, unless it is an nn.Linear without
-            hooks and no gradient is wanted: then nothing but the product can tell the difference.
+            hooks: then nothing but the product can tell the difference.
         x: (..., D_in), floating point.
 
     Returns:
@@ -73,6 +73,33 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     if not _is_ours(x, weight, bias):
         return nn.functional.linear(x, weight, bias)
+    given = (x, weight) if bias is None else (x, weight, bias)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        return _Product.apply(x, weight, bias)
+    return _multiply(x, weight, bias)
+
+
+class _Product(torch.autograd.Function):
+    """The product with its gradients, which are torch's own products."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return _multiply(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        rows = dy.flatten(0, -2)
+        return (
+            dy @ weight if wants_x else None,
+            rows.t() @ x.flatten(0, -2) if wants_weight else None,
+            rows.sum(0) if wants_bias else None,
+        )
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     width, inner = weight.shape
     rows = x.numel() // inner
     if rows > _FEW_ROWS:
@@ -106,5 +133,12 @@ def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
-        and is_eager(x, weight, bias)
+        and _is_eager(x, weight, bias)
     )
+
+
+def _is_eager(*tensors: Tensor | None) -> bool:
+    if not torch.is_grad_enabled():
+        return is_eager(*tensors)
+    with torch.no_grad():  # a gradient does not matter here
+        return is_eager(*tensors)
