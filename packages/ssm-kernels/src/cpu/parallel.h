@@ -7,31 +7,45 @@
 
 namespace ssm::cpu::SSM_ISA {
 
+/// Tasks that one thread begins with. On a line of its own: its thread takes from it all the time.
+struct alignas(64) Share {
+    std::int64_t next, end;
+};
+
+/// The next task of a share, or one that is not before its end.
+SSM_INLINE std::int64_t take(Share& share) {
+    return __atomic_fetch_add(&share.next, 1, __ATOMIC_RELAXED);
+}
+
 /// Calls body(task, thread) for each task in [0, tasks), thread in [0, threads).
 /// How tasks are cut may not depend on `threads`: then results do not depend on it either.
+/// Each thread does its share of neighbouring tasks, the same one in every call, since its cache
+/// may still hold what they read or wrote; whoever is done helps the others.
 /// The thread count is a clause of this region; the process-wide setting belongs to others.
 template <class Body>
 static inline void parallel_for(std::int64_t tasks, int threads, const Body& body) {
+    constexpr int kMostThreads = 256;
     if (threads > tasks) threads = static_cast<int>(tasks);
+    if (threads > kMostThreads) threads = kMostThreads;
     if (threads <= 1) {
         for (std::int64_t task = 0; task < tasks; ++task) body(task, 0);
         return;
     }
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (std::int64_t task = 0; task < tasks; ++task) body(task, omp_get_thread_num());
-}
-
-/// The same for tasks of one cost: thread i takes the i-th share of them, so that in the next call
-/// the same data meets the same cache.
-template <class Body>
-static inline void parallel_for_shares(std::int64_t tasks, int threads, const Body& body) {
-    if (threads > tasks) threads = static_cast<int>(tasks);
-    if (threads <= 1) {
-        for (std::int64_t task = 0; task < tasks; ++task) body(task, 0);
-        return;
+    Share shares[kMostThreads];
+    const std::int64_t each = tasks / threads, more = tasks % threads;
+    for (std::int64_t i = 0, begin = 0; i < threads; ++i) {
+        shares[i] = {begin, begin + each + (i < more)};
+        begin = shares[i].end;
     }
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (std::int64_t task = 0; task < tasks; ++task) body(task, omp_get_thread_num());
+#pragma omp parallel num_threads(threads)
+    {
+        const int own = omp_get_thread_num();
+        for (int i = 0; i < threads; ++i) {
+            Share& share = shares[(own + i) % threads];
+            for (std::int64_t task = take(share); task < share.end; task = take(share))
+                body(task, own);
+        }
+    }
 }
 
 }  // namespace ssm::cpu::SSM_ISA

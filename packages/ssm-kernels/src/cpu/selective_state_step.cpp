@@ -15,7 +15,34 @@ namespace {
 constexpr std::int64_t kMostChannels = 128;      // of one task
 constexpr std::int64_t kTaskStates = 8192;       // state elements of one task, as far as possible
 constexpr std::int64_t kSerialStates = 65536;    // below, waking a thread costs more than it gains
-constexpr std::int64_t kCachedStates = 1 << 19;  // up to here the cores keep their states in cache
+constexpr std::int64_t kCachedStates = 1 << 22;  // up to here caches hold the states
+
+/// Sizes of one call and its cut into tasks, which depends on nothing but these sizes.
+template <class T>
+struct StepShape {
+    std::int64_t batch, tokens, heads, headdim, dstate;
+    std::int64_t padded_dstate;  // whole vectors
+    std::int64_t channels;       // of one task: whole vectors
+    std::int64_t blocks;         // tasks per head
+    bool tied;                   // A does not depend on n
+    bool in_memory;              // the states are more than caches hold
+
+    explicit StepShape(const SelectiveStateStepArgs& args)
+        : batch(args.x.shape[0]),
+          tokens(args.x.shape[1]),
+          heads(args.x.shape[2]),
+          headdim(args.x.shape[3]),
+          dstate(args.state.shape[3]),
+          padded_dstate((dstate + kLanes<T> - 1) / kLanes<T> * kLanes<T>),
+          tied(dstate == 1 || (dstate > 0 && args.A.stride[2] == 0)),
+          in_memory(batch * heads * headdim * dstate > kCachedStates) {
+        const std::int64_t fitting = kTaskStates / max(padded_dstate, 1) / kLanes<T> * kLanes<T>;
+        channels = max(kLanes<T>, min(kMostChannels, fitting));
+        channels = min(channels, (headdim + kLanes<T> - 1) / kLanes<T> * kLanes<T>);
+        blocks = channels > 0 ? (headdim + channels - 1) / channels : 0;
+    }
+    std::int64_t states() const { return batch * tokens * heads * headdim * dstate; }
+};
 
 /// A square of channels at one token. Rows of h and A are whole vectors long.
 template <class T>
@@ -41,10 +68,11 @@ SSM_INLINE Vec<T> advance_state(const Square<T>& at, int i, std::int64_t n, Vec<
     return next;
 }
 
-/// h = decay h + drive B for a square of channels; returns sum_n C h of each.
-template <class T, bool kTied>
+/// h = decay h + drive B for a square of channels; returns sum_n C h of each. Walks kGroup channels
+/// together.
+template <class T, bool kTied, int kGroup>
 SSM_INLINE Vec<T> advance_square(const Square<T>& at, std::int64_t dstate) {
-    constexpr int n = kLanes<T>, group = n < 4 ? n : 4;
+    constexpr int n = kLanes<T>, group = n < kGroup ? n : kGroup;
     Vec<T> sums[n];
     if (dstate == n) {
         const Vec<T> b = load<T>(at.B), c = load<T>(at.C);
@@ -52,7 +80,6 @@ SSM_INLINE Vec<T> advance_square(const Square<T>& at, std::int64_t dstate) {
         for (int i = 0; i < n; ++i) sums[i] = c * advance_state<T, kTied>(at, i, 0, b);
         return sum_lanes<T>(sums);
     }
-    // Few channels at a time: each is a stream through memory.
 #pragma GCC unroll 16
     for (int first = 0; first < n; first += group) {
         Vec<T> sum[group] = {};
@@ -68,34 +95,19 @@ SSM_INLINE Vec<T> advance_square(const Square<T>& at, std::int64_t dstate) {
 }
 
 template <class T>
+SSM_INLINE Vec<T> advance_square(const Square<T>& at, const StepShape<T>& shape) {
+    // From memory, states are fetched ahead best in the order in which they lie there.
+    if (shape.in_memory)
+        return shape.tied ? advance_square<T, true, 1>(at, shape.padded_dstate)
+                          : advance_square<T, false, 1>(at, shape.padded_dstate);
+    return shape.tied ? advance_square<T, true, 4>(at, shape.padded_dstate)
+                      : advance_square<T, false, 4>(at, shape.padded_dstate);
+}
+
+template <class T>
 SSM_INLINE bool is_dense(const TensorView& view, int axis) {
     return view.dtype == (sizeof(T) == 8 ? DType::f64 : DType::f32) && view.stride[axis] == 1;
 }
-
-/// Sizes of one call and its cut into tasks, which depends on nothing but these sizes.
-template <class T>
-struct StepShape {
-    std::int64_t batch, tokens, heads, headdim, dstate;
-    std::int64_t padded_dstate;  // whole vectors
-    std::int64_t channels;       // of one task: whole vectors
-    std::int64_t blocks;         // tasks per head
-    bool tied;                   // A does not depend on n
-
-    explicit StepShape(const SelectiveStateStepArgs& args)
-        : batch(args.x.shape[0]),
-          tokens(args.x.shape[1]),
-          heads(args.x.shape[2]),
-          headdim(args.x.shape[3]),
-          dstate(args.state.shape[3]),
-          padded_dstate((dstate + kLanes<T> - 1) / kLanes<T> * kLanes<T>),
-          tied(dstate == 1 || (dstate > 0 && args.A.stride[2] == 0)) {
-        const std::int64_t fitting = kTaskStates / max(padded_dstate, 1) / kLanes<T> * kLanes<T>;
-        channels = max(kLanes<T>, min(kMostChannels, fitting));
-        channels = min(channels, (headdim + kLanes<T> - 1) / kLanes<T> * kLanes<T>);
-        blocks = channels > 0 ? (headdim + channels - 1) / channels : 0;
-    }
-    std::int64_t states() const { return batch * tokens * heads * headdim * dstate; }
-};
 
 /// Working memory of one task.
 template <class T>
@@ -273,8 +285,7 @@ void step_block(const StepBlock<T>& block, std::int64_t state_row) {
                                    tile.drive + i,
                                    B,
                                    C};
-            Vec<T> sum = shape.tied ? advance_square<T, true>(square, shape.padded_dstate)
-                                    : advance_square<T, false>(square, shape.padded_dstate);
+            Vec<T> sum = advance_square<T>(square, shape);
             if (skip != nullptr) sum += load<T>(skip + i) * load<T>(x + i);
             if (z != nullptr) sum *= silu<T>(load<T>(z + i));
             store<T>(y + i, sum);
@@ -318,10 +329,7 @@ void step_rows(const SelectiveStateStepArgs& args, int wanted_threads) {
             step_block(block, state_row);
     };
     const std::int64_t tasks = shape.batch * shape.heads * shape.blocks;
-    if (shape.states() <= kCachedStates)
-        parallel_for_shares(tasks, threads, step);
-    else
-        parallel_for(tasks, threads, step);
+    parallel_for(tasks, threads, step);
 }
 
 }  // namespace
