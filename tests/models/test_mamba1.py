@@ -5,6 +5,7 @@ Judge: the same module over the whole sequence at once, and the formulas of the 
 
 import copy
 import inspect
+import math
 import pickle
 
 import pytest
@@ -240,6 +241,28 @@ def test_empty(batch, length):
     assert y.shape == x.shape
     y.sum().backward()
     assert all(p.grad is None or (p.grad == 0).all() for p in m.parameters())
+
+
+def test_one_seed_gives_the_weights_of_mamba_ssm():
+    """The released code makes its layers, and draws the step sizes, in this order."""
+    torch.manual_seed(5)
+    made = Mamba1(32, d_state=3)
+    behind = torch.rand(())
+    torch.manual_seed(5)
+    want = {"in_proj": nn.Linear(32, 128, bias=False)}
+    want["conv1d"] = nn.Conv1d(64, 64, 4, groups=64, padding=3)
+    want["x_proj"] = nn.Linear(64, 2 + 2 * 3, bias=False)
+    want["dt_proj"] = nn.Linear(2, 64)
+    nn.init.uniform_(want["dt_proj"].weight, -(2**-0.5), 2**-0.5)
+    low, high = math.log(1e-3), math.log(1e-1)
+    dt = torch.exp(torch.rand(64) * (high - low) + low).clamp(min=1e-4)
+    want["out_proj"] = nn.Linear(64, 32, bias=False)
+    assert torch.equal(behind, torch.rand(()))
+    with torch.no_grad():
+        want["dt_proj"].bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+    for name, layer in want.items():
+        for key, value in layer.state_dict().items():
+            assert torch.equal(made.state_dict()[f"{name}.{key}"], value), f"{name}.{key}"
 
 
 def test_initial_values_are_those_of_the_paper():

@@ -134,6 +134,8 @@ class Mamba1(nn.Module):
         )
         self.x_proj = nn.Linear(self.d_inner, dt_rank + 2 * d_state, bias=False, **factory)
         self.dt_proj = DeltaProjection(dt_rank, self.d_inner, **factory)
+        # Here, so that random numbers are drawn in the order of mamba_ssm.
+        self._init_delta(dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
         self.bcdt_norm = bcdt_norm
         if bcdt_norm == "learned":
             self.dt_norm = RMSNorm(dt_rank, bcdt_norm_eps, **factory)
@@ -145,7 +147,6 @@ class Mamba1(nn.Module):
         self.A_log = nn.Parameter(torch.log(decay_rates).contiguous())
         self.D = nn.Parameter(torch.ones(self.d_inner, **stable))
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **factory)
-        self._init_delta(dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
         self.A_log._no_weight_decay = True
         self.D._no_weight_decay = True
 

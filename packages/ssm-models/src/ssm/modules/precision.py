@@ -27,7 +27,8 @@ class DeltaProjection(nn.Linear):
     """
 
     def __init__(self, dt_rank: int, dim: int, device=None, dtype=None) -> None:
-        super().__init__(dt_rank, dim, bias=False, device=device, dtype=dtype)
+        # With a bias, which draws what it draws in mamba_ssm: one seed, the same weights.
+        super().__init__(dt_rank, dim, bias=True, device=device, dtype=dtype)
         self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=at_least_fp32(dtype)))
 
     def forward(self, dt: Tensor) -> Tensor:
