@@ -16,7 +16,7 @@ struct Backward {
     static constexpr int kBlocksPerUnit = 1;
     static constexpr int kWidth = X::kWidth, kPieces = kRowElements / kWidth;
     /// All of a row is fetched at once; rows of any layout lack the registers.
-    static constexpr bool kAtOnce = !kAnySize<X>;
+    static constexpr bool kAtOnce = !kAnySize<X> && !kAfterHopper;
 
     struct Registers : NormGradRegisters<Real> {
         Real xhat[kRowElements];

@@ -12,8 +12,8 @@ constexpr const char* kOp = "fused_layer_norm";
 template <class Real, class X, class S>
 struct Forward {
     static constexpr int kThreads = kRowThreads;
-    static constexpr int kBlocksPerUnit = kAnySize<X> ? 1 : 2;
     static constexpr int kWidth = X::kWidth, kPieces = kRowElements / kWidth;
+    static constexpr int kBlocksPerUnit = kAnySize<X> || (kAfterHopper && kWidth == 4) ? 1 : 2;
     using Registers = NormRegisters<Real>;
 
     Norm<Real, false> norm;

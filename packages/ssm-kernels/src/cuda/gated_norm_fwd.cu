@@ -14,7 +14,8 @@ template <class Real, class X>
 struct Forward {
     static constexpr int kThreads = kRowThreads;
     /// Elements of four bytes take twice the registers, and half the threads fetch as much.
-    static constexpr int kBlocksPerUnit = sizeof(X::Piece::of) / X::kWidth == 2 ? 2 : 1;
+    static constexpr int kBlocksPerUnit =
+        sizeof(X::Piece::of) / X::kWidth == 2 && !kAfterHopper ? 2 : 1;
     static constexpr int kWidth = X::kWidth, kPieces = kRowElements / kWidth;
     /// A gate that comes last is fetched with x; rows of any layout lack the registers.
     static constexpr bool kAtOnce = !kAnySize<X>;

@@ -22,6 +22,27 @@ std::int64_t shared_bytes(const Kernel& kernel) {
            Matrices::size(kernel) * static_cast<std::int64_t>(sizeof(typename Matrices::Type));
 }
 
+/// Bytes of shared memory that a block can have on every GPU since Ampere: those of the data
+/// centre have more, those with compute capability 8.6, 8.9 and 12.0 do not.
+constexpr int kSharedOfAll = 99 << 10;
+
+/// The generation that code is compiled for. Compilers need more registers before Hopper and after
+/// it: there, some kernels ask for fewer blocks, or fetch less at a time.
+#if defined(__CUDA_ARCH__)
+constexpr bool kBeforeHopper = __CUDA_ARCH__ < 900, kAfterHopper = __CUDA_ARCH__ >= 1000;
+#else
+constexpr bool kBeforeHopper = false, kAfterHopper = false;
+#endif
+
+/// A number that, after Hopper, the compiler does not look through: it would keep an address for
+/// every access that depends on it from one turn of a loop to the next, and spill.
+SSM_DEVICE std::int64_t opaque(std::int64_t number) {
+#if defined(__CUDA_ARCH__)
+    if (kAfterHopper) asm volatile("" : "+l"(number));
+#endif
+    return number;
+}
+
 #if defined(__CUDACC__)
 
 [[noreturn]] inline void fail_launch(const char* op, cudaError_t error) {
@@ -82,6 +103,12 @@ void launch(const char* op, const Kernel& kernel, std::int64_t count, const Devi
         const cudaError_t error =
             cudaFuncSetAttribute(run<Kernel, Real>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(bytes));
+        if (error == cudaErrorInvalidValue) {
+            cudaGetLastError();  // it would be the next launch's
+            throw std::runtime_error(
+                std::string(op) + ": the GPU must have " + std::to_string(bytes) +
+                " bytes of shared memory for a block of these sizes, got less");
+        }
         if (error != cudaSuccess) fail_launch(op, error);
     }
     const auto blocks = static_cast<unsigned>(count < kMostBlocks ? count : kMostBlocks);

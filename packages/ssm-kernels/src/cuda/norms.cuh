@@ -261,7 +261,7 @@ struct Norm {
         const Real share = Real(1) / static_cast<Real>(cut.size);
         block.each([&](int, auto& r) { r.over_rows.clear(); });
         for (Slab step = 0; step < static_cast<Slab>(over.steps); ++step) {
-            const std::int64_t first = (chunk * over.steps + step) * cut.slots;
+            const std::int64_t first = opaque((chunk * over.steps + step) * cut.slots);
             const auto part = [&](int thread, Slab slab) {
                 return cut.template part<kWidth>(first + cut.slot(thread), group, slab, thread);
             };

@@ -21,6 +21,7 @@ SSM_DEVICE float exp2_of(float x) {
 }
 SSM_DEVICE float fma_of(float a, float b, float c) { return fmaf(a, b, c); }
 SSM_DEVICE float log1p_of(float x) { return log1pf(x); }
+SSM_DEVICE float expm1_of(float x) { return expm1f(x); }
 SSM_DEVICE float reciprocal(float x) { return __frcp_rn(x); }
 SSM_DEVICE float rsqrt_of(float x) { return 1.0f / sqrtf(x); }
 #else
@@ -35,6 +36,10 @@ Real fma_of(Real a, Real b, Real c) {
 template <class Real>
 Real log1p_of(Real x) {
     return std::log1p(x);
+}
+template <class Real>
+Real expm1_of(Real x) {
+    return std::expm1(x);
 }
 template <class Real>
 Real reciprocal(Real x) {

@@ -12,7 +12,8 @@ namespace {
 template <class Real, int kLanes, bool kEnds>
 struct Backward {
     static constexpr int kThreads = kScanThreads;
-    static constexpr int kBlocksPerUnit = kLanes < kMostLanes || kEnds ? 2 : 1;
+    static constexpr int kBlocksPerUnit =
+        (kLanes == kMostLanes && !kEnds) || (kBeforeHopper && kLanes > 4) ? 1 : 2;
     static constexpr int kChannels = kThreads / kLanes;
     static constexpr int kSlab = kLanes * kScanStates;
     static constexpr int kGroup = 4;  // steps
@@ -22,15 +23,16 @@ struct Backward {
     static constexpr int kRow = kChannels + 1;
     static constexpr int kSums = kGroup * kSlab;  // steps and states of a block in a group
     // Places in shared memory; what is read four at a time comes first.
-    static constexpr int kB = 0, kC = kB + kScanTile * kSlab, kStarts = kC + kScanTile * kSlab;
+    // B or C of a tile, or, where they are constant, as their threads own them.
+    static constexpr int kMatrix =
+        kScanTile * kSlab > kThreads* kScanStates ? kScanTile * kSlab : kThreads * kScanStates;
+    static constexpr int kB = 0, kC = kB + kMatrix, kStarts = kC + kMatrix;
     static constexpr int kPartial = kStarts + kGroups * kScanStates * kThreads;
     static constexpr int kU = kPartial + 2 * 2 * kWarps * kSums;
-    static constexpr int kDelta = kU + kScanTile * kRow, kDt = kDelta + kScanTile * kRow;
-    static constexpr int kDp = kDt + kScanTile * kRow, kP = kDp + kScanTile * kRow;
-    static constexpr int kDu = kP + kScanTile * kRow, kDd = kDu + kScanTile * kRow;
-    static constexpr int kOwnB = (kDd + kScanTile * kRow + 3) / 4 * 4;
-    static constexpr int kOwnC = kOwnB + kThreads * kScanStates;
-    static constexpr int kEnd = kOwnC + kThreads * kScanStates;
+    static constexpr int kDt = kU + kScanTile * kRow, kDp = kDt + kScanTile * kRow;
+    static constexpr int kP = kDp + kScanTile * kRow, kDu = kP + kScanTile * kRow;
+    static constexpr int kDd = kDu + kScanTile * kRow, kEnd = kDd + kScanTile * kRow;
+    static_assert(kLanes == kMostLanes || sizeof(Real) > 4 || kEnd * sizeof(Real) <= kSharedOfAll);
 
     struct Registers {
         Real A[kScanStates], carry[kScanStates];
@@ -171,20 +173,19 @@ struct Backward {
         }
     }
 
-    /// u, delta, dt and dp = dy silu(z): zero where there is no step, or one that is skipped.
+    /// u, dt and dp = dy silu(z): zero where there is no step, or one that is skipped.
     template <class Block>
     SSM_DEVICE void load(Block& block, const ScanPart& part, int thread, std::int64_t begin,
                          int steps, std::uint32_t skipped) const {
         const bool along_steps = in.u.stride[2] == 1;
         load_tile<Real, kChannels>(block, thread, kU, in.u, part, begin, steps, along_steps);
-        load_tile<Real, kChannels>(block, thread, kDelta, in.delta, part, begin, steps,
-                                   along_steps);
+        load_tile<Real, kChannels>(block, thread, kDt, in.delta, part, begin, steps, along_steps);
         load_tile<Real, kChannels>(block, thread, kDp, out.dy, part, begin, steps, along_steps);
-        add_bias<Real, kChannels>(in, block, thread, kDelta, part, along_steps);
+        add_bias<Real, kChannels>(in, block, thread, kDt, part, along_steps);
         each_element<kChannels>(thread, along_steps, [&](int step, int channel) {
             const int place = step * kRow + channel;
             const bool counts = step < steps && channel < part.channels && !(skipped >> step & 1);
-            const Real delta = block.read(kDelta + place);
+            const Real delta = block.read(kDt + place);
             block.write(kDt + place, !counts ? Real(0) : in.softplus ? softplus(delta) : delta);
             if (!counts) {
                 block.write(kU + place, 0);
@@ -213,8 +214,8 @@ struct Backward {
                                                             tensor.stride[1])
                            : Real(0);
             };
-            if (in.constant_B) block.write(kOwnB + thread * kScanStates + s, constant(in.B));
-            if (in.constant_C) block.write(kOwnC + thread * kScanStates + s, constant(in.C));
+            if (in.constant_B) block.write(kB + thread * kScanStates + s, constant(in.B));
+            if (in.constant_C) block.write(kC + thread * kScanStates + s, constant(in.C));
         }
         if (!in.constant_B && !kEnds)
             load_states<Real, kSlab>(in, block, part, thread, kB, in.B, in.group_dim_B, begin, slab,
@@ -225,11 +226,10 @@ struct Backward {
     }
 
     template <class Block>
-    SSM_DEVICE void read_states(Block& block, int thread, int step, bool is_constant, int own,
-                                int place, Real (&values)[kScanStates]) const {
-        block.read4(is_constant ? own + thread * kScanStates
-                                : place + step * kSlab + thread % kLanes * kScanStates,
-                    values);
+    SSM_DEVICE void read_states(Block& block, int thread, int step, bool is_constant, int place,
+                                Real (&values)[kScanStates]) const {
+        const int own = is_constant ? thread : step * (kSlab / kScanStates) + thread % kLanes;
+        block.read4(place + own * kScanStates, values);
     }
 
     /// h after a step from h before it; keeps the latter and the decay where asked.
@@ -240,7 +240,7 @@ struct Backward {
         const int place = step * kRow + channel_of(thread);
         const Real dt = block.read(kDt + place), input = dt * block.read(kU + place);
         Real B[kScanStates];
-        read_states(block, thread, step, in.constant_B, kOwnB, kB, B);
+        read_states(block, thread, step, in.constant_B, kB, B);
         if (marks.begins >> step & 1) {
             SSM_UNROLL
             for (int s = 0; s < kScanStates; ++s)
@@ -286,7 +286,7 @@ struct Backward {
                     Real decay[kScanStates], before[kScanStates], C[kScanStates];
                     forward_step(block, part, thread, slab, begin, first + k, marks, r, decay,
                                  before);
-                    read_states(block, thread, first + k, in.constant_C, kOwnC, kC, C);
+                    read_states(block, thread, first + k, in.constant_C, kC, C);
                     r.p[k] = 0;
                     SSM_UNROLL
                     for (int s = 0; s < kScanStates; ++s) r.p[k] += r.h[s] * C[s];
@@ -372,7 +372,7 @@ struct Backward {
         const int step = first + k, place = step * kRow + channel_of(thread);
         const Real dt = block.read(kDt + place), dp = block.read(kDp + place);
         Real B[kScanStates], C[kScanStates], du = 0, ddt = 0;
-        read_states(block, thread, step, in.constant_C, kOwnC, kC, C);
+        read_states(block, thread, step, in.constant_C, kC, C);
         if constexpr (kEnds) {
             SSM_UNROLL
             for (int s = 0; s < kScanStates; ++s)
@@ -381,7 +381,7 @@ struct Backward {
             if (slab == 0) r.time += dt;
         } else {
             const Real u = block.read(kU + place);
-            read_states(block, thread, step, in.constant_B, kOwnB, kB, B);
+            read_states(block, thread, step, in.constant_B, kB, B);
             SSM_UNROLL
             for (int s = 0; s < kScanStates; ++s) {
                 const Real dh = C[s] * dp + r.carry[s];
@@ -487,7 +487,8 @@ struct Backward {
             block.write(kDu + place,
                         counts ? block.read(kDu + place) + D * block.read(kDp + place) : Real(0));
             Real ddelta = counts ? block.read(kDd + place) : Real(0);
-            if (in.softplus) ddelta *= counts ? sigmoid(block.read(kDelta + place)) : Real(0);
+            // The slope of softplus: 1 / (1 + exp(-delta)) = 1 - exp(-dt).
+            if (in.softplus) ddelta *= counts ? -expm1_of(-block.read(kDt + place)) : Real(0);
             block.write(kDd + place, ddelta);
             if (!out.dz) return;
             Real dz = 0;

@@ -11,7 +11,7 @@ namespace {
 template <class Real, int kLanes, bool kEnds>
 struct Forward {
     static constexpr int kThreads = kScanThreads;
-    static constexpr int kBlocksPerUnit = 2;
+    static constexpr int kBlocksPerUnit = kBeforeHopper && kLanes == 16 && !kEnds ? 1 : 2;
     static constexpr int kChannels = kThreads / kLanes;
     static constexpr int kSlab = kLanes * kScanStates;
     static constexpr int kGroup = 4;  // steps whose outputs are summed over lanes together

@@ -77,7 +77,8 @@ struct StepInputs {
 template <class Memory, class Real, int kPacks>
 struct Step {
     static constexpr int kThreads = kBlock;
-    static constexpr int kBlocksPerUnit = sizeof(Memory) == 2 && kPacks > 1 ? 4 : 5;
+    static constexpr int kBlocksPerUnit =
+        kAfterHopper || (kPacks > 1 && (sizeof(Memory) == 2 || kBeforeHopper)) ? 4 : 5;
     static constexpr int kPack = kStatePack<Memory>;
     static constexpr int kChannels = kPacks == 1 ? 16 / kPack : 2;  // of one thread, at most
 
