@@ -137,13 +137,31 @@ class Warp {
                              : "r"(address)
                              : "memory");
         } else {
+            // In the order of the program, as ldmatrix: loads that came earlier would take
+            // registers.
             SSM_UNROLL
             for (int m = 0; m < 4; ++m) {
-                SSM_UNROLL
-                for (int i = 0; i < 2; ++i) {
-                    const int row = kTransposed ? 2 * (lane % 4) + i : lane / 4;
-                    const int column = kTransposed ? lane / 4 : 2 * (lane % 4) + i;
-                    pairs[m].of[i] = block_.matrices_[place_of(8 * m + row) + column];
+                const int row = kTransposed ? 2 * (lane % 4) : lane / 4;
+                const int column = kTransposed ? lane / 4 : 2 * (lane % 4);
+                const Element* const first = block_.matrices_ + place_of(8 * m + row) + column;
+                const auto at = static_cast<unsigned>(__cvta_generic_to_shared(first));
+                if constexpr (kTransposed) {
+                    const Element* const next =
+                        block_.matrices_ + place_of(8 * m + row + 1) + column;
+                    const auto below = static_cast<unsigned>(__cvta_generic_to_shared(next));
+                    asm volatile("ld.shared.f32 %0, [%1];"
+                                 : "=f"(pairs[m].of[0])
+                                 : "r"(at)
+                                 : "memory");
+                    asm volatile("ld.shared.f32 %0, [%1];"
+                                 : "=f"(pairs[m].of[1])
+                                 : "r"(below)
+                                 : "memory");
+                } else {
+                    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                                 : "=f"(pairs[m].of[0]), "=f"(pairs[m].of[1])
+                                 : "r"(at)
+                                 : "memory");
                 }
             }
         }

@@ -74,7 +74,8 @@ inline SsdInputs ssd_inputs(const SsdChunkScanArgs& args, std::int64_t num_state
 /// The part of the problem that one block works on. Neighbouring blocks are heads of one row, which
 /// read the same B and C.
 struct SsdPart {
-    std::int64_t row, head, first_channel, segment, begin, end;
+    std::int64_t begin, end;  // steps
+    int row, head, first_channel, segment;
     int channels;  // of this slab, the last one may have fewer
 };
 
@@ -85,15 +86,15 @@ inline std::int64_t ssd_parts(const SsdInputs& in) {
 SSM_DEVICE SsdPart ssd_part(const SsdInputs& in, std::int64_t index) {
     SsdPart part;
     const std::int64_t above = quotient(index, in.slabs);
-    part.first_channel = (index - above * in.slabs) * kSsdChannels;
+    part.first_channel = static_cast<int>(index - above * in.slabs) * kSsdChannels;
     const std::int64_t rows = quotient(above, in.heads);
-    part.head = above - rows * in.heads;
-    part.row = quotient(rows, in.segments);
-    part.segment = rows - part.row * in.segments;
+    part.head = static_cast<int>(above - rows * in.heads);
+    const std::int64_t row = quotient(rows, in.segments);
+    part.row = static_cast<int>(row);
+    part.segment = static_cast<int>(rows - row * in.segments);
     part.begin = part.segment * in.segment_steps;
-    part.end = std::int64_t(part.begin + in.segment_steps) < in.seqlen
-                   ? part.begin + in.segment_steps
-                   : in.seqlen;
+    const std::int64_t end = part.begin + in.segment_steps;
+    part.end = end < in.seqlen ? end : in.seqlen;
     const std::int64_t left = in.headdim - part.first_channel;
     part.channels = static_cast<int>(left < kSsdChannels ? left : kSsdChannels);
     return part;
@@ -131,8 +132,7 @@ struct SsdPiece {
 /// Cuts the steps of a part into pieces: tiles, cut where sequences start.
 class SsdPieces {
   public:
-    SSM_DEVICE SsdPieces(const SsdInputs& in, std::int64_t row, std::int64_t begin,
-                         std::int64_t end)
+    SSM_DEVICE SsdPieces(const SsdInputs& in, int row, std::int64_t begin, std::int64_t end)
         : row_(row), step_(begin), end_(end), sequence_(sequence_before(in, row, begin)) {}
 
     /// The sequence of the last step so far that is not skipped, or -1.
@@ -189,7 +189,8 @@ class SsdPieces {
         return id != before && (before >= 0 || in.state_per_sequence);
     }
 
-    std::int64_t row_, step_, end_;
+    int row_;
+    std::int64_t step_, end_;
     std::uint64_t skipped_ = 0, starts_ = 0;  // of the tile of step_
     std::int32_t sequence_;
 };
