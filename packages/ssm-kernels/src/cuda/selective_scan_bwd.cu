@@ -12,8 +12,8 @@ namespace {
 template <class Real, int kLanes, bool kEnds>
 struct Backward {
     static constexpr int kThreads = kScanThreads;
-    static constexpr int kBlocksPerUnit =
-        (kLanes == kMostLanes && !kEnds) || (kBeforeHopper && kLanes > 4) ? 1 : 2;
+    /// Before Hopper, shared memory has room for one only.
+    static constexpr int kBlocksPerUnit = kBeforeHopper || (kLanes == kMostLanes && !kEnds) ? 1 : 2;
     static constexpr int kChannels = kThreads / kLanes;
     static constexpr int kSlab = kLanes * kScanStates;
     static constexpr int kGroup = 4;  // steps
