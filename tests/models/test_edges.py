@@ -111,6 +111,17 @@ def test_lazily_negated_views(backend):
 
 
 @BACKENDS
+def test_numbers_beyond_64_bits(backend):
+    x, weight, rate = torch.ones(1, 3, 2, 2), torch.ones(2), -torch.ones(2)
+    dt, B = torch.ones(1, 3, 2), torch.ones(1, 3, 1, 4)
+    with use_backend(backend):
+        y = ops.ssd_chunk_scan(x, dt, rate, B, B, 2**70)
+        assert torch.equal(y, ops.ssd_chunk_scan(x, dt, rate, B, B, 3))
+        assert 0 < ops.gated_norm(dt, weight, eps=2**70).max() < 1e-9
+        assert 0 < ops.fused_layer_norm(dt, weight, None, None, True, 2**70, False).max() < 1e-9
+
+
+@BACKENDS
 def test_norm_of_many_axes(backend):
     x, weight = torch.randn(1, 2, 1, 2, 1, 2, 3, 5), torch.randn(5)
     with use_backend(backend):

@@ -50,7 +50,11 @@ def fused_layer_norm(
     acc = arithmetic.acc_dtype(x)
     s = x.to(acc) if residual is None else x.to(acc) + residual.to(acc)
     centred = s if is_rms else s - s.mean(-1, keepdim=True)
-    y = centred * torch.rsqrt((centred * centred).mean(-1, keepdim=True) + eps) * weight.to(acc)
+    y = (
+        centred
+        * torch.rsqrt((centred * centred).mean(-1, keepdim=True) + float(eps))
+        * weight.to(acc)
+    )
     if bias is not None:
         y = y + bias.to(acc)
     y = y.to(x.dtype)

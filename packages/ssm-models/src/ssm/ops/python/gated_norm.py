@@ -57,7 +57,7 @@ def gated_norm(
     s = s.unflatten(-1, groups)
     if not is_rms:
         s = s - s.mean(-1, keepdim=True)
-    y = (s * torch.rsqrt((s * s).mean(-1, keepdim=True) + eps)).flatten(-2) * weight.to(acc)
+    y = (s * torch.rsqrt((s * s).mean(-1, keepdim=True) + float(eps))).flatten(-2) * weight.to(acc)
     if bias is not None:
         y = y + bias.to(acc)
     if gate is not None and norm_before_gate:

@@ -90,7 +90,8 @@ def ssd_chunk_scan(
     drive = x * step[..., None]
     rows = (step * A.to(acc), drive, B, C, number, layout.state)
     ys = []
-    for a, v, B_q, C_q, n, row in zip(*(t.split(chunk_size, 1) for t in rows), strict=True):
+    steps = min(chunk_size, max(seqlen, 1))  # torch counts up to 64 bits only
+    for a, v, B_q, C_q, n, row in zip(*(t.split(steps, 1) for t in rows), strict=True):
         if not seqlen:
             break
         # together[i, j]: j comes before i, or is i, in the same sequence.
