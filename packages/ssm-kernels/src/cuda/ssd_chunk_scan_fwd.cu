@@ -77,6 +77,10 @@ struct Forward {
     SSM_DEVICE void operator()(Block& block, std::int64_t index) const {
         const SsdPart part = ssd_part(in, index);
         block.each([&](int thread, Registers& r) { enter(block, part, thread, r); });
+        for (int segment = 0; segment < part.segment && !only_ends; ++segment) {
+            block.forget();
+            block.each([&](int thread, Registers& r) { pass(part, segment, thread, r); });
+        }
         SsdPieces pieces(in, part.row, part.begin, part.end);
         SsdPiece piece{};
         for (int turn = 0;; ++turn) {
@@ -112,7 +116,7 @@ struct Forward {
         return {kStages + stage * kStage + 2 * kSsdTile * kAcross, kAcrossX};
     }
 
-    /// The state that enters the segment: what the segments before it make of the initial one.
+    /// The state that enters the row.
     template <class Block>
     SSM_DEVICE void enter(Block& block, const SsdPart& part, int thread, Registers& r) const {
         r.time = 0, r.open = 1;
@@ -126,18 +130,17 @@ struct Forward {
         const bool from_row = !only_ends && !in.state_per_sequence;
         take_state<Real, kOwnStates>(in, part, from_row ? in.initial_states : Plane<4>{}, part.row,
                                      thread, r.h);
-        if (only_ends) return;
-        for (std::int64_t segment = 0; segment < part.segment; ++segment) {
-            const std::int64_t place = end_of(part, segment);
-            const Real decay = ends.open[place] != 0 ? exp2_of(ends.time[place]) : Real(0);
-            const Real* const own = own_of(part, place);
-            each_state<kOwnStates>(in, part, thread, in.dstate, 1,
-                                   [&](int n, int i, bool exists, std::int64_t offset) {
-                                       if (exists)
-                                           r.h[n][i] =
-                                               (decay != 0 ? decay * r.h[n][i] : 0) + own[offset];
-                                   });
-        }
+    }
+
+    /// What a segment before this one makes of the state.
+    SSM_DEVICE void pass(const SsdPart& part, int segment, int thread, Registers& r) const {
+        const std::int64_t place = end_of(part, segment);
+        const Real decay = ends.open[place] != 0 ? exp2_of(ends.time[place]) : Real(0);
+        const Real* const own = own_of(part, place);
+        each_state<kOwnStates>(
+            in, part, thread, in.dstate, 1, [&](int n, int i, bool exists, std::int64_t offset) {
+                if (exists) r.h[n][i] = (decay != 0 ? decay * r.h[n][i] : 0) + own[offset];
+            });
     }
 
     SSM_DEVICE Real* own_of(const SsdPart& part, std::int64_t place) const {
