@@ -203,7 +203,10 @@ def test_cuda_kernels_serve_cuda_tensors(monkeypatch):
 def test_operator_without_cuda_kernels_goes_to_the_reference(monkeypatch):
     install(monkeypatch, kernels=("ssm_kernels", "ssm_kernels._cuda"))
     sys.modules["ssm_kernels._cuda"].operators.remove(OP)
-    assert not dispatch.has_cuda_kernels()
+    assert dispatch.has_cuda_kernels()
+    assert dispatch.has_kernels("cuda", ("swiglu",))
+    assert not dispatch.has_kernels("cuda", ("swiglu", OP))
+    assert not dispatch.has_kernels("meta", ("swiglu",))
     assert why(OP, torch.device("cuda")).startswith(f"{OP} on cuda: python, the cuda kernels did")
 
 

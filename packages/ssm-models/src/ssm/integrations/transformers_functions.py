@@ -15,7 +15,17 @@ from ssm.utils import dispatch
 
 NO_LIMIT = (0.0, float("inf"))
 _SILU = (None, "silu", "swish")
-_devices: dict[str, bool] = {}  # device type -> whether all its kernels load
+# What models call. A device without kernels for one of them is left to transformers.
+OPERATORS = {
+    "dw_causal_conv",
+    "dw_causal_conv_step",
+    "fused_layer_norm",
+    "gated_norm",
+    "selective_scan",
+    "selective_state_step",
+    "ssd_chunk_scan",
+}
+_devices: dict[str, bool] = {}  # device type -> whether its kernels of these load
 
 
 def serves(tensor, activation: str | None = None) -> bool:
@@ -32,14 +42,13 @@ def serves(tensor, activation: str | None = None) -> bool:
 
 
 def serves_device(kind: str) -> bool:
-    """Return whether all kernels for a device load; the first call loads them.
+    """Return whether the kernels that models call load for a device; the first call loads them.
 
     Args:
         kind: device type.
     """
     if kind not in _devices:
-        loads = {"cpu": dispatch.has_cpu_kernels, "cuda": dispatch.has_cuda_kernels}.get(kind)
-        _devices[kind] = loads is not None and loads()
+        _devices[kind] = dispatch.has_kernels(kind, OPERATORS)
     return _devices[kind]
 
 

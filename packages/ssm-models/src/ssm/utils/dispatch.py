@@ -11,7 +11,7 @@ import contextvars
 import importlib
 import os
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -178,19 +178,36 @@ def has_cpu_kernels() -> bool:
     Source:
         API document of this project, section Utils.
     """
-    return all(callable(_load(op, "cpu")) for op in COMPILED)
+    return has_kernels("cpu")
 
 
 def has_cuda_kernels() -> bool:
     """Return whether compiled CUDA kernels can be loaded.
 
     Returns:
-        True if every operator of the compiled set loads for CUDA. Does not ask for a GPU.
+        True if some operator loads for CUDA; :func:`why` says which do not, and the reference
+        serves those. Does not ask for a GPU.
 
     Source:
         API document of this project, section Utils.
     """
-    return all(callable(_load(op, "cuda")) for op in COMPILED)
+    return any(has_kernels("cuda", (op,)) for op in COMPILED)
+
+
+def has_kernels(device_type: str, ops: Iterable[str] = COMPILED) -> bool:
+    """Return whether compiled kernels of some operators can be loaded.
+
+    Args:
+        device_type: such as "cuda".
+        ops: names of operators.
+
+    Returns:
+        True if all of them load. Does not ask for a device.
+
+    Source:
+        This project's design: any failure to load a backend leaves the reference usable.
+    """
+    return device_type in _KERNELS and all(callable(_load(op, device_type)) for op in ops)
 
 
 def get_available_backend() -> str:
