@@ -133,6 +133,26 @@ def test_initial_values_are_those_of_the_paper():
     assert marked == {"A_log", "D", "dt_bias"}
 
 
+def test_one_seed_gives_the_weights_of_mamba_ssm():
+    """The released code makes its layers, and draws step sizes and rates, in this order."""
+    torch.manual_seed(5)
+    made = Mamba2(32, d_state=3, headdim=16).state_dict()
+    behind = torch.rand(())
+    torch.manual_seed(5)
+    layers = {"in_proj": nn.Linear(32, 2 * 64 + 2 * 3 + 4, bias=False)}
+    layers["conv1d"] = nn.Conv1d(70, 70, 4, groups=70, padding=3)
+    low, high = math.log(1e-3), math.log(1e-1)
+    dt = torch.exp(torch.rand(4) * (high - low) + low).clamp(min=1e-4)
+    rates = torch.empty(4).uniform_(1, 16)
+    layers["out_proj"] = nn.Linear(64, 32, bias=False)
+    assert torch.equal(behind, torch.rand(()))
+    want = {"dt_bias": dt + torch.log(-torch.expm1(-dt)), "A_log": rates.log()}
+    for name, layer in layers.items():
+        want |= {f"{name}.{key}": value for key, value in layer.state_dict().items()}
+    for name, value in want.items():
+        assert torch.equal(made[name], value), name
+
+
 def test_norm_groups_follow_the_groups():
     assert mixer(ngroups=2).norm.group_size == 8
     norm = RMSNormGated(6, group_size=3, norm_before_gate=False, dtype=torch.float64)
