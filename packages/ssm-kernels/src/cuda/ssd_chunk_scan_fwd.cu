@@ -33,8 +33,8 @@ struct SsdEnds {
 template <class Real, class Matter, int kStates>
 struct Forward {
     // With many states two groups of four warps own half of them each, and half of the channels of
-    // Y: one group has no registers for all.
-    static constexpr int kGroups = kStates <= 128 ? 1 : 2;
+    // Y: one group has no registers for all, and fewer where products are more than an instruction.
+    static constexpr int kGroups = kStates <= (kIsOneInstruction<Matter> ? 128 : 64) ? 1 : 2;
     static constexpr int kOwnStates = kStates / kGroups, kOwnChannels = kSsdChannels / kGroups;
     static constexpr int kThreads = kSsdThreads * kGroups;
     static constexpr int kBlocksPerUnit = 2 / kGroups;

@@ -17,6 +17,16 @@
 
 namespace ssm::cuda {
 
+/// Whether products of an element type are one instruction; others need registers to be made. The
+/// host goes the way of tensor cores.
+template <class Element>
+constexpr bool kIsOneInstruction =
+#if defined(SSM_CUTLASS) || !defined(__CUDACC__)
+    sizeof(Element) == 2;
+#else
+    false;
+#endif
+
 /// What a lane has of a left operand, or of two right operands side by side.
 template <class Element>
 struct Fragment {
