@@ -108,6 +108,7 @@ def run(arguments: argparse.Namespace) -> dict:
     """Check, time and print everything; return the report."""
     import torch
 
+    from ssm.utils.freed_memory import keep_freed_memory
     from tools import measure, tables, verify
 
     device = torch.device(arguments.device)
@@ -129,6 +130,7 @@ def run(arguments: argparse.Namespace) -> dict:
         except Exception as error:  # without the library the torch rows are still worth having
             ceilings, why_not = None, f"no ceilings: {type(error).__name__}: {error}"
     timed = []
+    keep_freed_memory()
     for op, module, case in selected(arguments):
         tell(f"{op} {case.name}")
         problem = module.setup(case, device)

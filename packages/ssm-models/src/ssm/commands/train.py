@@ -16,6 +16,7 @@ from ssm.models.lm import MambaLMHeadModel
 from ssm.text import BYTE_VOCAB_SIZE, ByteVocabulary, read_bytes
 from ssm.training import STATE_FILE, Progress, TrainOptions, evaluate, train
 from ssm.utils import dispatch
+from ssm.utils.freed_memory import keep_freed_memory
 
 LAYERS = {"mamba1": "Mamba1", "mamba2": "Mamba2"}
 
@@ -101,6 +102,7 @@ def _prepare(arguments):
 
 def _train(arguments, model, tokens, val_tokens, options, group):
     """Train; the first rank reports. Returns the last report, None if there was nothing to do."""
+    keep_freed_memory()
     reporter = None
     if not rank_of(group):
         parameters = sum(parameter.numel() for parameter in model.parameters())
