@@ -32,7 +32,10 @@ ANY_OTHER = 255
 # There, fewer blocks are asked for where registers would not do for as many (kBeforeHopper).
 BEFORE_HOPPER = ("sm_80",)
 MOST_BEFORE_HOPPER = {"selective_scan_fwd": 255}
-MULTIPLYING = ("ssd_chunk_scan_fwd",)
+MULTIPLYING = {
+    "ssd_chunk_scan_fwd": ("Forward",),
+    "ssd_chunk_scan_bwd": ("SsdStates", "SsdDifferentiate"),
+}
 
 
 def reports() -> dict[str, str]:
@@ -112,7 +115,8 @@ def instructions(source: str) -> dict[str, str]:
 def test_matrices_are_multiplied_by_tensor_cores(source):
     if source not in reports():
         pytest.skip(f"{source} is not built")
-    kernels = {name: code for name, code in instructions(source).items() if "Forward" in name}
+    found = instructions(source)
+    kernels = {n: code for n, code in found.items() if any(k in n for k in MULTIPLYING[source])}
     assert kernels
     for name, code in kernels.items():
         assert not re.search(r"\b(LDL|STL)\b", code), f"{name} has local memory"

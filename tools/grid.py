@@ -117,7 +117,9 @@ HELPERS = {
 }
 
 # <operator>_<noun>.h: what the forward and the backward of one operator share.
-SHARED_NOUNS = ("tile", "filter", "shape", "group", "output", "adjoint")
+SHARED_NOUNS = (
+    *("tile", "filter", "shape", "group", "output", "adjoint", "states", "gradients", "sums"),
+)
 
 TORCH = r"^\s*(import|from) torch\b"
 PYTHON_IN_CPP = r"nanobind|Python\.h|torch/"

@@ -66,8 +66,13 @@ SSM_API void ssd_chunk_scan_fwd(const SsdChunkScanArgs& args, const Exec& exec =
 /// Bytes of working memory that the forward needs; 0 on the CPU. Looks at the shapes of X and B.
 SSM_API std::int64_t ssd_chunk_scan_fwd_workspace(const SsdChunkScanArgs& args);
 
-/// Needs `args.checkpoints` as the forward wrote it; `args.y` and `args.final_states` are not read.
+/// Needs `args.checkpoints` as the forward wrote it, but on a GPU, where there are none; `args.y`
+/// and `args.final_states` are not read.
 SSM_API void ssd_chunk_scan_bwd(const SsdChunkScanArgs& args, const SsdChunkScanGrads& grads,
                                 const Exec& exec = {});
+
+/// The same of the backward. Looks also at the shape of C, and at whether there are D, dt_bias and
+/// seq_idx.
+SSM_API std::int64_t ssd_chunk_scan_bwd_workspace(const SsdChunkScanArgs& args);
 
 }  // namespace ssm

@@ -52,7 +52,8 @@ void backward(const Input& X, const Input& dt, const Input& A, const Input& B, c
               const Input& dfinal_states, const Output& dX, const Output& ddt, const Output& dA,
               const Output& dB, const Output& dC, const Output& dD, const Output& dz,
               const Output& ddt_bias, const Output& dinitial_states, double dt_low, double dt_high,
-              bool softplus, bool state_per_sequence, int num_threads) {
+              bool softplus, bool state_per_sequence, int num_threads, std::intptr_t stream,
+              const Output& workspace) {
     SsdChunkScanArgs args = inputs(X, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, dt_low,
                                    dt_high, softplus, state_per_sequence);
     args.checkpoints = view(kOp, "checkpoints", checkpoints);
@@ -68,12 +69,22 @@ void backward(const Input& X, const Input& dt, const Input& A, const Input& B, c
                                   .ddt_bias = view(kOp, "ddt_bias", ddt_bias),
                                   .dinitial_states = view(kOp, "dinitial_states", dinitial_states)};
     const nb::gil_scoped_release unlocked;
-    ssd_chunk_scan_bwd(args, grads, {.num_threads = num_threads});
+    ssd_chunk_scan_bwd(args, grads, settings(kOp, num_threads, stream, workspace));
 }
 
 std::int64_t forward_workspace(const Input& X, const Input& B, const Input& C) {
     return ssd_chunk_scan_fwd_workspace(
         {.X = view(kOp, "X", X), .B = view(kOp, "B", B), .C = view(kOp, "C", C)});
+}
+
+std::int64_t backward_workspace(const Input& X, const Input& B, const Input& C, const Input& D,
+                                const Input& dt_bias, const Input& seq_idx) {
+    return ssd_chunk_scan_bwd_workspace({.X = view(kOp, "X", X),
+                                         .B = view(kOp, "B", B),
+                                         .C = view(kOp, "C", C),
+                                         .D = view(kOp, "D", D),
+                                         .dt_bias = view(kOp, "dt_bias", dt_bias),
+                                         .seq_idx = view(kOp, "seq_idx", seq_idx)});
 }
 
 }  // namespace
@@ -130,22 +141,37 @@ Returns:
 Raises:
     ValueError, TypeError: as ssd_chunk_scan_fwd.
 )");
+    module.def("ssd_chunk_scan_bwd_workspace", &backward_workspace, "X"_a.none(), "B"_a.none(),
+               "C"_a.none(), "D"_a = none, "dt_bias"_a = none, "seq_idx"_a = none,
+               R"(Say how much working memory ssd_chunk_scan_bwd needs.
+
+Args:
+    X, B, C, D, dt_bias, seq_idx: as for ssd_chunk_scan_bwd. Only shapes, dtypes and devices are
+        looked at, and of the last three, whether they are there.
+
+Returns:
+    Bytes; 0 on the CPU.
+
+Raises:
+    ValueError, TypeError: as ssd_chunk_scan_fwd.
+)");
     module.def("ssd_chunk_scan_bwd", &backward, "X"_a.none(), "dt"_a.none(), "A"_a.none(),
                "B"_a.none(), "C"_a.none(), "D"_a = none, "z"_a = none, "dt_bias"_a = none,
-               "initial_states"_a = none, "seq_idx"_a = none, nb::kw_only(), "checkpoints"_a.none(),
+               "initial_states"_a = none, "seq_idx"_a = none, nb::kw_only(), "checkpoints"_a = none,
                "dy"_a.none(), "dfinal_states"_a = none, "dX"_a.none(), "ddt"_a.none(),
                "dA"_a.none(), "dB"_a.none(), "dC"_a.none(), "dD"_a = none, "dz"_a = none,
                "ddt_bias"_a = none, "dinitial_states"_a = none, "dt_low"_a = 0.0,
                "dt_high"_a = high, "softplus"_a = false, "state_per_sequence"_a = false,
-               "num_threads"_a = 0,
+               "num_threads"_a = 0, "stream"_a = 0, "workspace"_a = none,
                R"(Gradients of ssd_chunk_scan_fwd; the inputs are the ones the forward got.
 
 Args:
-    checkpoints: as ssd_chunk_scan_fwd wrote them.
+    checkpoints: as ssd_chunk_scan_fwd wrote them; not used on a GPU.
     dy: (B, L, H, P). Gradient of y.
     dfinal_states: (S, H, P, N). Gradient of final_states; zero when None.
     dX, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_states: outputs shaped like their inputs. dD, dz
         and ddt_bias are needed where the input was given; dinitial_states is optional.
+    workspace: at least ssd_chunk_scan_bwd_workspace bytes.
 
 Raises:
     ValueError, TypeError: as ssd_chunk_scan_fwd.

@@ -26,12 +26,15 @@
 #define SSM_UNROLL _Pragma("unroll")
 #define SSM_UNROLL_TWICE _Pragma("unroll 2")
 #define SSM_ROLLED _Pragma("unroll 1")
+#define SSM_PRAGMA(text) _Pragma(#text)
+#define SSM_UNROLL_BY(count) SSM_PRAGMA(unroll count)
 #else
 #define SSM_DEVICE inline
 #define SSM_BOTH
 #define SSM_UNROLL
 #define SSM_UNROLL_TWICE
 #define SSM_ROLLED
+#define SSM_UNROLL_BY(count)
 #endif
 
 namespace ssm::cuda {
@@ -76,6 +79,13 @@ struct PerLane {
     Value value;
     SSM_DEVICE Value& operator()(int) { return value; }
 };
+
+/// The number of a thread, as the compiler does not know it: what depends on it is worked out where
+/// it is used, and not kept in registers for all of a long loop.
+SSM_DEVICE int fresh(int thread) {
+    asm volatile("" : "+r"(thread));
+    return thread;
+}
 
 template <class Block>
 class Warp {

@@ -83,6 +83,8 @@ class CheckedMemory {
     const Progress& now_;
 };
 
+inline int fresh(int thread) { return thread; }
+
 template <class Value>
 struct PerLane {
     Value values[kWarp] = {};

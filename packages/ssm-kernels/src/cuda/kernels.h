@@ -28,6 +28,7 @@ namespace ssm::cuda {
     X(selective_scan_bwd, const SelectiveScanArgs&, const SelectiveScanGrads&, std::int64_t) \
     X(selective_state_step_fwd, const SelectiveStateStepArgs&)                               \
     X(ssd_chunk_scan_fwd, const SsdChunkScanArgs&, std::int64_t)                             \
+    X(ssd_chunk_scan_bwd, const SsdChunkScanArgs&, const SsdChunkScanGrads&, std::int64_t)   \
     X(swiglu_fwd, const SwigluArgs&)                                                         \
     X(swiglu_bwd, const SwigluArgs&, const SwigluGrads&)
 
@@ -43,7 +44,8 @@ SSM_CUDA_KERNELS(SSM_DECLARE_KERNEL)
     X(gated_norm_bwd_workspace, const GatedNormArgs&)                                  \
     X(selective_scan_fwd_workspace, const SelectiveScanArgs&)                          \
     X(selective_scan_bwd_workspace, const SelectiveScanArgs&)                          \
-    X(ssd_chunk_scan_fwd_workspace, const SsdChunkScanArgs&)
+    X(ssd_chunk_scan_fwd_workspace, const SsdChunkScanArgs&)                           \
+    X(ssd_chunk_scan_bwd_workspace, const SsdChunkScanArgs&)
 
 #define SSM_DECLARE_WORKSPACE(name, ...) std::int64_t name(__VA_ARGS__);
 SSM_CUDA_WORKSPACES(SSM_DECLARE_WORKSPACE)

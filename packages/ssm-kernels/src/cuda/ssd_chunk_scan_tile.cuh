@@ -129,6 +129,39 @@ struct SsdPiece {
     SSM_DEVICE bool has(int step) const { return step < steps && !(skipped >> step & 1); }
 };
 
+/// The steps of a tile that are skipped, and those that start a sequence, as bits.
+struct SsdMarks {
+    std::uint64_t skipped = 0, starts = 0;
+};
+
+/// The marks of the tile that begins at `begin`, behind steps of the sequence `before`, or -1.
+template <class Block>
+SSM_DEVICE SsdMarks ssd_marks(Block& block, const SsdInputs& in, int row, std::int64_t begin,
+                              std::int64_t end, std::int32_t before) {
+    const auto is_start = [&](std::int64_t step) {
+        const std::int32_t id = sequence_at(in, row, step);
+        if (id < 0) return false;
+        std::int32_t last = -1;
+        while (step > begin && last < 0) last = sequence_at(in, row, --step);
+        if (last < 0) last = before;
+        // The first sequence of a row goes on from the state of the row.
+        return id != last && (last >= 0 || in.state_per_sequence);
+    };
+    SsdMarks marks;
+    for (int half = 0; half < kSsdTile; half += kWarp) {
+        const std::uint64_t skipped = block.vote([&](int thread) {
+            const std::int64_t step = begin + half + thread % kWarp;
+            return step < end && sequence_at(in, row, step) < 0;
+        });
+        const std::uint64_t starts = block.vote([&](int thread) {
+            const std::int64_t step = begin + half + thread % kWarp;
+            return step < end && is_start(step);
+        });
+        marks.skipped |= skipped << half, marks.starts |= starts << half;
+    }
+    return marks;
+}
+
 /// Cuts the steps of a part into pieces: tiles, cut where sequences start.
 class SsdPieces {
   public:
@@ -141,15 +174,15 @@ class SsdPieces {
     template <class Block>
     SSM_DEVICE SsdPiece next(Block& block, const SsdInputs& in) {
         const int offset = static_cast<int>(step_ % kSsdTile);
-        if (in.seq_idx && offset == 0) mark(block, in);
+        if (in.seq_idx && offset == 0) marks_ = ssd_marks(block, in, row_, step_, end_, sequence_);
         SsdPiece piece;
         piece.begin = step_;
         piece.steps =
             static_cast<int>(end_ - step_ < kSsdTile - offset ? end_ - step_ : kSsdTile - offset);
-        piece.skipped = skipped_ >> offset;
-        piece.starts = starts_ >> offset & 1;
+        piece.skipped = marks_.skipped >> offset;
+        piece.starts = marks_.starts >> offset & 1;
         piece.before = sequence_;
-        if (const std::uint64_t later = starts_ >> offset >> 1;
+        if (const std::uint64_t later = marks_.starts >> offset >> 1;
             later != 0 && lowest_bit(later) + 1 < piece.steps)
             piece.steps = lowest_bit(later) + 1;
         if (piece.steps > 0) {
@@ -163,35 +196,9 @@ class SsdPieces {
     }
 
   private:
-    /// Looks at the sequences of the tile that begins at step_.
-    template <class Block>
-    SSM_DEVICE void mark(Block& block, const SsdInputs& in) {
-        skipped_ = starts_ = 0;
-        for (int half = 0; half < kSsdTile; half += kWarp) {
-            const std::uint64_t skipped = block.vote([&](int thread) {
-                const std::int64_t step = step_ + half + thread % kWarp;
-                return step < end_ && sequence_at(in, row_, step) < 0;
-            });
-            const std::uint64_t starts = block.vote([&](int thread) {
-                const std::int64_t step = step_ + half + thread % kWarp;
-                return step < end_ && is_start(in, step);
-            });
-            skipped_ |= skipped << half, starts_ |= starts << half;
-        }
-    }
-    SSM_DEVICE bool is_start(const SsdInputs& in, std::int64_t step) const {
-        const std::int32_t id = sequence_at(in, row_, step);
-        if (id < 0) return false;
-        std::int32_t before = -1;
-        while (step > step_ && before < 0) before = sequence_at(in, row_, --step);
-        if (before < 0) before = sequence_;
-        // The first sequence of a row goes on from the state of the row.
-        return id != before && (before >= 0 || in.state_per_sequence);
-    }
-
     int row_;
     std::int64_t step_, end_;
-    std::uint64_t skipped_ = 0, starts_ = 0;  // of the tile of step_
+    SsdMarks marks_;  // of the tile of step_
     std::int32_t sequence_;
 };
 

@@ -93,6 +93,20 @@ void check_checkpoints(const Checker& check, const SsdChunkScanArgs& args, const
     check.contiguous("checkpoints", args.checkpoints);
 }
 
+/// What one direction's entry of the table says; 0 on the CPU.
+std::int64_t workspace_bytes(const SsdChunkScanArgs& args,
+                             std::int64_t (*cuda::Kernels::*entry)(const SsdChunkScanArgs&)) {
+    const Checker check(kOp, args.X.device);
+    check.rank("X", args.X, 4, "(B, L, H, P)");
+    const Axis batch{"B", args.X.shape[0]}, seqlen{"L", args.X.shape[1]},
+        heads{"H", args.X.shape[2]};
+    const Axis dstate{"N", args.B.ndim == 4 ? args.B.shape[3] : 1};
+    check_group_input(check, "B", args.B, {batch, seqlen, heads, {"P", 0}, dstate, batch});
+    check_group_input(check, "C", args.C, {batch, seqlen, heads, {"P", 0}, dstate, batch});
+    const auto* gpu = cuda_kernels(kOp, args.X.device);
+    return gpu != nullptr ? (gpu->*entry)(args) : 0;
+}
+
 }  // namespace
 
 void ssd_chunk_scan_fwd(const SsdChunkScanArgs& args, const Exec& exec) {
@@ -112,15 +126,11 @@ void ssd_chunk_scan_fwd(const SsdChunkScanArgs& args, const Exec& exec) {
 }
 
 std::int64_t ssd_chunk_scan_fwd_workspace(const SsdChunkScanArgs& args) {
-    const Checker check(kOp, args.X.device);
-    check.rank("X", args.X, 4, "(B, L, H, P)");
-    const Axis batch{"B", args.X.shape[0]}, seqlen{"L", args.X.shape[1]},
-        heads{"H", args.X.shape[2]};
-    const Axis dstate{"N", args.B.ndim == 4 ? args.B.shape[3] : 1};
-    check_group_input(check, "B", args.B, {batch, seqlen, heads, {"P", 0}, dstate, batch});
-    check_group_input(check, "C", args.C, {batch, seqlen, heads, {"P", 0}, dstate, batch});
-    const auto* gpu = cuda_kernels(kOp, args.X.device);
-    return gpu != nullptr ? gpu->ssd_chunk_scan_fwd_workspace(args) : 0;
+    return workspace_bytes(args, &cuda::Kernels::ssd_chunk_scan_fwd_workspace);
+}
+
+std::int64_t ssd_chunk_scan_bwd_workspace(const SsdChunkScanArgs& args) {
+    return workspace_bytes(args, &cuda::Kernels::ssd_chunk_scan_bwd_workspace);
 }
 
 void ssd_chunk_scan_bwd(const SsdChunkScanArgs& args, const SsdChunkScanGrads& grads,
@@ -128,8 +138,11 @@ void ssd_chunk_scan_bwd(const SsdChunkScanArgs& args, const SsdChunkScanGrads& g
     const Axes axes =
         check_inputs(args, {args.initial_states, grads.dfinal_states, grads.dinitial_states});
     const Checker check(kOp, args.X.device);
-    check.given("checkpoints", args.checkpoints);
-    check_checkpoints(check, args, axes);
+    const auto* gpu = cuda_kernels(kOp, args.X.device);
+    if (gpu == nullptr) {
+        check.given("checkpoints", args.checkpoints);
+        check_checkpoints(check, args, axes);
+    }
     check.input("dy", grads.dy, {axes.batch, axes.seqlen, axes.heads, axes.headdim});
     check.optional_input("dfinal_states", grads.dfinal_states,
                          {axes.states, axes.heads, axes.headdim, axes.dstate});
@@ -145,7 +158,10 @@ void ssd_chunk_scan_bwd(const SsdChunkScanArgs& args, const SsdChunkScanGrads& g
     if (present(args.dt_bias)) check.output("ddt_bias", grads.ddt_bias, {axes.heads});
     check.optional_output("dinitial_states", grads.dinitial_states,
                           {axes.states, axes.heads, axes.headdim, axes.dstate});
-    check_device_served(kOp, args.X.device);
+    if (gpu != nullptr) {
+        const WithWorkspace with(kOp, exec, args.X.device, gpu->ssd_chunk_scan_bwd_workspace(args));
+        return gpu->ssd_chunk_scan_bwd(args, grads, axes.states.size, with.exec());
+    }
     const RunTable runs(kOp, args.seq_idx, axes.batch.size, axes.seqlen.size,
                         args.state_per_sequence, axes.states.size);
     cpu::ssd_chunk_scan_bwd.active()(args, grads, runs.view(), thread_count(exec));

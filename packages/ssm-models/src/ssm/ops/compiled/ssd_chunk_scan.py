@@ -23,6 +23,13 @@ _INPUTS = (
 _OPTIONS = "float dt_low, float dt_high, bool softplus, bool state_per_sequence"
 
 
+def _has_room(X):
+    """Return whether a block of the GPU of X has the shared memory that the backward needs."""
+    properties = torch.cuda.get_device_properties(X.device)
+    room = getattr(properties, "shared_memory_per_block_optin", 0)
+    return room >= 138 << 10
+
+
 def _allocate(X, B, num_states, save):
     """Return empty y, final_states and checkpoints; the latter has no element unless saved."""
     batch, seqlen, nheads, headdim = X.shape
@@ -69,12 +76,13 @@ def _allocate_gradients(*inputs):
 
 def _backward_kernel(*args):
     *inputs, checkpoints, dy, dfinal_states, dt_low, dt_high, softplus, per_sequence = args
+    X, _, _, B, C, D, _, dt_bias, _, seq_idx = inputs
     gradients = _allocate_gradients(*inputs)
     given = [g if t is not None else None for g, t in zip(gradients, inputs[:-1], strict=True)]
     dX, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_states = given
     ssm_kernels.ssd_chunk_scan_bwd(
         *inputs,
-        checkpoints=checkpoints,
+        checkpoints=None if X.is_cuda else checkpoints,
         dy=dy,
         dfinal_states=dfinal_states,
         dX=dX,
@@ -90,7 +98,7 @@ def _backward_kernel(*args):
         dt_high=dt_high,
         softplus=softplus,
         state_per_sequence=per_sequence,
-        num_threads=torch.get_num_threads(),
+        **settings(X, ssm_kernels.ssd_chunk_scan_bwd_workspace, X, B, C, D, dt_bias, seq_idx),
     )
     return gradients
 
@@ -172,8 +180,8 @@ def ssd_chunk_scan(
         seq_idx = seq_meta.positions(X.shape[0], X.shape[1], X.device)
         per_sequence = seq_meta.state_per_sequence
     save = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in inputs)
-    if X.is_cuda and (save or B.shape[-1] > _GPU_STATES):
-        # What the kernels of a GPU lack: a backward, and room in registers for more states.
+    if X.is_cuda and (B.shape[-1] > _GPU_STATES or (save and not _has_room(X))):
+        # No room in registers for so many states, or in shared memory for the backward.
         return reference.ssd_chunk_scan(
             X,
             dt,
@@ -190,6 +198,8 @@ def ssd_chunk_scan(
             dt_limit=dt_limit,
             return_final_states=return_final_states,
         )
+    # On a GPU the backward finds the states again: it needs none saved.
+    save = save and not X.is_cuda
     call = _forward if is_eager(*inputs) else _fwd
     low, high = float(dt_limit[0]), float(dt_limit[1])
     y, final_states, _ = call(
