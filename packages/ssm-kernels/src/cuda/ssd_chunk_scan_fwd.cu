@@ -4,6 +4,8 @@
 // A warp owns 16 steps of S, Y and M, so that M goes from the accumulators of one product to the
 // operand of the next without leaving registers, and Y leaves in the order of memory; and it owns
 // 16 channels of H. What crosses warps is H alone, rounded to the type of the matrices.
+#include <cmath>
+
 #include "kernels.h"
 #include "ssd_chunk_scan_tile.cuh"
 
@@ -11,22 +13,21 @@ namespace ssm::cuda {
 
 namespace {
 
-/// What a segment does to the state that enters it: decay * entering + own, with decay = 2^time
-/// or, where `open` is 0 because a sequence began, 0.
+/// What a segment does to the state that enters it: decay * entering + own, with decay = 2^time,
+/// where time is minus infinity if a sequence began.
 template <class Real>
 struct SsdEnds {
     Real* own = nullptr;   // (B, segments, H, P, N)
     Real* time = nullptr;  // (B, segments, H)
-    Real* open = nullptr;  // (B, segments, H)
 
     SsdEnds() = default;
     SsdEnds(const SsdInputs& in, Real* memory) {
         const std::int64_t heads = in.batch * in.segments * in.heads;
-        own = memory, time = own + heads * in.headdim * in.dstate, open = time + heads;
+        own = memory, time = own + heads * in.headdim * in.dstate;
     }
     static std::int64_t size(const SsdInputs& in) {
         if (in.segments == 1) return 0;
-        return in.batch * in.segments * in.heads * (in.headdim * in.dstate + 2);
+        return in.batch * in.segments * in.heads * (in.headdim * in.dstate + 1);
     }
 };
 
@@ -59,7 +60,7 @@ struct Forward {
         // Step sizes before their clamp, in one warp: of the piece to multiply, and of the last one
         // that came.
         Real raw[2], coming[2];
-        Real time, open;
+        Real time;  // logarithm of the decay since the part began
     };
 
     SsdInputs in;
@@ -70,8 +71,10 @@ struct Forward {
     bool only_ends = false;  // only write the ends of the segments
     bool packed_y = false, packed_z = false;
 
+    /// With many states two stages never leave room for a second block.
+    SSM_BOTH int stage_count() const { return kStates <= 128 ? stages : 1; }
     std::int64_t shared_size() const { return kD + kSsdChannels; }
-    SSM_BOTH std::int64_t matrix_size() const { return kStages + stages * kStage; }
+    SSM_BOTH std::int64_t matrix_size() const { return kStages + stage_count() * kStage; }
 
     template <class Block>
     SSM_DEVICE void operator()(Block& block, std::int64_t index) const {
@@ -86,16 +89,16 @@ struct Forward {
         for (int turn = 0;; ++turn) {
             block.forget();
             const SsdPiece coming = pieces.next(block, in);
-            const int stage = turn & (stages - 1);
+            const int stage = turn & (stage_count() - 1);
             block.each([&](int thread, Registers& r) {
                 r.raw[0] = r.coming[0], r.raw[1] = r.coming[1];
                 if (coming.steps > 0) fetch(block, part, coming, stage, thread, r);
-                if (stages == 1) r.raw[0] = r.coming[0], r.raw[1] = r.coming[1];
+                if (stage_count() == 1) r.raw[0] = r.coming[0], r.raw[1] = r.coming[1];
                 block.commit_copies(thread);
             });
             // With two stages it is multiplied while the one after it comes.
-            if (stages == 1) piece = coming;
-            if (piece.steps > 0) walk(block, part, piece, stages == 1 ? 0 : 1 - stage);
+            if (stage_count() == 1) piece = coming;
+            if (piece.steps > 0) walk(block, part, piece, stage_count() == 1 ? 0 : 1 - stage);
             if (coming.steps == 0) break;
             piece = coming;
         }
@@ -119,7 +122,7 @@ struct Forward {
     /// The state that enters the row.
     template <class Block>
     SSM_DEVICE void enter(Block& block, const SsdPart& part, int thread, Registers& r) const {
-        r.time = 0, r.open = 1;
+        r.time = 0;
         if (thread < kSsdChannels)
             block.write(kD + thread, in.D && thread < part.channels
                                          ? in.D.template load<Real>(part.head * in.D.stride[0] +
@@ -135,7 +138,7 @@ struct Forward {
     /// What a segment before this one makes of the state.
     SSM_DEVICE void pass(const SsdPart& part, int segment, int thread, Registers& r) const {
         const std::int64_t place = end_of(part, segment);
-        const Real decay = ends.open[place] != 0 ? exp2_of(ends.time[place]) : Real(0);
+        const Real decay = exp2_of(ends.time[place]);
         const Real* const own = own_of(part, place);
         each_state<kOwnStates>(
             in, part, thread, in.dstate, 1, [&](int n, int i, bool exists, std::int64_t offset) {
@@ -179,7 +182,8 @@ struct Forward {
                 write_decays<Real>(block, warp, in, part.head, piece,
                                    [&](int lane) -> auto& { return warp.registers(lane).raw; });
         });
-        block.each([&](int thread, Registers&) { block.wait_for_copies(thread, stages == 1); });
+        block.each(
+            [&](int thread, Registers&) { block.wait_for_copies(thread, stage_count() == 1); });
         block.barrier();
         if (!only_ends) {
             outputs(block, piece, stage);
@@ -196,7 +200,7 @@ struct Forward {
                                    Registers& r) const {
         if (!only_ends && piece.before >= 0 && in.state_per_sequence)
             put_state<Real, kOwnStates>(in, part, final_states, piece.before, thread, r.h);
-        r.time = r.open = 0;
+        r.time = -static_cast<Real>(INFINITY);
         take_state<Real, kOwnStates>(in, part,
                                      in.state_per_sequence ? in.initial_states : Plane<4>{},
                                      piece.sequence, thread, r.h);
@@ -469,8 +473,7 @@ struct Forward {
                                    [&](int n, int i, bool exists, std::int64_t offset) {
                                        if (exists) own[offset] = r.h[n][i];
                                    });
-            if (thread == 0 && part.first_channel == 0)
-                ends.time[place] = r.time, ends.open[place] = r.open;
+            if (thread == 0 && part.first_channel == 0) ends.time[place] = r.time;
         } else if (part.end == in.seqlen && (sequence >= 0 || !in.state_per_sequence)) {
             put_state<Real, kOwnStates>(in, part, final_states,
                                         in.state_per_sequence ? sequence : part.row, thread, r.h);
