@@ -11,7 +11,7 @@ Usage: python3 tools/dev.py demo | test [SUITE...] | build | setup
     demo    build, then let a small Mamba language model write text
 
 --cuda insists on the CUDA kernels, which are otherwise built where nvcc is found, and puts nvcc
-into .venv where there is none.
+into .venv where there is none. The CUTLASS headers follow nvcc; without them kernels are slower.
 
 A step that has nothing to do costs next to nothing, so there is no reason to call them one by one.
 """
@@ -56,6 +56,9 @@ CUDA = tuple(
     f"nvidia-{part}==13.0.*"
     for part in ("cuda-nvcc", "cuda-crt", "cuda-runtime", "cuda-cccl", "nvvm")
 )
+
+# Headers for products on tensor cores: wherever there is an nvcc, and not required.
+CUTLASS = "nvidia-cutlass==4.2.*"
 
 SUMMARY = "{passed} passed, {failed} failed, {skipped} skipped"
 
@@ -185,6 +188,21 @@ def setup_cuda() -> None:
     nvcc.chmod(0o755)
 
 
+def setup_cutlass() -> str:
+    """Put the CUTLASS headers into .venv if nvcc is there; return what the build will find."""
+    if not (shutil.which("nvcc") or (VENV / "bin/nvcc").exists()):
+        return ""
+    found = list(VENV.glob("lib/python3*/site-packages/nvidia_cutlass-*.dist-info"))
+    if not found:
+        say(f"installing {CUTLASS}")
+        pip = (VENV / "bin/python", "-m", "pip", "install", "-q", "--disable-pip-version-check")
+        if call(*pip, "--retries", "1", "--no-deps", CUTLASS) != 0:
+            say("going on without CUTLASS: CUDA kernels will multiply without tensor cores")
+            return ""
+        found = list(VENV.glob("lib/python3*/site-packages/nvidia_cutlass-*.dist-info"))
+    return found[0].name
+
+
 def listing() -> str:
     """Hash the names of all files whose coming and going changes the build."""
     names = []
@@ -218,7 +236,7 @@ def build(arguments: argparse.Namespace) -> None:
     if arguments.cuda:
         setup_cuda()
     option = "-Dcuda=enabled" if arguments.cuda else "-Dcuda=auto"
-    stamp, now = BUILD / "ssm-listing", f"{ROOT}\n{listing()}\n{option}"
+    stamp, now = BUILD / "ssm-listing", f"{ROOT}\n{listing()}\n{option}\n{setup_cutlass()}"
     found = stamp.read_text() if stamp.is_file() else ""
     if found != now:
         check_machine(arguments.python)
