@@ -196,7 +196,7 @@ def setup_cutlass() -> str:
     if not found:
         say(f"installing {CUTLASS}")
         pip = (VENV / "bin/python", "-m", "pip", "install", "-q", "--disable-pip-version-check")
-        if call(*pip, "--retries", "1", "--no-deps", CUTLASS) != 0:
+        if call(*pip, "--retries", "1", "--timeout", "15", "--no-deps", CUTLASS) != 0:
             say("going on without CUTLASS: CUDA kernels will multiply without tensor cores")
             return ""
         found = list(VENV.glob("lib/python3*/site-packages/nvidia_cutlass-*.dist-info"))

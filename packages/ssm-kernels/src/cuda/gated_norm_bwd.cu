@@ -86,9 +86,10 @@ struct Backward {
             SSM_UNROLL
             for (int i = 0; i < kWidth; ++i) {
                 const Real input = widen(xs.of[i]), gate = widen(zs.of[i]);
-                const Real ds = r.gradient(k * kWidth + i, xhat_of(input, gate, r));
+                const Real opening = kGateFirst ? sigmoid(gate) : Real(1);
+                const Real s = kGateFirst ? input * (gate * opening) : input;
+                const Real ds = r.gradient(k * kWidth + i, (s - r.mean) * r.rstd);
                 if (kGateFirst) {
-                    const Real opening = sigmoid(gate);
                     narrow(ds * input * silu_slope(gate, opening), dzs.of[i]);
                     narrow(ds * (gate * opening), dxs.of[i]);
                 } else {
