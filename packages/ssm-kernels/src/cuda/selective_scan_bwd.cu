@@ -71,25 +71,26 @@ struct Backward {
             const ScanMarks marks = scan_marks(in, part.row, begin, steps);
             block.barrier();
             block.each([&](int thread, Registers&) {
-                load(block, part, thread, begin, steps, marks.skipped);
+                load(block, part, fresh(thread), begin, steps, marks.skipped);
             });
             for (int slab = 0; slab < slabs; ++slab) {
                 if (slab > 0) block.barrier();
                 block.each([&](int thread, Registers& r) {
-                    if (slabs > 1) resume(index, slab, thread, r);
-                    load_slab(block, part, thread, begin, slab, steps, marks.skipped, r);
+                    if (slabs > 1) resume(index, slab, fresh(thread), r);
+                    load_slab(block, part, fresh(thread), begin, slab, steps, marks.skipped, r);
                 });
                 block.barrier();
                 if constexpr (!kEnds) replay(block, part, slab, begin, steps, marks);
                 for (int group = (steps - 1) / kGroup; group >= 0; --group)
                     go_back(block, part, slab, begin, group, marks);
                 if (slabs > 1)
-                    block.each([&](int thread, Registers& r) { wait(index, slab, thread, r); });
+                    block.each(
+                        [&](int thread, Registers& r) { wait(index, slab, fresh(thread), r); });
             }
             block.barrier();
             if constexpr (!kEnds) {
                 block.each([&](int thread, Registers&) {
-                    store(block, part, thread, begin, steps, marks.skipped);
+                    store(block, part, fresh(thread), begin, steps, marks.skipped);
                 });
                 if (out.dbias == nullptr) continue;
                 block.barrier();
@@ -228,8 +229,9 @@ struct Backward {
     template <class Block>
     SSM_DEVICE void read_states(Block& block, int thread, int step, bool is_constant, int place,
                                 Real (&values)[kScanStates]) const {
-        const int own = is_constant ? thread : step * (kSlab / kScanStates) + thread % kLanes;
-        block.read4(place + own * kScanStates, values);
+        block.read4(is_constant ? place + thread * kScanStates
+                                : place + step * kSlab + thread % kLanes * kScanStates,
+                    values);
     }
 
     /// h after a step from h before it; keeps the latter and the decay where asked.
