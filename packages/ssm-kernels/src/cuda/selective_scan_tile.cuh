@@ -4,7 +4,6 @@
 
 #include <ssm/selective_scan.h>
 
-#include <algorithm>
 #include <numeric>
 
 #include "launch.cuh"
@@ -17,12 +16,6 @@ constexpr const char* kScanOp = "selective_scan";
 constexpr int kScanTile = kSelectiveScanCheckpoint;  // steps of a tile
 constexpr int kScanStates = 4;                       // of one thread
 constexpr int kScanThreads = 256;
-
-/// Blocks that fill a GPU. With fewer the sequence is cut into segments that run at the same time.
-/// A number of its own, not the device's, so that no result depends on the device.
-constexpr std::int64_t kFullDevice = 264;
-constexpr std::int64_t kMostSegments = 32;
-constexpr std::int64_t kLeastSegmentTiles = 4;
 
 /// The tensors that both directions read, and the problem in plain numbers. A block owns some
 /// channels of one group of one row, and one segment of its steps.
@@ -66,15 +59,9 @@ inline ScanInputs scan_inputs(const SelectiveScanArgs& args, std::int64_t num_st
     in.group_tiles = (in.group_dim + channels - 1) / channels;
     in.blocks_along = groups * in.group_tiles;
 
-    const std::int64_t tiles = (in.seqlen + kScanTile - 1) / kScanTile;
-    const std::int64_t blocks = in.batch * in.blocks_along;
     // Cutting walks the steps twice: it takes more than two segments to gain.
-    std::int64_t segments = blocks > 0 ? kFullDevice / blocks : 1;
-    segments = std::min({segments, kMostSegments, tiles / kLeastSegmentTiles});
-    if (segments < 4) segments = 1;
-    const std::int64_t segment_tiles = segments == 1 ? tiles : (tiles + segments - 1) / segments;
-    in.segment_steps = segment_tiles * kScanTile;
-    in.segments = segments == 1 ? 1 : (tiles + segment_tiles - 1) / segment_tiles;
+    const Segments cut = cut_segments(in.seqlen, kScanTile, in.batch * in.blocks_along, 4);
+    in.segments = cut.count, in.segment_steps = cut.steps;
     return in;
 }
 

@@ -1,9 +1,30 @@
 // The sequences of a row, as numbers in memory of the device.
 #pragma once
 
+#include <algorithm>
+
 #include "element.cuh"
 
 namespace ssm::cuda {
+
+/// The steps of a row as segments that run at the same time.
+struct Segments {
+    std::int64_t count, steps;  // steps of one: a multiple of the tile
+};
+
+/// Cuts rows into segments where `blocks` do not fill a GPU and at least `worth` segments come out,
+/// fewer of which gain nothing. A function of sizes alone.
+inline Segments cut_segments(std::int64_t seqlen, std::int64_t tile, std::int64_t blocks,
+                             std::int64_t worth) {
+    // Blocks that fill a GPU: a number of its own, so that no result depends on the device.
+    constexpr std::int64_t kFullDevice = 264, kMost = 32, kLeastTiles = 4;
+    const std::int64_t tiles = (seqlen + tile - 1) / tile;
+    const std::int64_t count =
+        std::min({blocks > 0 ? kFullDevice / blocks : 1, kMost, tiles / kLeastTiles});
+    if (count < worth) return {1, tiles * tile};
+    const std::int64_t segment_tiles = (tiles + count - 1) / count;
+    return {(tiles + segment_tiles - 1) / segment_tiles, segment_tiles * tile};
+}
 
 /// The sequence of a step, or -1 where it is skipped.
 template <class Inputs>

@@ -4,8 +4,6 @@
 
 #include <ssm/ssd_chunk_scan.h>
 
-#include <algorithm>
-
 #include "launch.cuh"
 #include "numerics.cuh"
 #include "sequences.cuh"
@@ -17,12 +15,6 @@ constexpr const char* kSsdOp = "ssd_chunk_scan";
 constexpr int kSsdTile = 64;      // steps of a tile
 constexpr int kSsdChannels = 64;  // channels of a slab: a head has one slab or several
 constexpr int kSsdThreads = 128;  // each warp owns 16 steps, or channels, of a tile
-
-/// Blocks that fill a GPU. With fewer the sequence is cut into segments that run at the same time.
-/// A number of its own, not the device's, so that no result depends on the device.
-constexpr std::int64_t kSsdFullDevice = 264;
-constexpr std::int64_t kSsdMostSegments = 32;
-constexpr std::int64_t kSsdLeastSegmentTiles = 4;
 
 /// The tensors that both directions read, and the problem in plain numbers.
 struct SsdInputs {
@@ -60,14 +52,8 @@ inline SsdInputs ssd_inputs(const SsdChunkScanArgs& args, std::int64_t num_state
     };
     in.copies_X = copies(args.X), in.copies_B = copies(args.B), in.copies_C = copies(args.C);
 
-    const std::int64_t tiles = (in.seqlen + kSsdTile - 1) / kSsdTile;
-    const std::int64_t blocks = in.batch * in.heads * in.slabs;
-    std::int64_t segments = blocks > 0 ? kSsdFullDevice / blocks : 1;
-    segments = std::min({segments, kSsdMostSegments, tiles / kSsdLeastSegmentTiles});
-    if (segments < 2) segments = 1;
-    const std::int64_t segment_tiles = segments == 1 ? tiles : (tiles + segments - 1) / segments;
-    in.segment_steps = segment_tiles * kSsdTile;
-    in.segments = segments == 1 ? 1 : (tiles + segment_tiles - 1) / segment_tiles;
+    const Segments cut = cut_segments(in.seqlen, kSsdTile, in.batch * in.heads * in.slabs, 2);
+    in.segments = cut.count, in.segment_steps = cut.steps;
     return in;
 }
 
