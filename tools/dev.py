@@ -147,6 +147,11 @@ def must(what: str, *command: str | Path) -> None:
         raise Fault(f"{what} failed; the reason is above")
 
 
+def pip() -> tuple[str | Path, ...]:
+    """Return the begin of a command that installs into .venv."""
+    return (VENV / "bin/python", "-m", "pip", "install", "--disable-pip-version-check")
+
+
 def setup(arguments: argparse.Namespace) -> None:
     """Make .venv and fill it, unless it already holds exactly this."""
     # The folder belongs to it: a virtual environment does not survive being moved.
@@ -165,8 +170,7 @@ def setup(arguments: argparse.Namespace) -> None:
     quiet = () if sys.stdout.isatty() else ("-q",)
     for step in REQUIREMENTS:
         say(f"installing {', '.join(step)}")
-        pip = (VENV / "bin/python", "-m", "pip", "install", "--disable-pip-version-check")
-        must("installing", *pip, *quiet, *step)
+        must("installing", *pip(), *quiet, *step)
     # Written last: an interrupted installation has no stamp and starts again.
     stamp.write_text(wanted)
     say(f"installed in {time.monotonic() - started:.0f} s")
@@ -178,8 +182,7 @@ def setup_cuda() -> None:
     if shutil.which("nvcc") or nvcc.exists():
         return
     say(f"installing {', '.join(CUDA)}")
-    pip = (VENV / "bin/python", "-m", "pip", "install", "-q", "--disable-pip-version-check")
-    must("installing nvcc", *pip, *CUDA)
+    must("installing nvcc", *pip(), "-q", *CUDA)
     root = next(VENV.glob("lib/python3*/site-packages/nvidia/cu13"), None)
     if root is None:
         raise Fault("the wheels of nvcc must hold nvidia/cu13, and do not")
@@ -192,15 +195,13 @@ def setup_cutlass() -> str:
     """Put the CUTLASS headers into .venv if nvcc is there; return what the build will find."""
     if not (shutil.which("nvcc") or (VENV / "bin/nvcc").exists()):
         return ""
-    found = list(VENV.glob("lib/python3*/site-packages/nvidia_cutlass-*.dist-info"))
-    if not found:
+    wheel = "lib/python3*/site-packages/nvidia_cutlass-*.dist-info"
+    if not any(VENV.glob(wheel)):
         say(f"installing {CUTLASS}")
-        pip = (VENV / "bin/python", "-m", "pip", "install", "-q", "--disable-pip-version-check")
-        if call(*pip, "--retries", "1", "--timeout", "15", "--no-deps", CUTLASS) != 0:
+        if call(*pip(), "-q", "--retries", "1", "--timeout", "15", "--no-deps", CUTLASS) != 0:
             say("going on without CUTLASS: CUDA kernels will multiply without tensor cores")
             return ""
-        found = list(VENV.glob("lib/python3*/site-packages/nvidia_cutlass-*.dist-info"))
-    return found[0].name
+    return next(VENV.glob(wheel)).name
 
 
 def listing() -> str:
