@@ -14,6 +14,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
+from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "python", "cpu", "cuda")
 # Operators that share a file in every layer -> the name of that file.
@@ -43,6 +44,9 @@ OPERATORS = COMPILED
 # The extension module that holds the kernels of a device type.
 _KERNELS = {"cpu": "ssm_kernels", "cuda": "ssm_kernels._cuda"}
 
+_transform_level = torch._C._functorch.maybe_current_level
+_DERIVATIVES = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
+
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("ssm_backend", default=None)
 # The choices made: "op:device", and "op:device:backend" where use_backend forces one.
 # Attributes, because dynamo looks at a dictionary only once per trace.
@@ -69,6 +73,20 @@ def _environment() -> str:
 def _is_too_wide(tensor: torch.Tensor) -> bool:
     """Return whether a tensor of a GPU is float64: its kernels compute in float32."""
     return tensor.is_cuda and tensor.dtype == torch.float64
+
+
+def _is_derivative() -> bool:
+    """Return whether a derivative is taken that kernels do not have.
+
+    Theirs is the backward of autograd. Without a rule for it torch would give a zero for the
+    forward mode, silently, and stop inside at a transform of ``torch.func``. ``torch.vmap`` alone
+    calls the kernels row by row.
+    """
+    if forward_ad._current_level >= 0:
+        return True
+    if _transform_level() is None:
+        return False
+    return any(level.key() in _DERIVATIVES for level in torch._C._functorch.get_interpreter_stack())
 
 
 def _reference(op: str) -> Callable:
@@ -114,7 +132,7 @@ def _choose(op: str, device_type: str, backend: str) -> tuple[Callable, str]:
 
 def _resolve(op: str, device_type: str) -> str:
     """Choose, remember the choice in ``_table`` and return its key there."""
-    backend = _forced.get()
+    backend = "python" if _is_derivative() else _forced.get()
     function, _ = _choose(op, device_type, backend or _environment())
     key = f"{op}:{device_type}" if backend is None else f"{op}:{device_type}:{backend}"
     _table[key] = function
@@ -150,7 +168,7 @@ def implementation(op: str, tensor: torch.Tensor) -> Callable:
         return _reference(op)
     if torch.compiler.is_compiling():
         return getattr(_choices, _resolve(op, device_type))
-    if _forced.get() is None:
+    if _forced.get() is None and not _is_derivative():
         function = _table.get(f"{op}:{device_type}")
         if function is not None:
             return function

@@ -4,7 +4,7 @@ import ssm_kernels
 import torch
 
 from ssm.ops.compiled.dw_causal_conv import is_silu
-from ssm.ops.compiled.library import define, is_eager, is_negated, refuse_as, settings
+from ssm.ops.compiled.library import define, is_eager, may_update, refuse_as, settings
 from ssm.ops.python import check, reference
 
 
@@ -47,8 +47,7 @@ def dw_causal_conv_step(
     silu = is_silu("dw_causal_conv_step", activation)
     if is_eager(*inputs, cache_seqlens, state_indices):
         return _forward(*inputs, cache_seqlens, state_indices, silu)
-    wants_grad = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in inputs)
-    if wants_grad or is_negated(conv_state):
+    if not may_update(conv_state, x, weight, bias):
         # A step has no backward of its own; decoding runs without gradients.
         return reference.dw_causal_conv_step(
             *inputs, activation, cache_seqlens=cache_seqlens, state_indices=state_indices

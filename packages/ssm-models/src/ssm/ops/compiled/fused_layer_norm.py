@@ -16,6 +16,7 @@ from ssm.ops.compiled.library import (
     refuse_as,
     refuse_second_gradient,
     settings,
+    wants_gradient,
 )
 from ssm.ops.python import check
 from ssm.ops.python.arithmetic import acc_dtype
@@ -207,7 +208,7 @@ def fused_layer_norm(
     check.check_positive("fused_layer_norm", "eps", eps)
     is_rms = bool(is_rms)
     inputs = (x, weight, bias, residual)
-    save = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in inputs)
+    save = wants_gradient(*inputs)
     # Without a residual x is the sum already. With gradients it still goes through the operator,
     # which adds the two gradients before it rounds them.
     is_sum = prenorm and residual is None and sum_dtype == x.dtype and not save

@@ -15,6 +15,7 @@ from ssm.ops.compiled.library import (
     refuse_as,
     refuse_second_gradient,
     settings,
+    wants_gradient,
 )
 from ssm.ops.python import check
 from ssm.ops.python.arithmetic import acc_dtype
@@ -186,5 +187,5 @@ def gated_norm(
     options = (bool(is_rms), eps, group_size, bool(norm_before_gate))
     if is_eager(*inputs):
         return _direct(*inputs, *options)
-    save = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in inputs)
+    save = wants_gradient(*inputs)
     return _fwd(*inputs, *options, save)[0]

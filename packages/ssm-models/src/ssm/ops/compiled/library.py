@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad as _forward_ad
 
 # One library object per process: torch removes the operators when it is collected.
 _LIBRARY = torch.library.Library("ssm", "FRAGMENT")
@@ -13,6 +14,8 @@ _LIBRARY = torch.library.Library("ssm", "FRAGMENT")
 _is_compiling = torch.compiler.is_compiling
 _dispatch_depth = torch._C._len_torch_dispatch_stack
 _transform_level = torch._C._functorch.maybe_current_level
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_unwrapped = torch._C._functorch.get_unwrapped
 _is_grad_enabled = torch.is_grad_enabled
 _num_threads = torch.get_num_threads
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
@@ -38,6 +41,8 @@ def is_eager(*tensors: torch.Tensor | None) -> bool:
     """
     if _is_compiling() or _dispatch_depth() or _transform_level() is not None:
         return False
+    if _forward_ad._current_level >= 0:  # a tensor may carry a tangent
+        return False
     if _is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in tensors):
         # With one on the meta device, torch would call the fake kernel and return no data.
         if len({getattr(t, "device", None) for t in tensors if t is not None}) > 1:
@@ -54,16 +59,47 @@ def is_eager(*tensors: torch.Tensor | None) -> bool:
     return True
 
 
-def is_negated(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor is a lazily negated view, to which a kernel cannot write.
+def wants_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Return whether a backward will follow, for which a forward has to save what it needs.
 
     Args:
-        tensor: what a kernel is to update in place.
+        tensors: all differentiable arguments of an operator.
 
     Source:
-        torch.Tensor.is_neg, which cannot be traced; traced code has no such views.
+        Inside torch.vmap a tensor does not tell; the one that it stands for does.
     """
-    return not _is_compiling() and isinstance(tensor, torch.Tensor) and tensor.is_neg()
+    if not _is_grad_enabled():
+        return False
+    if not _is_compiling() and _transform_level() is not None:
+        tensors = tuple(map(_innermost, tensors))
+    return any(getattr(t, "requires_grad", False) for t in tensors)
+
+
+def _innermost(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    while isinstance(tensor, torch.Tensor) and _is_wrapped(tensor):
+        tensor = _unwrapped(tensor)
+    return tensor
+
+
+def may_update(state: torch.Tensor, *inputs: torch.Tensor | None) -> bool:
+    """Return whether a kernel may update a state in place.
+
+    Args:
+        state: what it is to write.
+        inputs: the other differentiable arguments of the operator.
+
+    Returns:
+        False if a backward will follow, which a step has not; inside torch.vmap, which takes no
+        operator that writes; if the state is a lazily negated view, which a kernel cannot write.
+
+    Source:
+        torch.Tensor.is_neg and the levels of torch.func; traced code has neither.
+    """
+    if wants_gradient(state, *inputs):
+        return False
+    if _is_compiling():
+        return True
+    return _transform_level() is None and not (isinstance(state, torch.Tensor) and state.is_neg())
 
 
 def refuse_as(check: Callable) -> Callable:

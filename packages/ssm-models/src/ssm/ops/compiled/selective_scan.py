@@ -10,6 +10,7 @@ from ssm.ops.compiled.library import (
     refuse_as,
     refuse_second_gradient,
     settings,
+    wants_gradient,
 )
 from ssm.ops.python import check
 from ssm.ops.python.arithmetic import acc_dtype
@@ -156,7 +157,7 @@ def selective_scan(
         num_states = check.check_seq_meta("selective_scan", seq_meta, num_states)
         seq_idx = seq_meta.positions(u.shape[0], u.shape[2], u.device)
         per_sequence = seq_meta.state_per_sequence
-    save = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in inputs)
+    save = wants_gradient(*inputs)
     call = _forward if is_eager(*inputs) else _fwd
     y, last_state, _ = call(*inputs, seq_idx, bool(softplus), per_sequence, num_states, save)
     return (y, last_state) if return_last_state else y

@@ -7,7 +7,7 @@ gradients, and what asks for them anyway gets the right ones, slowly.
 import ssm_kernels
 import torch
 
-from ssm.ops.compiled.library import define, is_eager, is_negated, refuse_as, settings
+from ssm.ops.compiled.library import define, is_eager, may_update, refuse_as, settings
 from ssm.ops.python import check, reference
 
 
@@ -56,7 +56,6 @@ def selective_state_step(
     inputs = (state, x, dt, A, B, C, D, z, dt_bias)
     if is_eager(*inputs, state_indices):
         return _step(*inputs, state_indices, bool(softplus))
-    wants_grad = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in inputs)
-    if wants_grad or is_negated(state):
+    if not may_update(*inputs):
         return reference.selective_state_step(*inputs, softplus, state_indices=state_indices)
     return _op(*inputs, state_indices, bool(softplus))

@@ -10,6 +10,7 @@ from ssm.ops.compiled.library import (
     refuse_as,
     refuse_second_gradient,
     settings,
+    wants_gradient,
 )
 from ssm.ops.python import check, reference
 from ssm.ops.python.arithmetic import acc_dtype
@@ -179,7 +180,7 @@ def ssd_chunk_scan(
         num_states = check.check_seq_meta("ssd_chunk_scan", seq_meta, num_states)
         seq_idx = seq_meta.positions(X.shape[0], X.shape[1], X.device)
         per_sequence = seq_meta.state_per_sequence
-    save = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in inputs)
+    save = wants_gradient(*inputs)
     if X.is_cuda and (B.shape[-1] > _GPU_STATES or (save and not _has_room(X))):
         # No room in registers for so many states, or in shared memory for the backward.
         return reference.ssd_chunk_scan(
