@@ -79,9 +79,11 @@ Statistics<T> statistics(const E* s, T total, std::int64_t size, bool is_rms, T 
 /// y = ((s - mean) rstd weight + bias) silu(z), or without z; bias may be null.
 template <bool kGate, class T, class S, class E>
 void scale_group(const S* s, const Statistics<T>& of, const T* weight, const T* bias, const E* z,
-                 E* y, std::int64_t size, bool past_caches, const Ahead<E>& ahead) {
+                 E* y, std::int64_t size, bool past_caches, const Ahead<E>& next_x,
+                 const Ahead<E>& next_z) {
     sweep<T, kGates>(size, [&](std::int64_t i, auto piece) __attribute__((always_inline)) {
-        ahead.template fetch<T>(i, piece);
+        next_x.template fetch<T>(i, piece);
+        next_z.template fetch<T>(i, piece);
         auto v = (take<T>(s + i, piece) - of.mean) * of.rstd * take<T>(weight + i, piece);
         if (bias != nullptr) v = v + take<T>(bias + i, piece);
         if constexpr (kGate) {
@@ -113,7 +115,7 @@ void forward(const GatedNormArgs& args, int wanted_threads) {
         const RowLines<E> x(args.x, line(1), dim), z(args.z, line(2), dim), y(args.y, line(3), dim);
         const std::int64_t end = min(shape.rows, (task + 1) * rows_per_task);
         for (std::int64_t row = task * rows_per_task; row < end; ++row) {
-            const Ahead next(x, row + 1, end);
+            const Ahead next_x(x, row + 1, end), next_z(z, row + 1, end);
             const E* const from = x.read(row);
             const E* const gate = z.given() ? z.read(row) : nullptr;
             E* const out = y.place(row);
@@ -125,16 +127,16 @@ void forward(const GatedNormArgs& args, int wanted_threads) {
                     const T total = gate_values(from + at, gate + at, lines, size, args.is_rms);
                     of = statistics<T>(lines, total, size, args.is_rms, eps);
                     scale_group<false>(lines, of, weight + at, b, gate, out + at, size, past_caches,
-                                       next.at(at));
+                                       next_x.at(at), next_z.at(at));
                 } else {
                     const T total = sum_values<T>(from + at, size, args.is_rms);
                     of = statistics<T>(from + at, total, size, args.is_rms, eps);
                     if (gate == nullptr)
                         scale_group<false>(from + at, of, weight + at, b, gate, out + at, size,
-                                           past_caches, next.at(at));
+                                           past_caches, next_x.at(at), next_z.at(at));
                     else
                         scale_group<true>(from + at, of, weight + at, b, gate + at, out + at, size,
-                                          past_caches, next.at(at));
+                                          past_caches, next_x.at(at), next_z.at(at));
                 }
                 const std::int64_t index = row * shape.groups + group;
                 if (args.mean.ndim >= 0) *statistic<T>(args.mean, index) = of.mean;

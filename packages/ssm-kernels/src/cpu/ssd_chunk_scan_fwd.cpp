@@ -76,8 +76,9 @@ void scan_head(const SsdChunkScanArgs& args, const SsdShape& shape, const HeadBl
                           count, shape.headdim);
             });
     }
-    write_outputs(y, shape, tile.group, state, tile.mix, tile.X, tile.heads.skip + h * pitch, ends,
-                  z, steps);
+    const bool is_empty = segment.enters && enters_empty(args, *segment.first);
+    write_outputs(y, shape, tile.group, is_empty ? nullptr : state, tile.mix, tile.X,
+                  tile.heads.skip + h * pitch, ends, z, steps);
     advance_state(state, shape, tile.group.B, tile.wX, ends.total, steps);
     if (!in_place)
         Segment::for_pieces(segment, [&](std::int64_t at, std::int64_t t, std::int64_t count) {

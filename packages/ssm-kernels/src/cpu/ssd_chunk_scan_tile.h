@@ -39,11 +39,16 @@ SSM_INLINE void request_steps(const TensorView& view, const SsdShape& shape, std
         request_line(plane, t, steps, shape.headdim);
 }
 
+/// Whether a sequence starts from nothing.
+SSM_INLINE bool enters_empty(const SsdChunkScanArgs& args, const Run& run) {
+    return run.state_in == Run::kZero || args.initial_states.ndim < 0;
+}
+
 /// The state with which a sequence starts.
 template <class T>
 void enter(T* state, const SsdChunkScanArgs& args, const SsdShape& shape, const Run& run,
            std::int64_t head) {
-    if (run.state_in == Run::kZero || args.initial_states.ndim < 0)
+    if (enters_empty(args, run))
         clear(state, shape.state_elements());
     else
         load_state(state, shape, state_plane(args.initial_states, run.state_in, head));
@@ -211,18 +216,19 @@ void mix_steps(T* mix, const T* CB, const T* size, const T* decay, std::int64_t 
 }
 
 /// y = exp(decay from the start) C h + mix X + D X, times silu(z) unless z is null, for all
-/// channels of a head; mix is [j][i].
+/// channels of a head; mix is [j][i], and a null state is one of zeros.
 template <class T>
 void write_outputs(Rows<T> y, const SsdShape& shape, const GroupTile<T>& group, const T* state,
                    const T* mix, const T* X, const T* skip, const EndDecays<T>& ends,
                    Rows<const T> z, std::int64_t steps) {
     const std::int64_t pitch = shape.padded_headdim;
+    const std::int64_t states = state == nullptr ? 0 : shape.dstate;
     for (std::int64_t p = 0; p < pitch; p += kPanel<T>)
         for_row_blocks(steps, [&]<int R>(std::int64_t i) {
             Block<T, R> rows;
             Block<T, R>::clear(rows);
             Block<T, R>::multiply_add(rows, group.C + i * shape.dstate, shape.dstate, 1,
-                                      state + p * shape.dstate, kPanel<T>, shape.dstate);
+                                      state + p * states, kPanel<T>, states);
             Block<T, R>::scale_rows(rows, ends.into + i);
             Block<T, R>::multiply_add(rows, mix + i, 1, kChunk, X + p, pitch, i);
             Block<T, R>::multiply_add_lower(rows, mix + i * kChunk + i, 1, kChunk,
