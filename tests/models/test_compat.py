@@ -31,6 +31,50 @@ SIGNATURES = {
     "out_proj_weight, out_proj_bias, A, B=None, C=None, D=None, delta_bias=None, "
     "B_proj_bias=None, C_proj_bias=None, delta_softplus=True, checkpoint_lvl=1, "
     "b_rms_weight=None, c_rms_weight=None, dt_rms_weight=None, b_c_dt_rms_eps=1e-06)",
+    "selective_scan_ref": "(u, delta, A, B, C, D=None, z=None, delta_bias=None, "
+    "delta_softplus=False, return_last_state=False)",
+    "mamba_inner_ref": "(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, "
+    "out_proj_weight, out_proj_bias, A, B=None, C=None, D=None, delta_bias=None, "
+    "B_proj_bias=None, C_proj_bias=None, delta_softplus=True)",
+    "selective_state_update_ref": "(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, "
+    "dt_softplus=False)",
+    "ssd_chunk_scan_combined_ref": "(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, "
+    "dt_softplus=False)",
+    "mamba_split_conv1d_scan_ref": "(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, "
+    "chunk_size, dt_limit=(0.0, inf), activation='silu', rmsnorm_weight=None, "
+    "rmsnorm_eps=1e-06, outproj_weight=None, outproj_bias=None, headdim=None, ngroups=1, "
+    "norm_before_gate=True)",
+    "segsum": "(x)",
+    "ssd_minimal_discrete": "(X, A, B, C, block_len, initial_states=None)",
+    "layer_norm_ref": "(x, weight, bias, residual=None, x1=None, weight1=None, bias1=None, "
+    "eps=1e-06, dropout_p=0.0, rowscale=None, prenorm=False, dropout_mask=None, "
+    "dropout_mask1=None, upcast=False)",
+    "rms_norm_ref": "(x, weight, bias, residual=None, x1=None, weight1=None, bias1=None, "
+    "eps=1e-06, dropout_p=0.0, rowscale=None, prenorm=False, dropout_mask=None, "
+    "dropout_mask1=None, upcast=False)",
+    "rms_norm_gated_ref": "(x, weight, bias, z=None, eps=1e-06, group_size=None, "
+    "norm_before_gate=True, upcast=True)",
+    "causal_conv1d_ref": "(x, weight, bias=None, initial_states=None, "
+    "return_final_states=False, final_states_out=None, activation=None)",
+    "causal_conv1d_update_ref": "(x, conv_state, weight, bias=None, activation=None, "
+    "cache_seqlens=None)",
+    "causal_conv1d_varlen_states_ref": "(x, cu_seqlens, state_len)",
+    "create_block": "(d_model, d_intermediate, ssm_cfg=None, attn_layer_idx=None, "
+    "attn_cfg=None, norm_epsilon=1e-05, rms_norm=False, residual_in_fp32=False, "
+    "fused_add_norm=False, layer_idx=None, device=None, dtype=None)",
+    "_init_weights": "(module, n_layer, initializer_range=0.02, rescale_prenorm_residual=True, "
+    "n_residuals_per_layer=1)",
+    "MixerModel": "(d_model, n_layer, d_intermediate, vocab_size, ssm_cfg=None, "
+    "attn_layer_idx=None, attn_cfg=None, norm_epsilon=1e-05, rms_norm=False, "
+    "initializer_cfg=None, fused_add_norm=False, residual_in_fp32=False, device=None, "
+    "dtype=None)",
+    "GenerationMixin": "()",
+    "load_config_hf": "(model_name)",
+    "load_state_dict_hf": "(model_name, device=None, dtype=None)",
+    "sample": "(logits, top_k=1, top_p=0.0, min_p=0.0, temperature=1.0)",
+    "decode": "(input_ids, model, max_length, top_k=1, top_p=0.0, min_p=0.0, temperature=1.0, "
+    "repetition_penalty=1.0, eos_token_id=None, teacher_outputs=None, vocab_size=None, cg=False, "
+    "enable_timing=False, output_scores=False, streamer=None)",
     "layer_norm_fn": "(x, weight, bias, residual=None, x1=None, weight1=None, bias1=None, "
     "eps=1e-06, dropout_p=0.0, rowscale=None, prenorm=False, residual_in_fp32=False, "
     "is_rms_norm=False, return_dropout_mask=False)",
@@ -93,7 +137,7 @@ def test_leading_arguments_are_upstreams(name):
 
 
 def test_every_name_is_in_a_table():
-    names = {*mamba_ssm.__all__, *causal_conv1d.__all__}
+    names = {*mamba_ssm.__all__, *causal_conv1d.__all__, "_init_weights"}
     assert names == {*SIGNATURES, *LEADING}
 
 

@@ -4,8 +4,16 @@ import torch
 
 from ssm import ops
 from ssm.seq_meta import SeqMeta
+from ssm.utils.dispatch import use_backend
 
-__all__ = ["causal_conv1d_fn", "causal_conv1d_update", "causal_conv1d_varlen_states"]
+__all__ = [
+    "causal_conv1d_fn",
+    "causal_conv1d_ref",
+    "causal_conv1d_update",
+    "causal_conv1d_update_ref",
+    "causal_conv1d_varlen_states",
+    "causal_conv1d_varlen_states_ref",
+]
 
 
 def causal_conv1d_fn(
@@ -131,6 +139,33 @@ def causal_conv1d_varlen_states(x, cu_seqlens, state_len):
     inside = step >= cu_seqlens[:-1].long()[:, None]
     padded = torch.cat([x, x.new_zeros(1, x.shape[1])])
     return padded[torch.where(inside, step, total)].transpose(1, 2)
+
+
+@use_backend("python")
+def causal_conv1d_ref(
+    x,
+    weight,
+    bias=None,
+    initial_states=None,
+    return_final_states=False,
+    final_states_out=None,
+    activation=None,
+):
+    """Run ``causal_conv1d_fn`` on the reference; it has no ``seq_idx``, else the same arguments."""
+    return causal_conv1d_fn(
+        x, weight, bias, None, initial_states, return_final_states, final_states_out, activation
+    )
+
+
+@use_backend("python")
+def causal_conv1d_update_ref(x, conv_state, weight, bias=None, activation=None, cache_seqlens=None):
+    """Run ``causal_conv1d_update`` on the reference: the window is updated in place."""
+    return causal_conv1d_update(x, conv_state, weight, bias, activation, cache_seqlens)
+
+
+def causal_conv1d_varlen_states_ref(x, cu_seqlens, state_len):
+    """Run ``causal_conv1d_varlen_states``, which is plain torch."""
+    return causal_conv1d_varlen_states(x, cu_seqlens, state_len)
 
 
 def _int32(indices):

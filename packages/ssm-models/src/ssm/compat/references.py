@@ -1,0 +1,357 @@
+"""The ``*_ref`` functions of ``mamba_ssm``: their namesakes on the reference.
+
+People test with them. Each has the arguments of its namesake upstream and computes with the
+operators of ``ssm.ops.python.reference``, whatever backend serves the others.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from ssm import ops
+from ssm.compat.functions import (
+    mamba_chunk_scan_combined,
+    mamba_inner_fn,
+    mamba_split_conv1d_scan_combined,
+    selective_scan_fn,
+    selective_state_update,
+)
+from ssm.compat.norms import layer_norm_fn, rmsnorm_fn
+from ssm.utils.dispatch import use_backend
+
+__all__ = [
+    "layer_norm_ref",
+    "mamba_inner_ref",
+    "mamba_split_conv1d_scan_ref",
+    "rms_norm_gated_ref",
+    "rms_norm_ref",
+    "segsum",
+    "selective_scan_ref",
+    "selective_state_update_ref",
+    "ssd_chunk_scan_combined_ref",
+    "ssd_minimal_discrete",
+]
+
+
+@use_backend("python")
+def selective_scan_ref(
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D=None,
+    z=None,
+    delta_bias=None,
+    delta_softplus=False,
+    return_last_state=False,
+):
+    """Run ``selective_scan_fn`` on the reference; arguments, results and errors are the same."""
+    return selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+
+
+@use_backend("python")
+def mamba_inner_ref(
+    xz,
+    conv1d_weight,
+    conv1d_bias,
+    x_proj_weight,
+    delta_proj_weight,
+    out_proj_weight,
+    out_proj_bias,
+    A,
+    B=None,
+    C=None,
+    D=None,
+    delta_bias=None,
+    B_proj_bias=None,
+    C_proj_bias=None,
+    delta_softplus=True,
+):
+    """Run ``mamba_inner_fn`` on the reference.
+
+    The arguments are its first. Upstream's function takes softplus whatever ``delta_softplus`` is;
+    here the argument counts.
+    """
+    return mamba_inner_fn(
+        xz,
+        conv1d_weight,
+        conv1d_bias,
+        x_proj_weight,
+        delta_proj_weight,
+        out_proj_weight,
+        out_proj_bias,
+        A,
+        B,
+        C,
+        D,
+        delta_bias,
+        B_proj_bias,
+        C_proj_bias,
+        delta_softplus,
+    )
+
+
+@use_backend("python")
+def selective_state_update_ref(
+    state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False
+):
+    """Run ``selective_state_update`` on the reference: the state is updated in place."""
+    return selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+
+
+@use_backend("python")
+def ssd_chunk_scan_combined_ref(
+    x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, dt_softplus=False
+):
+    """Run ``mamba_chunk_scan_combined`` on the reference, from a zero state."""
+    return mamba_chunk_scan_combined(
+        x, dt, A, B, C, chunk_size, D, z, dt_bias, dt_softplus=dt_softplus
+    )
+
+
+@use_backend("python")
+def mamba_split_conv1d_scan_ref(
+    zxbcdt,
+    conv1d_weight,
+    conv1d_bias,
+    dt_bias,
+    A,
+    D,
+    chunk_size,
+    dt_limit=(0.0, float("inf")),
+    activation="silu",
+    rmsnorm_weight=None,
+    rmsnorm_eps=1e-6,
+    outproj_weight=None,
+    outproj_bias=None,
+    headdim=None,
+    ngroups=1,
+    norm_before_gate=True,
+):
+    """Run ``mamba_split_conv1d_scan_combined`` on the reference, from a zero state."""
+    return mamba_split_conv1d_scan_combined(
+        zxbcdt,
+        conv1d_weight,
+        conv1d_bias,
+        dt_bias,
+        A,
+        D,
+        chunk_size,
+        dt_limit=dt_limit,
+        activation=activation,
+        rmsnorm_weight=rmsnorm_weight,
+        rmsnorm_eps=rmsnorm_eps,
+        outproj_weight=outproj_weight,
+        outproj_bias=outproj_bias,
+        headdim=headdim,
+        ngroups=ngroups,
+        norm_before_gate=norm_before_gate,
+    )
+
+
+@use_backend("python")
+def layer_norm_ref(
+    x,
+    weight,
+    bias,
+    residual=None,
+    x1=None,
+    weight1=None,
+    bias1=None,
+    eps=1e-6,
+    dropout_p=0.0,
+    rowscale=None,
+    prenorm=False,
+    dropout_mask=None,
+    dropout_mask1=None,
+    upcast=False,
+):
+    """Run ``layer_norm_fn`` on the reference, with dropout masks that may be given.
+
+    Args:
+        x: (..., D), float64 | float32 | bfloat16 | float16.
+        weight: (D,).
+        bias: (D,) or None.
+        residual: as x in shape, or None.
+        x1: as x in shape: a parallel branch, added to x.
+        weight1: (D,). Weight of a second norm of the same sum.
+        bias1: (D,) or None.
+        eps: added to the variance.
+        dropout_p: probability with which elements of x and of x1 become 0.
+        rowscale: (...): factor of each row of x.
+        prenorm: also return the sum.
+        dropout_mask: (..., D) bool, True where x is kept; None draws one.
+        dropout_mask1: the same for x1.
+        upcast: return the sum in float32 or better, else in the dtype of x; what is computed, is in
+            float32 or better either way.
+
+    Returns:
+        out (..., D), dtype of x; then out1 and the sum where asked for.
+
+    Raises:
+        ValueError: what ``layer_norm_fn`` refuses.
+
+    Source:
+        Interface of mamba_ssm 2.3; the operator is docs/ops/fused_layer_norm.md.
+    """
+    return _layer_norm(
+        *(x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm),
+        *(dropout_mask, dropout_mask1, upcast, False),
+    )
+
+
+@use_backend("python")
+def rms_norm_ref(
+    x,
+    weight,
+    bias,
+    residual=None,
+    x1=None,
+    weight1=None,
+    bias1=None,
+    eps=1e-6,
+    dropout_p=0.0,
+    rowscale=None,
+    prenorm=False,
+    dropout_mask=None,
+    dropout_mask1=None,
+    upcast=False,
+):
+    """Do what :func:`layer_norm_ref` does, with the root-mean-square norm; its arguments."""
+    return _layer_norm(
+        *(x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm),
+        *(dropout_mask, dropout_mask1, upcast, True),
+    )
+
+
+@use_backend("python")
+def rms_norm_gated_ref(
+    x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_gate=True, upcast=True
+):
+    """Run ``rmsnorm_fn`` on the reference: ``rms_norm_ref`` of upstream's layernorm_gated.
+
+    The arguments are those of ``rmsnorm_fn``; ``upcast`` is accepted: what is computed, is in
+    float32 or better either way.
+    """
+    return rmsnorm_fn(x, weight, bias, z, eps, group_size, norm_before_gate)
+
+
+def segsum(x):
+    """Sum all stretches of the last axis: ``[i, j] = x[j + 1] + ... + x[i]``, -inf where j > i.
+
+    Args:
+        x: (..., T), floating point.
+
+    Returns:
+        (..., T, T), dtype of x.
+
+    Source:
+        Dao & Gu 2024 (arXiv:2405.21060), listing 1.
+    """
+    size = x.shape[-1]
+    lower = torch.ones(size, size, dtype=torch.bool, device=x.device).tril()
+    # Summed one stretch each, not as a difference of two sums from the start: that would cancel.
+    sums = torch.where(lower.tril(-1), x[..., None], 0).cumsum(dim=-2)
+    return sums.masked_fill(~lower, -torch.inf)
+
+
+def ssd_minimal_discrete(X, A, B, C, block_len, initial_states=None):
+    """Run the state-space dual scan with decays that are given step by step.
+
+    It is the five stages of the operator, so backends serve it as they serve those.
+
+    Args:
+        X: (B, L, H, P), float64 | float32 | bfloat16 | float16. Input times step size.
+        A: (B, L, H). Logarithm of the decay at each step: rate times step size.
+        B: (B, L, H, N), or (B, L, G, N) with groups of heads. Input matrix.
+        C: as B. Output matrix.
+        block_len: steps per chunk; any, L need not be a multiple of it.
+        initial_states: (B, H, P, N), or (B, 1, H, P, N) as upstream has it. None is zero.
+
+    Returns:
+        Y (B, L, H, P), dtype of X, and final_state (B, H, P, N), float32 or float64.
+
+    Raises:
+        ValueError: a shape does not fit.
+
+    Source:
+        Dao & Gu 2024 (arXiv:2405.21060), listing 1; docs/ops/ssd_stages.md.
+    """
+    name = "ssd_minimal_discrete"
+    if not isinstance(X, torch.Tensor) or not isinstance(A, torch.Tensor):
+        got = type(A if isinstance(X, torch.Tensor) else X).__name__
+        raise TypeError(f"{name}: X and A must be torch.Tensor, got {got}")
+    if isinstance(block_len, bool) or not isinstance(block_len, int) or block_len < 1:
+        raise ValueError(f"{name}: block_len must be an int of at least 1, got {block_len!r}")
+    if X.ndim != 4 or A.shape != X.shape[:3]:
+        raise ValueError(
+            f"{name}: A must have shape (B, L, H) of X (B, L, H, P) = {tuple(X.shape)}, "
+            f"got {tuple(A.shape)}"
+        )
+    if initial_states is not None and initial_states.ndim == 5:
+        initial_states = initial_states.squeeze(1)
+    acc = torch.promote_types(X.dtype, torch.float32)
+    # Steps behind the end have no decay and, in dt, no input.
+    chunks = -(-A.shape[1] // block_len)
+    beyond = (0, 0, 0, chunks * block_len - A.shape[1])
+    decay = F.pad(A.to(acc), beyond).unflatten(1, (chunks, block_len)).permute(0, 3, 1, 2)
+    dt = F.pad(torch.ones_like(A, dtype=acc), beyond)
+    dt = dt.unflatten(1, (chunks, block_len)).permute(0, 3, 1, 2)
+    dA_cumsum = decay.cumsum(dim=-1)  # (B, H, C, Q)
+    states = ops.ssd_chunk_state(X, B, dt, dA_cumsum)
+    states_in, final_state = ops.ssd_state_passing(states, dA_cumsum, initial_states=initial_states)
+    CB = ops.ssd_bmm_chunk(C, B, block_len)
+    return ops.ssd_chunk_output(CB, X, dt, dA_cumsum, C, states_in), final_state
+
+
+def _layer_norm(
+    x,
+    weight,
+    bias,
+    residual,
+    x1,
+    weight1,
+    bias1,
+    eps,
+    dropout_p,
+    rowscale,
+    prenorm,
+    mask,
+    mask1,
+    upcast,
+    is_rms,
+):
+    acc = torch.promote_types(x.dtype, torch.float32)
+    if upcast and residual is not None:
+        residual = residual.to(acc)  # the sum comes back in the dtype of the residual
+    if mask is not None or mask1 is not None:
+        # Masks that are given replace drawing; rows are scaled before, which is the same.
+        x = _dropped(x, mask, dropout_p)
+        x1 = None if x1 is None else _dropped(x1, mask1, dropout_p)
+        dropout_p = 0.0
+    results = layer_norm_fn(
+        x,
+        weight,
+        bias,
+        residual,
+        x1,
+        weight1,
+        bias1,
+        eps,
+        dropout_p,
+        rowscale,
+        prenorm,
+        residual_in_fp32=True,
+        is_rms_norm=is_rms,
+    )
+    if not prenorm:
+        return results
+    return (*results[:-1], results[-1].to(acc if upcast else x.dtype))
+
+
+def _dropped(x, mask, p):
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"layer_norm_ref: dropout_p must lie in [0, 1), got {p}")
+    if mask is None:
+        return F.dropout(x, p=p)
+    return torch.where(mask, x / (1.0 - p), 0)
