@@ -10,8 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ssm.utils.huge_pages import prefer_huge_pages
-
 # A header larger than this is no header: the format has the same bound.
 MOST_HEADER_BYTES = 100_000_000
 # Rows are converted in pieces of this size, so that no second copy of a large tensor exists.
@@ -107,7 +105,6 @@ class SafetensorsFile:
             shape = (len(range(*slice(start, stop).indices(shape[0]))), *shape[1:])
             first += start * row
         target = torch.empty(shape, dtype=dtype or entry.dtype)
-        prefer_huge_pages(target)
         flat = target.reshape(-1)
         with open(self.path, "rb", buffering=0) as file:
             file.seek(first)
