@@ -202,12 +202,12 @@ def test_ssd_minimal_discrete_is_the_scan():
 @pytest.mark.parametrize(
     ("change", "error", "sentence"),
     [
-        ({"X": [1.0]}, TypeError, "X and A must be torch.Tensor, got list"),
-        ({"A": None}, TypeError, "X and A must be torch.Tensor, got NoneType"),
+        ({"X": [1.0]}, TypeError, "X must be a torch.Tensor, got list"),
+        ({"A": None}, TypeError, "A must be a torch.Tensor, got NoneType"),
         ({"A": torch.ones(1, 3)}, ValueError, "A must have shape"),
-        ({"X": torch.ones(1, 3, 2)}, ValueError, "A must have shape"),
-        ({"block_len": 0}, ValueError, "block_len must be an int of at least 1, got 0"),
-        ({"block_len": 2.0}, ValueError, "block_len must be an int of at least 1, got 2.0"),
+        ({"X": torch.ones(1, 3, 2)}, ValueError, "X must have shape"),
+        ({"block_len": 0}, ValueError, "block_len must be at least 1, got 0"),
+        ({"block_len": 2.0}, TypeError, "block_len must be an int, got float"),
         ({"B": torch.ones(1, 4, 1, 4)}, ValueError, "B must"),
         ({"initial_states": torch.ones(1, 2, 2, 5)}, ValueError, "initial_states must"),
     ],

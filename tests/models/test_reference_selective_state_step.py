@@ -117,6 +117,17 @@ def test_skipped_rows_touch_nothing():
         assert not value.grad.isnan().any(), name
 
 
+def test_rows_that_stay_are_not_rounded():
+    """A state may be wider than what is computed in."""
+    arguments = make_tensors(StepCase("wide", 1, 3, 0, 2, nrows=3), 7, torch.float32)
+    arguments["state"] = torch.randn(3, 3, 2, dtype=torch.float64)
+    arguments["state_indices"] = torch.tensor([1], dtype=torch.int32)
+    _, state = step(**arguments)
+    assert state.dtype == torch.float64
+    assert torch.equal(state[[0, 2]], arguments["state"][[0, 2]])
+    assert not torch.equal(state[1], arguments["state"][1])
+
+
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_noncontiguous(case):
     arguments = make_tensors(case, 8)

@@ -84,6 +84,8 @@ def test_gather_takes_rows_in_any_order(indices):
 
 def test_fork_repeats_every_row():
     state = counted()
+    state.batch_size_offset = 4
+    assert state.fork(1).batch_size_offset == 4
     fork = state.fork(2)
     assert rows_of(fork) == [0, 0, 1, 1, 2, 2]
     fork.key_value_memory_dict[2][0][0] = 5
@@ -102,6 +104,9 @@ def test_update_writes_rows_in_place():
     after = [t.data_ptr() for layer in state.key_value_memory_dict.values() for t in layer]
     assert after == before
     assert state.seqlen_offset == 11
+    with torch.no_grad():  # one that has seen less does not turn the count back
+        assert state.update([0, 1], counted(2)).seqlen_offset == 11
+        state.update(torch.tensor([0, 1]), counted(2)).update([3, 1], other)
     with torch.no_grad():
         assert rows_of(state.update([1, 0, 2, 3], state)) == [1, 0, 2, 0]
 

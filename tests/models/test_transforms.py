@@ -177,6 +177,19 @@ def test_vmap(op, follows):
 
 
 @parametrize_calls
+def test_nested_vmap(op):
+    """Gradients are followed from inside two levels."""
+    call, inputs = draw(op)
+    stacked = [torch.stack([t, 0.5 * t]).unsqueeze(1).requires_grad_() for t in inputs]
+    got = vmap(vmap(call))(*stacked)
+    want = vmap(call)(*(t.squeeze(1) for t in stacked))
+    weights = noise(want)
+    gradients = torch.autograd.grad(dot([y.squeeze(1) for y in got], weights), stacked)
+    for g, w in zip(gradients, torch.autograd.grad(dot(want, weights), stacked), strict=True):
+        assert_close("gradient", g, w, CLOSE)
+
+
+@parametrize_calls
 def test_gradient_per_sample(op):
     call, inputs = draw(op)
     stacked = tuple(torch.stack([t, 0.5 * t]) for t in inputs)

@@ -138,6 +138,9 @@ class SeqMeta:
         """
         if torch.compiler.is_compiling():
             return self._positions(batch, seqlen, device)
+        for name, size in (("batch", batch), ("seqlen", seqlen)):
+            if not isinstance(size, (int, torch.SymInt)):
+                raise TypeError(f"seq_meta: {name} must be an int, got {size!r}")
         # What is made in inference mode cannot be saved for a backward outside it.
         key = (batch, seqlen, device, torch.is_inference_mode_enabled())
         if key not in self._cache:

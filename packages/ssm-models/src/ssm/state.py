@@ -151,6 +151,8 @@ class State:
         indices = self._rows(indices)
         if len(indices.unique()) != len(indices):
             raise ValueError(f"State: indices must all differ, got {indices.tolist()}")
+        if not isinstance(other, State):
+            raise TypeError(f"State: other must be a State, got {type(other).__name__}")
         if len(other) != len(indices):
             raise ValueError(f"State: other must hold {len(indices)} rows, got {len(other)}")
         # In place, a row could be overwritten before it is read.
@@ -267,7 +269,11 @@ class State:
 
     def _rows(self, indices) -> Tensor:
         """Return row numbers as (R,) int64, checked."""
-        indices = torch.as_tensor(indices)
+        try:
+            indices = torch.as_tensor(indices)
+        except (RuntimeError, TypeError, ValueError):
+            got = type(indices).__name__
+            raise TypeError(f"State: indices must be a tensor or list of ints, got {got}") from None
         if indices.dim() != 1:
             raise ValueError(f"State: indices must have shape (R,), got {tuple(indices.shape)}")
         if len(indices) == 0:

@@ -3,6 +3,7 @@
 import torch
 
 from ssm import ops
+from ssm.ops.python.check import check_int, check_tensor
 from ssm.seq_meta import SeqMeta
 from ssm.utils.dispatch import use_backend
 
@@ -66,6 +67,8 @@ def causal_conv1d_fn(
         seq_meta=meta,
     )
     if final_states_out is not None:
+        form = {"B, D, W - 1": tuple(final_states.shape)}
+        check_tensor("causal_conv1d_fn", "final_states_out", final_states_out, form, x.device)
         final_states = final_states_out.copy_(final_states)
     return out, final_states
 
@@ -128,6 +131,12 @@ def causal_conv1d_varlen_states(x, cu_seqlens, state_len):
     Source:
         Interface of causal_conv1d 1.6.
     """
+    name = "causal_conv1d_varlen_states"
+    check_tensor(name, "x", x, {"T, D": tuple("TD")}, dtypes=(getattr(x, "dtype", None),))
+    SeqMeta(cu_seqlens=cu_seqlens)  # checks it
+    if cu_seqlens.device != x.device:
+        raise ValueError(f"{name}: cu_seqlens must be on {x.device}, got {cu_seqlens.device}")
+    check_int(name, "state_len", state_len, 0)
     total, _ = x.shape
     ends = cu_seqlens[1:].long()
     if ends.numel() and int(ends[-1]) > total:

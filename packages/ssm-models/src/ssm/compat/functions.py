@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from ssm import ops
 from ssm.compat.complex_scan import selective_scan_complex
 from ssm.compat.norms import rmsnorm_fn
+from ssm.ops.python.check import FLOATS, check_int, check_tensor
 from ssm.seq_meta import SeqMeta
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "selective_scan_fn",
     "selective_state_update",
 ]
+
+_COMPLEX = (torch.complex64, torch.complex128)
 
 
 def selective_scan_fn(
@@ -169,6 +172,7 @@ def mamba_chunk_scan_combined(
         Interface of mamba_ssm 2.3; the operator is docs/ops/ssd_chunk_scan.md.
     """
     name = "mamba_chunk_scan_combined"
+    check_tensor(name, "x", x, {"B, L, H, P": tuple("BLHP")})
     _check_state_dtype(name, state_dtype, x)
     meta = None if seq_idx is None else SeqMeta(seq_idx=seq_idx)
     if return_varlen_states:
@@ -260,13 +264,16 @@ def mamba_split_conv1d_scan_combined(
         Interface of mamba_ssm 2.3; Dao & Gu 2024 (arXiv:2405.21060), section 7.
     """
     name = "mamba_split_conv1d_scan_combined"
+    check_tensor(name, "zxbcdt", zxbcdt, {"B, L, K": tuple("BLK")})
+    check_tensor(name, "conv1d_weight", conv1d_weight, {"K, W": tuple("KW")})
+    check_int(name, "ngroups", ngroups, 1)
     _check_state_dtype(name, state_dtype, zxbcdt)
     nheads, headdim = _heads(name, D, headdim)
     if outproj_weight is None and outproj_bias is not None:
         raise ValueError(f"{name}: outproj_bias must be None without outproj_weight, got a tensor")
     dim, channels = nheads * headdim, conv1d_weight.shape[0]
     rest = channels - dim
-    if ngroups < 1 or rest < 0 or rest % (2 * ngroups):
+    if rest < 0 or rest % (2 * ngroups):
         raise ValueError(
             f"{name}: conv1d_weight must have H P + 2 G N = {dim} + {2 * ngroups} N rows, "
             f"got {channels}"
@@ -277,6 +284,7 @@ def mamba_split_conv1d_scan_combined(
             f"{name}: zxbcdt must have 2 M + {dim + channels + nheads} channels, "
             f"got {zxbcdt.shape[-1]}"
         )
+    _check_projection(name, "outproj", outproj_weight, outproj_bias, mlp // 2 + dim, zxbcdt)
     side, z, xBC, dt = zxbcdt.split([mlp, dim, channels, nheads], dim=-1)
     meta = None if seq_idx is None else SeqMeta(seq_idx=seq_idx)
     xBC = ops.dw_causal_conv(
@@ -378,8 +386,19 @@ def mamba_inner_fn(
                 f"{name}: {letter}_rms_weight must be None where {letter.upper()} is given, "
                 "got a tensor"
             )
+    check_tensor(name, "xz", xz, {"B, 2 D, L": tuple("BDL")})
+    dim = xz.shape[1] // 2
+    if xz.shape[1] % 2:
+        raise ValueError(f"{name}: xz must have 2 D channels, got {xz.shape[1]}")
+    check_tensor(name, "delta_proj_weight", delta_proj_weight, {"D, R": (dim, "R")}, xz.device)
+    check_tensor(name, "A", A, {"D, N": (dim, "N")}, xz.device, (*FLOATS, *_COMPLEX))
     rank, numbers = delta_proj_weight.shape[1], 2 if _is_complex(A) else 1
     dstate = numbers * A.shape[-1]
+    rows = rank + dstate * ((B is None) + (C is None))
+    check_tensor(name, "x_proj_weight", x_proj_weight, {"R + 2 N, D": (rows, dim)}, xz.device)
+    _check_projection(name, "out_proj", out_proj_weight, out_proj_bias, dim, xz)
+    for argument, bias in (("B_proj_bias", B_proj_bias), ("C_proj_bias", C_proj_bias)):
+        check_tensor(name, argument, bias, {"N": (dstate,)}, xz.device, optional=True)
     x, z = xz.chunk(2, dim=1)
     x = ops.dw_causal_conv(x, conv1d_weight, conv1d_bias, "silu")
     projected = F.linear(x.transpose(1, 2), x_proj_weight)  # (B, L, R + 2 N)
@@ -411,6 +430,15 @@ def mamba_inner_fn(
         False,
     )
     return F.linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)
+
+
+def _check_projection(name, argument, weight, bias, width, x):
+    """Refuse a projection that does not fit, or that is in another dtype than what it takes."""
+    if weight is None:
+        return
+    check_tensor(name, f"{argument}_weight", weight, {"E, D": ("E", width)}, x.device)
+    form = {"E": (weight.shape[0],)}
+    check_tensor(name, f"{argument}_bias", bias, form, x.device, optional=True)
 
 
 def _is_complex(matrix):
@@ -447,8 +475,10 @@ def _heads(name, D, headdim):
         raise TypeError(f"{name}: D must be a torch.Tensor, got {type(D).__name__}")
     if D.ndim == 2:
         return tuple(D.shape)
+    check_tensor(name, "D", D, {"H": ("H",)})
     if headdim is None:
         raise ValueError(f"{name}: headdim must be given where D has shape (H,), got None")
+    check_int(name, "headdim", headdim, 1)
     return D.shape[0], headdim
 
 
@@ -462,6 +492,7 @@ def _varlen(name, x, cu_seqlens, seq_idx, initial_states):
     meta = SeqMeta(seq_idx=seq_idx, cu_seqlens=cu_seqlens)
     if initial_states is None:
         return meta, None
+    check_tensor(name, "initial_states", initial_states, {"B, H, P, N": (1, *"HPN")}, x.device)
     # The state of the row enters its first sequence with a step; the others start from zero.
     filled = (cu_seqlens[1:] > cu_seqlens[:-1]).nonzero()
     first = int(filled[0]) if filled.numel() else 0

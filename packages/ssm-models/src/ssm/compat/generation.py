@@ -10,6 +10,7 @@ import time
 import torch
 
 from ssm.compat.classes import InferenceParams
+from ssm.ops.python.check import check_int, check_tensor
 from ssm.utils import generation
 from ssm.utils.generation import GenerateOutput, Sampling, penalize_repetition
 
@@ -36,6 +37,7 @@ def sample(logits, top_k=1, top_p=0.0, min_p=0.0, temperature=1.0):
     Source:
         Interface of mamba_ssm 2.3.
     """
+    check_tensor("sample", "logits", logits, {"B, V": tuple("BV")})
     return generation.sample(logits, Sampling(top_k, top_p, min_p, temperature))
 
 
@@ -102,6 +104,16 @@ def decode(
     if max_length <= length:
         raise ValueError(f"decode: max_length must be above {length}, got {max_length}")
     sampling = Sampling(top_k, top_p, min_p, temperature, repetition_penalty)
+    if teacher_outputs is not None:
+        form = {"B, T": (batch, "T")}
+        integers = (torch.int32, torch.int64)
+        check_tensor("decode", "teacher_outputs", teacher_outputs, form, input_ids.device, integers)
+    if vocab_size is not None:
+        check_int("decode", "vocab_size", vocab_size, 1)
+    if eos_token_id is not None:
+        check_int("decode", "eos_token_id", eos_token_id, 0)
+    if not callable(model):
+        raise TypeError(f"decode: model must be callable, got {type(model).__name__}")
     taught = 0 if teacher_outputs is None else teacher_outputs.shape[1]
     start, sequences, scores = time.perf_counter(), input_ids, []
     memory = InferenceParams(max_seqlen=max_length, max_batch_size=batch)

@@ -5,6 +5,7 @@ from functools import partial
 from ssm.models import build, lm
 from ssm.models.build import init_weights as _init_weights
 from ssm.models.config import MambaConfig
+from ssm.modules.arguments import check_int
 
 __all__ = ["MixerModel", "create_block", "load_config_hf", "load_state_dict_hf"]
 
@@ -50,7 +51,13 @@ def create_block(
     Source:
         Interface of mamba_ssm 2.3.
     """
-    layers = [-1 if layer_idx is None else layer_idx, *(attn_layer_idx or [])]
+    if layer_idx is not None:
+        check_int("create_block", "layer_idx", layer_idx, 0)
+    if attn_layer_idx is not None and not isinstance(attn_layer_idx, (list, tuple)):
+        raise TypeError(f"create_block: attn_layer_idx must be a list, got {attn_layer_idx!r}")
+    for index in attn_layer_idx or ():
+        check_int("create_block", "attn_layer_idx", index, 0)
+    layers = [-1 if layer_idx is None else layer_idx, *(attn_layer_idx or ())]
     config = _config(
         d_model,
         max(layers) + 1,
@@ -122,6 +129,8 @@ class MixerModel(lm.MixerModel):
             fused_add_norm,
             residual_in_fp32,
         )
+        if initializer_cfg is not None and not isinstance(initializer_cfg, dict):
+            raise TypeError(f"MixerModel: initializer_cfg must be a dict, got {initializer_cfg!r}")
         super().__init__(config, device, dtype)
         settings = {"n_residuals_per_layer": 2 if d_intermediate else 1, **(initializer_cfg or {})}
         self.apply(partial(_init_weights, n_layer=n_layer, **settings))

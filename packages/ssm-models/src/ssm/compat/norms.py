@@ -4,7 +4,9 @@ import torch
 from torch import nn
 
 from ssm import ops
+from ssm.modules.arguments import check_number
 from ssm.modules.norm import RMSNormGated
+from ssm.ops.python.check import FLOATS, check_tensor
 
 __all__ = [
     "LayerNormGated",
@@ -67,10 +69,10 @@ def layer_norm_fn(
     Source:
         Interface of mamba_ssm 2.3; the operator is docs/ops/fused_layer_norm.md.
     """
+    check_rows("layer_norm_fn", x, x1=x1)
     if x1 is not None and rowscale is not None:
         raise ValueError("layer_norm_fn: rowscale must be None beside x1, got a tensor")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"layer_norm_fn: dropout_p must lie in [0, 1), got {dropout_p}")
+    check_dropout("layer_norm_fn", dropout_p)
     summed, masks = x, (None, None)
     if rowscale is not None or x1 is not None or dropout_p > 0.0:
         summed, masks = _branches(x, x1, rowscale, dropout_p)
@@ -296,6 +298,32 @@ class LayerNormGated(nn.Module):
             group_size=self.group_size,
             norm_before_gate=self.norm_before_gate,
         )
+
+
+def check_rows(op, x, dtypes=FLOATS, **others):
+    """Refuse what is no x (..., D), or what has not its shape; None is permitted.
+
+    Args:
+        op: function, the first word of the sentence.
+        x: main input.
+        dtypes: permitted for the others.
+        **others: argument -> value.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: another shape, dtype or device.
+    """
+    shape = {"...": tuple(x.shape) if isinstance(x, torch.Tensor) else ()}
+    check_tensor(op, "x", x, shape)
+    for name, tensor in others.items():
+        check_tensor(op, name, tensor, shape, x.device, dtypes, optional=True)
+
+
+def check_dropout(op, p):
+    """Refuse what is no probability below 1."""
+    check_number(op, "dropout_p", p)
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"{op}: dropout_p must lie in [0, 1), got {p}")
 
 
 def _branches(x, x1, rowscale, dropout_p):

@@ -15,7 +15,8 @@ from ssm.compat.functions import (
     selective_scan_fn,
     selective_state_update,
 )
-from ssm.compat.norms import layer_norm_fn, rmsnorm_fn
+from ssm.compat.norms import check_dropout, check_rows, layer_norm_fn, rmsnorm_fn
+from ssm.ops.python.check import check_int, check_tensor
 from ssm.utils.dispatch import use_backend
 
 __all__ = [
@@ -248,6 +249,8 @@ def segsum(x):
     Source:
         Dao & Gu 2024 (arXiv:2405.21060), listing 1.
     """
+    if not isinstance(x, torch.Tensor) or not x.ndim:
+        check_tensor("segsum", "x", x, {"..., T": ("T",)})
     size = x.shape[-1]
     lower = torch.ones(size, size, dtype=torch.bool, device=x.device).tril()
     # Summed one stretch each, not as a difference of two sums from the start: that would cancel.
@@ -278,16 +281,13 @@ def ssd_minimal_discrete(X, A, B, C, block_len, initial_states=None):
         Dao & Gu 2024 (arXiv:2405.21060), listing 1; docs/ops/ssd_stages.md.
     """
     name = "ssd_minimal_discrete"
-    if not isinstance(X, torch.Tensor) or not isinstance(A, torch.Tensor):
-        got = type(A if isinstance(X, torch.Tensor) else X).__name__
-        raise TypeError(f"{name}: X and A must be torch.Tensor, got {got}")
-    if isinstance(block_len, bool) or not isinstance(block_len, int) or block_len < 1:
-        raise ValueError(f"{name}: block_len must be an int of at least 1, got {block_len!r}")
-    if X.ndim != 4 or A.shape != X.shape[:3]:
-        raise ValueError(
-            f"{name}: A must have shape (B, L, H) of X (B, L, H, P) = {tuple(X.shape)}, "
-            f"got {tuple(A.shape)}"
-        )
+    check_tensor(name, "X", X, {"B, L, H, P": tuple("BLHP")})
+    check_tensor(name, "A", A, {"B, L, H": tuple(X.shape[:3])}, X.device)
+    check_int(name, "block_len", block_len, 1)
+    batch, _, nheads, headdim = X.shape
+    state = (batch, nheads, headdim, "N")
+    forms = {"B, 1, H, P, N": (batch, 1, *state[1:]), "B, H, P, N": state}
+    check_tensor(name, "initial_states", initial_states, forms, X.device, optional=True)
     if initial_states is not None and initial_states.ndim == 5:
         initial_states = initial_states.squeeze(1)
     acc = torch.promote_types(X.dtype, torch.float32)
@@ -321,6 +321,9 @@ def _layer_norm(
     upcast,
     is_rms,
 ):
+    check_rows("layer_norm_ref", x, x1=x1, residual=residual)
+    check_rows("layer_norm_ref", x, (torch.bool,), dropout_mask=mask, dropout_mask1=mask1)
+    check_dropout("layer_norm_ref", dropout_p)
     acc = torch.promote_types(x.dtype, torch.float32)
     if upcast and residual is not None:
         residual = residual.to(acc)  # the sum comes back in the dtype of the residual
@@ -350,8 +353,6 @@ def _layer_norm(
 
 
 def _dropped(x, mask, p):
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"layer_norm_ref: dropout_p must lie in [0, 1), got {p}")
     if mask is None:
         return F.dropout(x, p=p)
     return torch.where(mask, x / (1.0 - p), 0)

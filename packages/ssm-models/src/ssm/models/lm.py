@@ -19,6 +19,7 @@ from ssm.distributed.collectives import (
 )
 from ssm.models.build import create_block, init_weights, norm_class
 from ssm.models.config import MambaConfig
+from ssm.modules.arguments import check_int
 from ssm.modules.attention import MHA
 from ssm.modules.memory import check_model_memory, key_of
 from ssm.modules.norm import add_norm
@@ -191,6 +192,13 @@ class MambaLMHeadModel(nn.Module):
         sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
+        for name, value, kind in (
+            ("config", config, MambaConfig),
+            ("initializer_cfg", initializer_cfg or {}, dict),
+        ):
+            if not isinstance(value, kind):
+                got = type(value).__name__
+                raise TypeError(f"MambaLMHeadModel: {name} must be a {kind.__name__}, got {got}")
         self.config = config
         self.backbone = MixerModel(
             config,
@@ -267,10 +275,7 @@ class MambaLMHeadModel(nn.Module):
             raise ValueError(
                 f"MambaLMHeadModel: input_ids must have shape (B, L), got {tuple(input_ids.shape)}"
             )
-        if num_last_tokens < 0:
-            raise ValueError(
-                f"MambaLMHeadModel: num_last_tokens must not be negative, got {num_last_tokens}"
-            )
+        check_int("MambaLMHeadModel", "num_last_tokens", num_last_tokens, 0)
         if state is not None:
             if inference_params is not None:
                 raise ValueError(
@@ -279,6 +284,9 @@ class MambaLMHeadModel(nn.Module):
             mixer_kwargs["state"] = state
         batch, seqlen = input_ids.shape
         if position_ids is not None:
+            if not isinstance(position_ids, Tensor):
+                got = type(position_ids).__name__
+                raise TypeError(f"MambaLMHeadModel: position_ids must be a torch.Tensor, got {got}")
             if position_ids.shape != input_ids.shape:
                 raise ValueError(
                     f"MambaLMHeadModel: position_ids must have shape (B, L) = {(batch, seqlen)}, "

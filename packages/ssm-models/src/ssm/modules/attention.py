@@ -9,6 +9,7 @@ from ssm import ops
 from ssm.distributed.collectives import check_group, same_random_state
 from ssm.distributed.context import operators
 from ssm.distributed.layout import Section
+from ssm.modules.arguments import check_int, check_positive
 from ssm.modules.attend import attend_onto, attend_within, positions_of
 from ssm.modules.attend_ranks import attend_across, parts_of, positions_in
 from ssm.modules.kv_cache import layout_of, plan_write
@@ -120,11 +121,7 @@ class MHA(nn.Module):
         if head_dim is not None:
             sizes["head_dim"] = head_dim
         for name, value in {**sizes, **optional}.items():
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"MHA: {name} must be an int, got {value!r}")
-            if value < (name in sizes):
-                rule = "be positive" if name in sizes else "not be negative"
-                raise ValueError(f"MHA: {name} must {rule}, got {value}")
+            check_int("MHA", name, value, int(name in sizes))
         if num_heads % num_heads_kv:
             raise ValueError(
                 f"MHA: num_heads_kv must divide num_heads = {num_heads}, got {num_heads_kv}"
@@ -141,10 +138,9 @@ class MHA(nn.Module):
                 f"MHA: rotary_emb_dim must be even and at most head_dim = {head_dim}, "
                 f"got {rotary_emb_dim}"
             )
-        if softmax_scale is not None and not softmax_scale > 0:
-            raise ValueError(f"MHA: softmax_scale must be positive, got {softmax_scale}")
-        if not rotary_emb_base > 0:
-            raise ValueError(f"MHA: rotary_emb_base must be positive, got {rotary_emb_base}")
+        if softmax_scale is not None:
+            check_positive("MHA", "softmax_scale", softmax_scale)
+        check_positive("MHA", "rotary_emb_base", rotary_emb_base)
 
         self.embed_dim = embed_dim
         self.num_heads = num_heads
@@ -327,6 +323,9 @@ class MHA(nn.Module):
         """
         weight = self.out_proj.weight
         dtype = weight.dtype if dtype is None else dtype
+        check_int("MHA", "batch_size", batch_size, 0)
+        if max_seqlen is not None:
+            check_int("MHA", "max_seqlen", max_seqlen, 0)
         cache, *conv, lengths = self.state_shapes(batch_size)
         cache = (batch_size, max_seqlen or 0, *cache[2:])
         return (

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ssm import ops
 from ssm.distributed.context import operators
+from ssm.modules.arguments import check_int, check_positive
 from ssm.modules.memory import (
     can_step,
     check_shapes,
@@ -91,17 +92,15 @@ class Mamba1(nn.Module):
         bcdt_norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        if dt_rank == "auto":
+        check_int("Mamba1", "d_model", d_model)
+        if isinstance(dt_rank, str) and dt_rank == "auto":
             dt_rank = math.ceil(d_model / 16)
-        sizes = {"d_model": d_model, "d_state": d_state, "d_conv": d_conv, "dt_rank": dt_rank}
-        for name, value in sizes.items():
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"Mamba1: {name} must be an int, got {value!r}")
-        scales = {"dt_min": dt_min, "dt_init_floor": dt_init_floor, "dt_scale": dt_scale}
-        scales["bcdt_norm_eps"] = bcdt_norm_eps
-        for name, value in {**sizes, "expand": expand, **scales}.items():
-            if not 0 < value < math.inf:
-                raise ValueError(f"Mamba1: {name} must be positive, got {value!r}")
+        for name, value in (("d_state", d_state), ("d_conv", d_conv), ("dt_rank", dt_rank)):
+            check_int("Mamba1", name, value)
+        scales = {"dt_min": dt_min, "dt_max": dt_max, "dt_init_floor": dt_init_floor}
+        scales |= {"expand": expand, "dt_scale": dt_scale, "bcdt_norm_eps": bcdt_norm_eps}
+        for name, value in scales.items():
+            check_positive("Mamba1", name, value)
         if dt_max < dt_min:
             raise ValueError(f"Mamba1: dt_max must be at least dt_min = {dt_min}, got {dt_max}")
         if dt_init not in ("random", "constant"):
@@ -254,6 +253,7 @@ class Mamba1(nn.Module):
         """
         weight = self.conv1d.weight
         dtype = weight.dtype if dtype is None else dtype
+        check_int("Mamba1", "batch_size", batch_size, 0)
         conv_shape, ssm_shape = self.state_shapes(batch_size)
         ssm_dtype = at_least_fp32(torch.promote_types(dtype, weight.dtype))
         conv_state = torch.zeros(conv_shape, device=weight.device, dtype=dtype)

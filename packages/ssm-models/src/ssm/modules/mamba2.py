@@ -12,6 +12,7 @@ from ssm import ops
 from ssm.distributed.collectives import check_group, same_random_state
 from ssm.distributed.context import operators
 from ssm.distributed.layout import Section, Shard, keep_part
+from ssm.modules.arguments import check_int
 from ssm.modules.mamba2_sizes import check_arguments
 from ssm.modules.memory import (
     can_step,
@@ -325,6 +326,7 @@ class Mamba2(nn.Module):
         """
         weight = self.conv1d.weight
         dtype = weight.dtype if dtype is None else dtype
+        check_int("Mamba2", "batch_size", batch_size, 0)
         conv_shape, ssm_shape = self.state_shapes(batch_size)
         ssm_dtype = at_least_fp32(torch.promote_types(dtype, weight.dtype))
         conv_state = torch.zeros(conv_shape, device=weight.device, dtype=dtype)

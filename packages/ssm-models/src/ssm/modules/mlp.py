@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ssm import ops
 from ssm.distributed.collectives import check_group
 from ssm.distributed.layout import Section
+from ssm.modules.arguments import check_int, check_number
 from ssm.modules.tensor_parallel import check_split, column_linear, row_linear
 from ssm.ops.projection import project
 
@@ -63,6 +64,7 @@ class GatedMLP(nn.Module):
         if out_features is None:
             out_features = in_features
         if hidden_features is None:
+            check_int("GatedMLP", "in_features", in_features)
             hidden_features = 8 * in_features // 3
         for name, value in (
             ("in_features", in_features),
@@ -70,10 +72,10 @@ class GatedMLP(nn.Module):
             ("out_features", out_features),
             ("multiple_of", multiple_of),
         ):
-            if value < 1:
-                raise ValueError(f"GatedMLP: {name} must be positive, got {value}")
+            check_int("GatedMLP", name, value)
         factors = {"gate_multiplier": gate_multiplier, "out_multiplier": out_multiplier}
         for name, value in factors.items():
+            check_number("GatedMLP", name, value)
             if not math.isfinite(value):
                 raise ValueError(f"GatedMLP: {name} must be finite, got {value}")
         hidden_features = -(-hidden_features // multiple_of) * multiple_of
@@ -142,8 +144,7 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("in_features", in_features), ("hidden_features", hidden_features)):
-            if value < 1:
-                raise ValueError(f"MLP: {name} must be positive, got {value}")
+            check_int("MLP", name, value)
         if activation not in ACTIVATIONS:
             names = ", ".join(ACTIVATIONS)
             raise ValueError(f"MLP: activation must be one of {names}, got {activation!r}")

@@ -34,7 +34,7 @@ class DeltaProjection(nn.Linear):
     def forward(self, dt: Tensor) -> Tensor:
         """Map dt (..., R) to step sizes before softplus (..., D)."""
         same = self.bias.dtype == self.weight.dtype == dt.dtype == at_least_fp32(dt.dtype)
-        if same and not torch.is_autocast_enabled(dt.device.type):
+        if same and not is_autocast(dt):
             return F.linear(dt, self.weight, self.bias)
         delta = F.linear(dt, self.weight)
         return delta + self.bias.to(at_least_fp32(delta.dtype))
@@ -53,6 +53,15 @@ def at_least_fp32(dtype: torch.dtype | None) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def is_autocast(x: Tensor) -> bool:
+    """Say whether autocast decides the dtype of products with a tensor.
+
+    Args:
+        x: any tensor. The device type "meta" has no autocast, and torch refuses to be asked.
+    """
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def project(linear: nn.Module, x: Tensor) -> Tensor:
     """Call a projection on x cast to its parameter dtype.
 
@@ -69,6 +78,6 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
     """
     weight = getattr(linear, "weight", None)
     is_float = isinstance(weight, Tensor) and weight.is_floating_point()
-    if is_float and not torch.is_autocast_enabled(x.device.type):
+    if is_float and not is_autocast(x):
         x = x.to(weight.dtype)
     return projection.project(linear, x)

@@ -45,7 +45,7 @@ OPERATORS = COMPILED
 _KERNELS = {"cpu": "ssm_kernels", "cuda": "ssm_kernels._cuda"}
 
 _transform_level = torch._C._functorch.maybe_current_level
-_DERIVATIVES = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
+_GRAD = torch._C._functorch.TransformType.Grad
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("ssm_backend", default=None)
 # The choices made: "op:device", and "op:device:backend" where use_backend forces one.
@@ -82,11 +82,11 @@ def _is_derivative() -> bool:
     forward mode, silently, and stop inside at a transform of ``torch.func``. ``torch.vmap`` alone
     calls the kernels row by row.
     """
-    if forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0:  # also inside of torch.func.jvp
         return True
     if _transform_level() is None:
         return False
-    return any(level.key() in _DERIVATIVES for level in torch._C._functorch.get_interpreter_stack())
+    return any(level.key() == _GRAD for level in torch._C._functorch.get_interpreter_stack())
 
 
 def _reference(op: str) -> Callable:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ssm.modules.arguments import check_number
 from ssm.modules.precision import at_least_fp32
 from ssm.state import State
 from ssm.utils.decoding_graph import Decoder
@@ -49,6 +50,8 @@ class Sampling:
         _check(
             isinstance(self.top_k, int) and self.top_k >= 0, "top_k", "not be negative", self.top_k
         )
+        for name in ("top_p", "min_p", "temperature", "repetition_penalty"):
+            check_number("generate", name, getattr(self, name))
         _check(0 <= self.top_p <= 1, "top_p", "lie in [0, 1]", self.top_p)
         _check(0 <= self.min_p <= 1, "min_p", "lie in [0, 1]", self.min_p)
         finite = 0 <= self.temperature < math.inf
@@ -111,6 +114,9 @@ def generate(model, input_ids: Tensor, max_length: int | None = None, **kwargs):
     enable_timing = kwargs.pop("enable_timing", False)
     streamer = kwargs.pop("streamer", None)
     put = None if streamer is None else getattr(streamer, "put", streamer)
+    if put is not None and not callable(put):
+        got = type(streamer).__name__
+        raise TypeError(f"generate: streamer must be callable or have put and end, got {got}")
     _check_names("generate", kwargs)
     start = _clock(input_ids) if enable_timing else 0.0
     steps = _steps(model, input_ids, max_length=max_length, **kwargs)
@@ -241,6 +247,8 @@ def _steps(
     if seed is not None:
         if generator is not None:
             raise ValueError("generate: seed must not be given beside generator")
+        seed = _integer("seed", seed)
+        _check(-(2**63) <= seed < 2**64, "seed", "fit in 64 bits", seed)
         generator = torch.Generator(device=input_ids.device).manual_seed(seed)
     if attention_mask is not None:
         input_ids, attention_mask = _pad_left(input_ids, attention_mask)
