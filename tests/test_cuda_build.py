@@ -142,6 +142,30 @@ def test_every_kernel_is_in_the_extension_module():
     assert counts[wanted[0]] >= len(reports())
 
 
+def test_module_knows_the_gpus_that_it_runs_on():
+    if not _build.CUDA.startswith("built"):
+        pytest.skip(f"_cuda is {_build.CUDA}")
+    from ssm_kernels import _cuda
+
+    wanted = set()
+    for major in range(5, 14):
+        for minor in range(10):
+            number = 10 * major + minor
+            of_this = any(n == number for _, n in architectures("sm"))
+            of_generation = any(
+                n // 10 == major and n <= number and not name.endswith("a")
+                for name, n in architectures("sm")
+            )
+            translated = any(n <= number for _, n in architectures("compute"))
+            if of_this or of_generation or translated:
+                wanted.add((major, minor))
+            assert _cuda.runs_on(major, minor) == ((major, minor) in wanted), (major, minor)
+    assert wanted
+    assert not _cuda.runs_on(5, 0)
+    # No such GPU: the launch has more to say.
+    assert _cuda.architecture_fault(1000) == ""
+
+
 def test_module_loads_without_a_driver():
     if not _build.CUDA.startswith("built"):
         pytest.skip(f"_cuda is {_build.CUDA}")

@@ -88,6 +88,7 @@ HELPERS = {
         "vmath",
     },
     f"{KERNELS}/src/cuda": {
+        "architecture",
         "block",
         "block_host",
         "device",

@@ -38,6 +38,7 @@ def install(monkeypatch, ops=dispatch.COMPILED, kernels=("ssm_kernels",)):
     for name in kernels:
         module = types.ModuleType(name)
         module.operators = [dispatch.FILES.get(op, op) for op in dispatch.COMPILED]
+        module.devices = list
         monkeypatch.setitem(sys.modules, name, module)
     for op in ops:
         name = f"ssm.ops.compiled.{dispatch.FILES.get(op, op)}"
@@ -199,6 +200,19 @@ def test_cuda_kernels_serve_cuda_tensors(monkeypatch):
     assert dispatch.get_available_backend() == "cuda"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert dispatch.get_available_backend() == "cpu"
+
+
+@pytest.mark.parametrize("faults", [["", ""], ["", "GPU 1 is old"], ["GPU 0 is old"]])
+def test_kernels_for_other_gpus_leave_the_reference(monkeypatch, faults):
+    install(monkeypatch, kernels=("ssm_kernels", "ssm_kernels._cuda"))
+    kernels = sys.modules["ssm_kernels._cuda"]
+    kernels.devices = lambda: ["some GPU"] * len(faults)
+    kernels.architecture_fault = faults.__getitem__
+    serves = not all(faults)
+    assert dispatch.has_cuda_kernels() == serves
+    said = why(OP, torch.device("cuda"))
+    assert said.startswith(f"{OP} on cuda: {'cuda' if serves else 'python'}, ")
+    assert serves or said.endswith("did not load: RuntimeError: GPU 0 is old")
 
 
 def test_operator_without_cuda_kernels_goes_to_the_reference(monkeypatch):

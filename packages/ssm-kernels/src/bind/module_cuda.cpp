@@ -2,6 +2,7 @@
 // Loads on a machine without a driver; a call then says what is missing.
 #include <nanobind/nanobind.h>
 
+#include "../cuda/architecture.h"
 #include "../cuda/device.h"
 #include "../cuda/kernels.h"
 
@@ -27,7 +28,13 @@ NB_MODULE(_cuda, module) {
     module.def(
         "fault", [] { return ssm::cuda::device_fault(); },
         "Why no GPU can be used, in the words of the CUDA runtime; '' if one can.");
-    module.attr("architectures") = nb::str(SSM_GPU_ARCHS).attr("split")();
+    module.def("runs_on", &ssm::cuda::runs_on, nb::arg("major"), nb::arg("minor"),
+               "Whether the code of this build runs on a GPU of that compute capability.");
+    module.def(
+        "architecture_fault", &ssm::cuda::architecture_fault, nb::arg("index"),
+        "Why the code of this build does not run on a GPU, and the remedy; '' if it does, and "
+        "where there is no such GPU.");
+    module.attr("architectures") = nb::str(ssm::cuda::architectures()).attr("split")();
     module.attr("operators") = nb::str(SSM_CUDA_OPERATORS).attr("split")();
     nb::module_::import_("ssm_kernels._cpu")
         .attr("_use_cuda_kernels")(reinterpret_cast<std::uintptr_t>(&kernels));

@@ -14,6 +14,11 @@ std::string device_name(int index) {
     return cudaGetDeviceProperties(&properties, index) == cudaSuccess ? properties.name : "";
 }
 
+bool compute_capability(int index, int* major, int* minor) {
+    return cudaDeviceGetAttribute(major, cudaDevAttrComputeCapabilityMajor, index) == cudaSuccess &&
+           cudaDeviceGetAttribute(minor, cudaDevAttrComputeCapabilityMinor, index) == cudaSuccess;
+}
+
 const char* device_fault() {
     int count = 0;
     const cudaError_t error = cudaGetDeviceCount(&count);

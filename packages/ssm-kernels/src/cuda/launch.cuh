@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "architecture.h"
 #include "element.cuh"
 
 namespace ssm::cuda {
@@ -65,6 +66,7 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerUnit)
 class OnDevice {
   public:
     OnDevice(const char* op, const Device& device) {
+        check_architecture(op, device.index);
         check(op, cudaGetDevice(&before_));
         if (device.index != before_) check(op, cudaSetDevice(device.index));
         changed_ = device.index != before_;

@@ -101,10 +101,22 @@ def _load(op: str, device_type: str) -> Callable | str:
             kernels, file = importlib.import_module(_KERNELS[device_type]), FILES.get(op, op)
             if device_type == "cuda" and file not in kernels.operators:
                 raise NotImplementedError("this version of ssm-kernels has none of this operator")
+            if device_type == "cuda":
+                _require_architecture(kernels)
             _attempts[key] = getattr(importlib.import_module(f"ssm.ops.compiled.{file}"), op)
         except Exception as error:  # any fault of a backend must leave the reference usable
             _attempts[key] = f"{type(error).__name__}: {error}"
     return _attempts[key]
+
+
+def _require_architecture(kernels: types.ModuleType) -> None:
+    """Raise if the kernels are built for none of the GPUs that there are.
+
+    On one of several GPUs that they are not built for, a call says so.
+    """
+    faults = [kernels.architecture_fault(index) for index in range(len(kernels.devices()))]
+    if faults and all(faults):
+        raise RuntimeError(faults[0])
 
 
 def _choose(op: str, device_type: str, backend: str) -> tuple[Callable, str]:
