@@ -121,3 +121,43 @@ def test_links_the_checkout(tmp_path, monkeypatch):
         command = [str(tmp_path / "venv/bin" / program), "info", "--json"]
         result = subprocess.run(command, capture_output=True, text=True, check=True)
         assert result.stdout == f"-m {module} info --json\n"
+
+
+@pytest.fixture
+def nvcc_beside(tmp_path, monkeypatch):
+    """Let .venv have an nvcc, and nothing else be on PATH; return its folder of programs."""
+    programs = tmp_path / "venv/bin"
+    programs.mkdir(parents=True)
+    (programs / "nvcc").touch(0o755)
+    monkeypatch.setattr(dev, "VENV", tmp_path / "venv")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return programs
+
+
+def test_disassembler_is_put_beside_nvcc(nvcc_beside, monkeypatch):
+    wheel = nvcc_beside.parent / "lib/python3.11/site-packages/nvidia/cu13/bin"
+    installed = []
+
+    def install(*wheels):
+        installed.extend(wheels)
+        wheel.mkdir(parents=True)
+        for name in ("cuobjdump", "nvdisasm"):
+            (wheel / name).touch(0o755)
+        return True
+
+    monkeypatch.setattr(dev, "install_if_possible", install)
+    dev.setup_disassembler()
+    assert tuple(installed) == dev.DISASSEMBLER
+    assert (nvcc_beside / "cuobjdump").resolve() == wheel / "cuobjdump"
+    assert (nvcc_beside / "nvdisasm").is_file()
+    dev.setup_disassembler()
+    assert tuple(installed) == dev.DISASSEMBLER, "installed twice"
+
+
+def test_goes_on_without_disassembler(nvcc_beside, monkeypatch, capsys):
+    monkeypatch.setattr(dev, "install_if_possible", lambda *wheels: False)
+    dev.setup_disassembler()
+    assert "going on without cuobjdump" in capsys.readouterr().out
+    (nvcc_beside / "nvcc").unlink()
+    monkeypatch.setattr(dev, "install_if_possible", lambda *wheels: pytest.fail("installed"))
+    dev.setup_disassembler()

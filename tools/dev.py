@@ -2,7 +2,7 @@
 """The commands of this repository; needs nothing but Python, a C++ compiler and the network once.
 
 Usage: python3 tools/dev.py demo | test [SUITE...] | build | setup
-                            [--python PYTHON] [-j JOBS] [--cuda]
+                            [--python PYTHON] [-j JOBS] [--cuda] [--gpu-archs ARCHS]
 
     setup   make .venv and install what the build and the tests need
     build   setup, then configure and compile into build/; afterwards .venv/bin has python, pytest,
@@ -57,8 +57,10 @@ CUDA = tuple(
     for part in ("cuda-nvcc", "cuda-crt", "cuda-runtime", "cuda-cccl", "nvvm")
 )
 
-# Headers for products on tensor cores: wherever there is an nvcc, and not required.
+# Beside every nvcc, and not required: headers for products on tensor cores, and what a test reads
+# machine code with, of any version that knows nvcc's.
 CUTLASS = "nvidia-cutlass==4.2.*"
+DISASSEMBLER = ("nvidia-cuda-cuobjdump==13.*", "nvidia-cuda-nvdisasm==13.*")
 
 SUMMARY = "{passed} passed, {failed} failed, {skipped} skipped"
 
@@ -191,17 +193,40 @@ def setup_cuda() -> None:
     nvcc.chmod(0o755)
 
 
+def has_nvcc() -> bool:
+    """Say whether the build will find nvcc."""
+    return shutil.which("nvcc") is not None or (VENV / "bin/nvcc").exists()
+
+
+def install_if_possible(*wheels: str) -> bool:
+    """Install what nothing depends on; say whether that went well."""
+    say(f"installing {', '.join(wheels)}")
+    return call(*pip(), "-q", "--retries", "1", "--timeout", "15", "--no-deps", *wheels) == 0
+
+
 def setup_cutlass() -> str:
     """Put the CUTLASS headers into .venv if nvcc is there; return what the build will find."""
-    if not (shutil.which("nvcc") or (VENV / "bin/nvcc").exists()):
+    if not has_nvcc():
         return ""
     wheel = "lib/python3*/site-packages/nvidia_cutlass-*.dist-info"
-    if not any(VENV.glob(wheel)):
-        say(f"installing {CUTLASS}")
-        if call(*pip(), "-q", "--retries", "1", "--timeout", "15", "--no-deps", CUTLASS) != 0:
-            say("going on without CUTLASS: CUDA kernels will multiply without tensor cores")
-            return ""
+    if not any(VENV.glob(wheel)) and not install_if_possible(CUTLASS):
+        say("going on without CUTLASS: CUDA kernels will multiply without tensor cores")
+        return ""
     return next(VENV.glob(wheel)).name
+
+
+def setup_disassembler() -> None:
+    """Put cuobjdump into .venv if nvcc is there and the machine has none."""
+    if not has_nvcc() or shutil.which("cuobjdump") or (VENV / "bin/cuobjdump").exists():
+        return
+    if not install_if_possible(*DISASSEMBLER):
+        say("going on without cuobjdump: no test will read the machine code of CUDA kernels")
+        return
+    for name in ("nvdisasm", "cuobjdump"):
+        found = next(VENV.glob(f"lib/python3*/site-packages/nvidia/cu13/bin/{name}"), None)
+        if found is None:
+            raise Fault(f"the wheels of cuobjdump must hold nvidia/cu13/bin/{name}, and do not")
+        (VENV / "bin" / name).symlink_to(found)
 
 
 def listing() -> str:
@@ -236,8 +261,10 @@ def build(arguments: argparse.Namespace) -> None:
     setup(arguments)
     if arguments.cuda:
         setup_cuda()
-    option = "-Dcuda=enabled" if arguments.cuda else "-Dcuda=auto"
-    stamp, now = BUILD / "ssm-listing", f"{ROOT}\n{listing()}\n{option}\n{setup_cutlass()}"
+    cuda = "enabled" if arguments.cuda else "auto"
+    options = (f"-Dcuda={cuda}", f"-Dgpu_archs={arguments.gpu_archs}")
+    now = "\n".join((str(ROOT), listing(), *options, setup_cutlass()))
+    stamp = BUILD / "ssm-listing"
     found = stamp.read_text() if stamp.is_file() else ""
     if found != now:
         check_machine(arguments.python)
@@ -247,7 +274,7 @@ def build(arguments: argparse.Namespace) -> None:
         known = (
             ["--wipe"] if moved else ["--reconfigure"] if (BUILD / "build.ninja").is_file() else []
         )
-        must("meson setup", "meson", "setup", *known, option, BUILD)
+        must("meson setup", "meson", "setup", *known, *options, BUILD)
         stamp.write_text(now)
     must("meson compile", "meson", "compile", "-C", BUILD, "-j", str(arguments.jobs))
     link()
@@ -296,6 +323,7 @@ def summarise(testlog: Path, junit: Path) -> tuple[Counter, list[str], Counter]:
 def test(arguments: argparse.Namespace) -> int:
     """Build, run the tests, print the summary; return the exit status."""
     build(arguments)
+    setup_disassembler()
     testlog = BUILD / "meson-logs/testlog.json"
     # What an earlier run left must not count for this one.
     shutil.rmtree(JUNIT, ignore_errors=True)
@@ -335,6 +363,9 @@ def main() -> int:
     parser.add_argument("--python", default=sys.executable, help="interpreter to make .venv from")
     parser.add_argument("-j", "--jobs", type=int, default=2, help="parallel jobs (default 2)")
     parser.add_argument("--cuda", action="store_true", help="build the CUDA kernels, nvcc included")
+    parser.add_argument(
+        "--gpu-archs", default="auto", help="auto (default), release, or a list such as 80,90a"
+    )
     arguments = parser.parse_args()
     try:
         return COMMANDS[arguments.command](arguments) or 0
