@@ -1,5 +1,7 @@
 """The compiled ssd_chunk_scan in torch. Judges: the reference, float64 NumPy loops, gradcheck."""
 
+import types
+
 import pytest
 import torch
 
@@ -371,3 +373,24 @@ def test_rejects(name, function):
     with pytest.raises(ValueError) as caught:
         function(**{**arguments, **changed})
     assert str(caught.value) == f"{OP}: {sentence}"
+
+
+@pytest.mark.parametrize(
+    ("kib", "dtype", "dstate", "save", "has_room"),
+    [
+        (99, torch.bfloat16, 256, True, True),
+        (99, torch.float16, 128, True, True),
+        (99, torch.float32, 128, False, True),
+        (99, torch.float32, 16, True, False),
+        (99, torch.float32, 129, False, False),
+        (163, torch.float32, 256, True, True),
+        (161, torch.float32, 256, True, False),
+    ],
+)
+def test_room_on_a_gpu(monkeypatch, kib, dtype, dstate, save, has_room):
+    """tests/kernels/test_cuda_room.py holds the kernels to the same numbers."""
+    from ssm.ops.compiled import ssd_chunk_scan as compiled
+
+    gpu = types.SimpleNamespace(shared_memory_per_block_optin=kib << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    assert compiled._has_room(torch.empty(0, dtype=dtype), dstate, save) == has_room

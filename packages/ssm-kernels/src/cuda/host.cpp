@@ -128,6 +128,11 @@ extern "C" SSM_API const void* ssm_cuda_host_kernels() {
     return &kernels;
 }
 
+/// From now on a block has at most `bytes` of shared memory.
+extern "C" SSM_API void ssm_cuda_host_set_shared(std::int64_t bytes) {
+    ssm::cuda::shared_of_host = bytes;
+}
+
 /// What the host says of a kernel that does wrong; an empty text if nothing.
 extern "C" SSM_API const char* ssm_cuda_host_fault(int kind) {
     return ssm::cuda::said_by([&] {

@@ -111,6 +111,12 @@ template <class Real, class Element>
 void start(const SsdInputs& in, const SsdChunkScanArgs& args, const SsdChunkScanGrads& grads,
            const Exec& exec) {
     const Device device = args.X.device;
+    // What a block keeps of dB and dC is what its registers and its memory have room for.
+    constexpr bool is_half = sizeof(Element) == 2;
+    using Wide = SsdDifferentiate<Real, Element, is_half ? 128 : 32>;
+    using Slim = SsdDifferentiate<Real, Element, is_half ? 64 : 32>;
+    const bool is_wide = in.dstate > 64 && shared_bytes<Real>(Wide{}) <= shared_of_block(device);
+    check_room<Real>(kSsdOp, Slim{}, device);
     SsdGradients<Real> out{};
     out.dy = plane<4>(grads.dy), out.dX = plane<4>(grads.dX), out.dz = plane<4>(grads.dz);
     out.ddt = plane<3>(grads.ddt);
@@ -135,12 +141,7 @@ void start(const SsdInputs& in, const SsdChunkScanArgs& args, const SsdChunkScan
         const auto differentiate = [&](auto kernel) {
             launch<Real>(kSsdOp, kernel, kernel.blocks(), device, exec);
         };
-        // What a block keeps of dB and dC is what its registers have room for.
-        constexpr bool is_half = sizeof(Element) == 2;
-        if (is_half && in.dstate > 64)
-            differentiate(SsdDifferentiate<Real, Element, is_half ? 128 : 32>{in, out, window});
-        else
-            differentiate(SsdDifferentiate<Real, Element, is_half ? 64 : 32>{in, out, window});
+        is_wide ? differentiate(Wide{in, out, window}) : differentiate(Slim{in, out, window});
         const std::int64_t begin = window * out.window_steps();
         const std::int64_t steps = std::min(in.seqlen - begin, out.window_steps());
         sum_ssd_slices(in, out, out.dB, grads.dB, begin, steps, device, exec);

@@ -43,7 +43,7 @@ struct Forward {
 
     // Places in the memory of matrices: the rounded states of one slab of states, then C, B and X,
     // once or twice.
-    static constexpr int kWidest = sizeof(Element) == 2 ? 128 : 64;
+    static constexpr int kWidest = sizeof(Element) == 2 ? 128 : 32;
     static constexpr int kSlab = kStates < kWidest ? kStates : kWidest;
     static constexpr int kSlabs = kStates / kSlab;
     static constexpr int kAcrossSlab = matrix_stride(kSlab);
@@ -490,6 +490,7 @@ void start(const SsdInputs& in, const SsdChunkScanArgs& args, const Exec& exec) 
     if (2 * shared_bytes<Real>(kernel) > shared_of_multiprocessor(device)) kernel.stages = 1;
     kernel.packed_y = in_packs(args.y, 3, 2);
     kernel.packed_z = in.z && in_packs(args.z, 3, 2);
+    check_room<Real>(kSsdOp, kernel, device);
     if (in.segments > 1) {
         kernel.ends = {in, static_cast<Real*>(exec.workspace)};
         kernel.only_ends = true;

@@ -25,11 +25,13 @@ struct SsdDifferentiate {
     static constexpr int kSmall = 4 * kSsdTile * kAcross;
     static constexpr int kMatrices = kSmall + 3 * kSsdTile * kAcrossX;
     // In the other memory, behind the decays: D, sums per step of one head, quarters of the
-    // steps' sums of dY X; as accumulators of the threads, S = C B^T and its gradient.
+    // steps' sums of dY X; as accumulators of the threads, S = C B^T and its gradient, as far as
+    // steps reach steps before them.
     static constexpr int kD = kSsdDecaysEnd, kSums = kD + kSsdChannels;
     using Sums = SsdHeadSums<kSums, kThreads / kWarp>;
     static constexpr int kdD = Sums::kEnd, kS = kdD + 4 * kSsdChannels;
-    static constexpr int kdS = kS + 16 * kThreads, kEnd = kdS + 16 * kThreads;
+    using Lower = SsdLowerBlocks;
+    static constexpr int kdS = kS + Lower::kSize, kEnd = kdS + Lower::kSize;
 
     struct Registers {
         Real dB[kStates / 16][4], dC[kStates / 16][4];
@@ -171,8 +173,10 @@ struct SsdDifferentiate {
         block.each([&](int thread, Registers& r) {
             SSM_UNROLL
             for (int i = 0; i < 16; ++i) {
-                block.write(kS + i * kThreads + thread, r.w[i / 4][i % 4]);
-                block.write(kdS + i * kThreads + thread, 0);
+                if (!Lower::has(thread, i / 4)) continue;
+                const int place = Lower::place(thread, i / 4, i % 4);
+                block.write(kS + place, r.w[i / 4][i % 4]);
+                block.write(kdS + place, 0);
             }
         });
         if (share.slabs > 1) block.barrier();
@@ -377,7 +381,7 @@ struct SsdDifferentiate {
         r.rows[0] = r.rows[1] = 0;
         SSM_UNROLL
         for (int n = 0; n < 4; ++n) {
-            if (column + n / 2 * 16 > row) continue;
+            if (!Lower::has(thread, n)) continue;
             Real m[4];
             SSM_UNROLL
             for (int i = 0; i < 4; ++i) {
@@ -389,7 +393,7 @@ struct SsdDifferentiate {
                 const Real step = block.read(SsdDecays::kStep + from);
                 // Chosen, not multiplied by 0: the decay from a later step may be infinite.
                 const Real reached = from <= to ? r.w[n][i] * decay : Real(0);
-                const int place = (4 * n + i) * kThreads + thread;
+                const int place = Lower::place(thread, n, i);
                 const Real s = block.read(kS + place);
                 m[i] = from <= to ? s * decay * step : Real(0);
                 block.write(kdS + place, block.read(kdS + place) + reached * step);
@@ -555,11 +559,10 @@ struct SsdDifferentiate {
         block.each([&](int thread, Registers&) {
             SSM_UNROLL
             for (int n = 0; n < 4; ++n) {
-                if (first_column(thread / kWarp) + n / 2 * 16 > first_row(thread / kWarp)) continue;
+                if (!Lower::has(thread, n)) continue;
                 Real ds[4];
                 SSM_UNROLL
-                for (int i = 0; i < 4; ++i)
-                    ds[i] = block.read(kdS + (4 * n + i) * kThreads + thread);
+                for (int i = 0; i < 4; ++i) ds[i] = block.read(kdS + Lower::place(thread, n, i));
                 write_M(block, thread, n, ds);
             }
         });

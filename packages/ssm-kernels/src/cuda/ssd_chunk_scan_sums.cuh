@@ -6,6 +6,26 @@
 
 namespace ssm::cuda {
 
+/// What the accumulators of pairs of steps, 4 x 4 per thread, are in shared memory: those of the
+/// blocks of 16 x 16 pairs on the diagonal and below it, which steps reach steps before them in. A
+/// warp has 16 rows of a tile and half of its columns.
+struct SsdLowerBlocks {
+    static constexpr int kSide = 16, kRows = kSsdTile / kSide;
+    static constexpr int kSize = kRows * (kRows + 1) / 2 * kSide * kSide;
+
+    /// Whether the accumulators [n] of a thread are of such a block.
+    static SSM_DEVICE bool has(int thread, int n) {
+        const int warp = thread / kWarp;
+        return warp / kRows * (kRows / 2) + n / 2 <= warp % kRows;
+    }
+    /// The place of accumulator [n][i].
+    static SSM_DEVICE int place(int thread, int n, int i) {
+        const int warp = thread / kWarp, row = warp % kRows;
+        const int block = row * (row + 1) / 2 + warp / kRows * (kRows / 2);
+        return block * kSide * kSide + thread % kWarp + (4 * n + i) * kWarp;
+    }
+};
+
 /// Sums in shared memory from `kFirst` on. W = <dY, X> S decay, for pairs of a step and an earlier
 /// one; columns do not have the step sizes in them, rows and near pairs do. A warp has 16 rows of a
 /// tile and half of its columns.

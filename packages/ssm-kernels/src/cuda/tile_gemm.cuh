@@ -142,17 +142,24 @@ SSM_DEVICE void multiply_plain(float (&sums)[4], const Pair<Element> (&left)[4],
                                const Pair<Element>* right) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     SSM_UNROLL
-    for (int k = 0; k < 16; ++k) {
-        const int pair = k / 8 * 2, owner = k % 8 / 2;
-        const auto fetch = [&](Pair<Element> two, int from) {
-            return __shfl_sync(0xffffffffu, k % 2 == 0 ? first_of(two) : second_of(two), from);
-        };
-        const float upper = fetch(left[pair], lane / 4 * 4 + owner);
-        const float lower = fetch(left[pair + 1], lane / 4 * 4 + owner);
-        const float near = fetch(right[k / 8], lane % 4 * 8 + owner);
-        const float far = fetch(right[k / 8], lane % 4 * 8 + 4 + owner);
-        sums[0] = fmaf(upper, near, sums[0]), sums[1] = fmaf(upper, far, sums[1]);
-        sums[2] = fmaf(lower, near, sums[2]), sums[3] = fmaf(lower, far, sums[3]);
+    for (int half = 0; half < 2; ++half) {
+        // All of it at once would take more registers than there are.
+        SSM_ROLLED
+        for (int owner = 0; owner < 4; ++owner) {
+            SSM_UNROLL
+            for (int odd = 0; odd < 2; ++odd) {
+                const auto fetch = [&](Pair<Element> two, int from) {
+                    return __shfl_sync(0xffffffffu, odd == 0 ? first_of(two) : second_of(two),
+                                       from + owner);
+                };
+                const float upper = fetch(left[2 * half], lane / 4 * 4);
+                const float lower = fetch(left[2 * half + 1], lane / 4 * 4);
+                const float near = fetch(right[half], lane % 4 * 8);
+                const float far = fetch(right[half], lane % 4 * 8 + 4);
+                sums[0] = fmaf(upper, near, sums[0]), sums[1] = fmaf(upper, far, sums[1]);
+                sums[2] = fmaf(lower, near, sums[2]), sums[3] = fmaf(lower, far, sums[3]);
+            }
+        }
     }
 }
 

@@ -17,6 +17,9 @@ from ssm.ops.python.arithmetic import acc_dtype
 
 _STEPS = 96  # steps between saved states: kSsdChunkScanCheckpoint of the kernels
 _GPU_STATES = 256  # of a head, at most: kSsdChunkScanGpuStates of the kernels
+# Bytes of shared memory of a block, in float32: tests/kernels/test_cuda_room.py holds the kernels
+# to these.
+_ROOM_BACKWARD, _ROOM_MANY_STATES = 125 << 10, 162 << 10
 _INPUTS = (
     "Tensor X, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
     "Tensor? initial_states, Tensor? seq_idx"
@@ -24,11 +27,18 @@ _INPUTS = (
 _OPTIONS = "float dt_low, float dt_high, bool softplus, bool state_per_sequence"
 
 
-def _has_room(X):
-    """Return whether a block of the GPU of X has the shared memory that the backward needs."""
+def _has_room(X, dstate, save):
+    """Return whether a block of the GPU of X has the shared memory that the kernels need.
+
+    Every GPU since Ampere has as much as 16 bits need, and float32 forward to 128 states.
+    """
+    needed = 0
+    if X.dtype == torch.float32:
+        needed = max(_ROOM_MANY_STATES if dstate > 128 else 0, _ROOM_BACKWARD if save else 0)
+    if needed == 0:
+        return True
     properties = torch.cuda.get_device_properties(X.device)
-    room = getattr(properties, "shared_memory_per_block_optin", 0)
-    return room >= 138 << 10
+    return getattr(properties, "shared_memory_per_block_optin", 0) >= needed
 
 
 def _allocate(X, B, num_states, save):
@@ -181,8 +191,8 @@ def ssd_chunk_scan(
         seq_idx = seq_meta.positions(X.shape[0], X.shape[1], X.device)
         per_sequence = seq_meta.state_per_sequence
     save = wants_gradient(*inputs)
-    if X.is_cuda and (B.shape[-1] > _GPU_STATES or (save and not _has_room(X))):
-        # No room in registers for so many states, or in shared memory for the backward.
+    if X.is_cuda and (B.shape[-1] > _GPU_STATES or not _has_room(X, B.shape[-1], save)):
+        # No room in registers for so many states, or in shared memory.
         return reference.ssd_chunk_scan(
             X,
             dt,
