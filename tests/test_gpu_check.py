@@ -4,15 +4,18 @@ Judge: what it wrote. The kernels that it is for need a GPU; here those of the C
 """
 
 import json
+import shutil
 import subprocess
 import sys
+import types
 
 import pytest
+import torch
 
 import ssm.ops
 from ssm.utils import decoding_graph
 from tests.recorded_graph import Recorder
-from tools import gpu_build, gpu_check
+from tools import gpu_build, gpu_check, gpu_long, gpu_training
 
 
 @pytest.fixture
@@ -164,16 +167,66 @@ def test_lost_gpu_ends_the_process_after_the_fault_is_kept(tmp_path, monkeypatch
     assert list(gpu_check.Report(tmp_path / "found.json", {}, None).faults()) == ["first"]
 
 
+@pytest.mark.parametrize(
+    ("error", "is_fault"),
+    [
+        (ModuleNotFoundError("No module named 'safetensors'", name="safetensors"), False),
+        (ModuleNotFoundError("No module named 'ssm.ops'", name="ssm.ops"), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (RuntimeError("the launch must succeed"), True),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_the_machine_lacks_is_no_fault(tmp_path, error, is_fault):
+    def fails():
+        raise error
+
+    report = gpu_check.Report(tmp_path / "found.json", {}, None)
+    report.run("item", fails)
+    assert ("fault" if is_fault else "skipped") in report.items["item"]
+
+
 def test_build_says_what_it_lacks(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_build, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(gpu_build, "TOOLKITS", ())
     monkeypatch.setattr(gpu_build, "has_kernels", lambda: False)
     monkeypatch.setattr(gpu_build, "_has", lambda module: module == "numpy")
+    monkeypatch.setattr(gpu_build.sysconfig, "get_path", lambda name: str(tmp_path / name))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(gpu_build.Fault) as fault:
         gpu_build.build(None)
-    for text in ("C++ compiler", "pip download -d wheels meson ninja nanobind", "nvcc on PATH"):
+    for text in (
+        "C++ compiler",
+        "pip download -d wheels meson ninja nanobind",
+        "nvcc on PATH",
+        "include/Python.h",
+    ):
         assert text in str(fault.value)
     assert not (tmp_path / "build").exists()
+
+
+def test_toolkit_beside_the_path_is_found(tmp_path, monkeypatch):
+    nvcc = tmp_path / "cuda/bin/nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.touch(0o755)
+    monkeypatch.setattr(gpu_build, "TOOLKITS", (tmp_path / "none", nvcc.parent))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    gpu_build.find_toolkit()
+    assert shutil.which("nvcc") == str(nvcc)
+
+
+def test_wheels_are_taken_as_far_as_they_are_there(tmp_path, monkeypatch):
+    for name in ("nvidia_cutlass-4.2.0-py3-none-any.whl", "ninja-1.11-py3-none-any.whl"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(gpu_build, "SITE", tmp_path / "site")
+    monkeypatch.setattr(gpu_build, "_has", lambda module: module == "numpy")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    commands = []
+    monkeypatch.setattr(gpu_build, "_run", lambda what, command: commands.append(command))
+    gpu_build.install(tmp_path)
+    (command,) = commands
+    assert command[command.index(str(tmp_path / "site")) + 1 :] == ["ninja", "nvidia-cutlass"]
+    assert sys.path[-1] == str(tmp_path / "site")
 
 
 def test_build_runs_meson_and_uses_what_it_made(tmp_path, monkeypatch):
@@ -213,10 +266,138 @@ def test_digest_follows_the_sources(tmp_path, monkeypatch):
     assert gpu_build.sources_digest() != first
 
 
+TIMES = {"ms", "eager_ms"}
+
+
 def test_benches_run(run, is_built):
     status, found = run("--part", "ceilings", "--part", "bench", "--op", "swiglu")
     assert status == 0
-    assert set(found["items"]["bench/swiglu/b8_l2k_d5120"]) == {"ms", "bytes", "copy_ms", "of_copy"}
+    items = found["items"]
+    moved = {"bytes", "copy_ms", "of_copy"}
+    assert set(items["bench/swiglu/b8_l2k_d5120"]) == TIMES | moved
+    assert set(items["bench/swiglu/b8_l2k_d5120/backward"]) == TIMES
+
+
+@pytest.fixture
+def peers(monkeypatch):
+    """Let this project's own functions stand in for the packages that a GPU is compared with."""
+    pytest.importorskip("safetensors", reason="ssm.compat reads states")
+    from ssm.compat import causal_conv1d, mamba_ssm
+    from ssm.models import config, lm
+
+    homes = {
+        "mamba_ssm.ops.selective_scan_interface": mamba_ssm,
+        "mamba_ssm.ops.triton.selective_state_update": mamba_ssm,
+        "mamba_ssm.ops.triton.ssd_combined": mamba_ssm,
+        "mamba_ssm.models.config_mamba": config,
+        "mamba_ssm.models.mixer_seq_simple": lm,
+        "causal_conv1d": causal_conv1d,
+    }
+    for name, module in homes.items():
+        for end in range(name.count(".")):
+            package = ".".join(name.split(".")[: end + 1])
+            monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+BOTH_WAYS = {
+    "selective_scan/b8_l2k_d5120": "mamba_ssm",
+    "dw_causal_conv/b8_l2k_d5376": "causal_conv1d",
+    "ssd_chunk_scan/b1_l1k_h80": "mamba_ssm",
+    "mamba2_block/b8_l2k_h80": "mamba_ssm",
+}
+
+
+def test_peers_are_compared_and_timed(run, is_built, peers):
+    operators = ("selective_scan", "selective_state_step", "dw_causal_conv", "ssd_chunk_scan")
+    status, found = run("--part", "bench", *(word for op in operators for word in ("--op", op)))
+    assert status == 0
+    items = found["items"]
+    for name, peer in BOTH_WAYS.items():
+        assert set(items[f"bench/{name}/{peer}"]) == {*TIMES, "difference"}
+        assert items[f"bench/{name}/{peer}"]["difference"] < 0.01
+        assert set(items[f"bench/{name}/{peer}/backward"]) == TIMES
+    for case in ("mamba_b64", "mamba2_b64"):
+        assert set(items[f"bench/selective_state_step/{case}/mamba_ssm"]) == TIMES
+
+
+def test_peer_that_computes_something_else_is_not_timed(run, is_built, peers, monkeypatch):
+    from ssm.compat import mamba_ssm
+
+    right = mamba_ssm.mamba_chunk_scan_combined
+    other = types.ModuleType("mamba_ssm.ops.triton.ssd_combined")  # with one of its functions
+    other.mamba_chunk_scan_combined = lambda *a, **k: 2 * right(*a, **k)
+    monkeypatch.setitem(sys.modules, other.__name__, other)
+    status, found = run("--part", "bench", "--op", "ssd_chunk_scan")
+    assert status == 0
+    skipped = found["items"]["bench/ssd_chunk_scan/b1_l1k_h80/mamba_ssm"]["skipped"]
+    assert skipped.startswith("the peer computes something else")
+    assert "bench/mamba2_block/b1_l1k_h80/mamba_ssm" not in found["items"]
+    assert "bench/mamba2_block/b1_l1k_h80" in found["items"]
+
+
+def test_training_runs(run, is_built, peers):
+    status, found = run("--part", "training")
+    assert status == 0
+    items = found["items"]
+    kinds, dtypes = ("plain", "padded", "packed"), gpu_training.BOUNDS
+    want = {f"training/{m}/{k}/{d}" for m in gpu_training.MODELS for k in kinds for d in dtypes}
+    want |= {f"training/{m}/learns" for m in gpu_training.MODELS}
+    want |= {f"training/{m}/step{p}" for m in gpu_training.TIMED for p in ("", "/mamba_ssm")}
+    assert set(items) == want
+    assert items["training/hybrid/learns"]["after"] < items["training/hybrid/learns"]["before"]
+
+
+def test_wrong_gradient_of_a_model_is_a_fault(run, is_built, monkeypatch):
+    monkeypatch.setattr(gpu_training, "MODELS", {"mamba2": gpu_training.MODELS["mamba2"]})
+    monkeypatch.setattr(gpu_training, "TIMED", {})
+    right = ssm.ops.ssd_chunk_scan
+
+    def wrong(X, *rest, **options):
+        if X.dtype == torch.float64:
+            return right(X, *rest, **options)
+        return right(X + 0.01 * (X - X.detach()), *rest, **options)
+
+    monkeypatch.setattr(ssm.ops, "ssd_chunk_scan", wrong)
+    status, found = run("--part", "training")
+    assert status == 1
+    assert "from float64" in found["items"]["training/mamba2/plain/float32"]["fault"]
+
+
+def test_long_rows_run(run, is_built):
+    status, found = run("--part", "long")
+    assert status == 0
+    for name in ("long/forward", "long/backward"):
+        assert set(found["items"][name]) == {"tokens", "heads", "ms", "ratio", "extra_mb"}
+
+
+def test_long_row_that_loses_its_state_is_a_fault(run, is_built, monkeypatch):
+    right = ssm.ops.ssd_chunk_scan
+
+    def forgetful(X, dt, A, B, C, **options):
+        if "initial_states" in options or "return_final_states" in options:
+            return right(X, dt, A, B, C, **options)
+        parts = zip(*(t.split(X.shape[1] // 4, 1) for t in (X, dt, B, C)), strict=True)
+        return torch.cat([right(x, d, A, b, c, **options) for x, d, b, c in parts], 1)
+
+    monkeypatch.setattr(ssm.ops, "ssd_chunk_scan", forgetful)
+    status, found = run("--part", "long")
+    assert status == 1
+    assert "last quarter alone" in found["items"]["long/backward"]["fault"]
+
+
+def test_time_and_memory_that_grow_are_faults(monkeypatch):
+    seconds = {100: 1.0, 200: 2.5}
+    monkeypatch.setattr(gpu_long, "once", lambda run, tokens, device: seconds[tokens])
+    monkeypatch.setattr(gpu_long, "memory_of", lambda run, tokens, device: tokens << 20)
+    with pytest.raises(AssertionError, match="time is not linear"):
+        gpu_long.grows(lambda tokens: torch.zeros(tokens), 200, "cuda")
+    seconds[200] = 2.1
+    with pytest.raises(AssertionError, match="memory grows"):
+        gpu_long.grows(lambda tokens: torch.zeros(tokens), 200, "cuda")
+    monkeypatch.setattr(gpu_long, "memory_of", lambda run, tokens, device: 1 << 20)
+    found = gpu_long.grows(lambda tokens: torch.zeros(tokens), 200, "cuda")
+    assert found == {"ms": 2.1, "ratio": 1.05, "extra_mb": (1 << 20) / 1e6}
 
 
 def test_decoding_runs(run, is_built, monkeypatch):
@@ -224,9 +405,20 @@ def test_decoding_runs(run, is_built, monkeypatch):
     monkeypatch.setitem(decoding_graph.RECORDERS, "cpu", recorder)
     status, found = run("--part", "decoding")
     assert status == 0
-    assert set(found["items"]["decoding/mamba2_130m/b64"]) == {"ms_per_token", "without_graph"}
-    assert len(recorder.replays) == len(found["items"]) == 8
+    items = found["items"]
+    assert set(items["decoding/mamba2_130m/b64"]) == {"difference", "ms_per_token", "without_graph"}
+    # A hybrid decodes without.
+    assert len(items) == 10
+    assert len(recorder.replays) == 8
     assert min(recorder.replays) > 0
+
+
+def test_other_scores_than_those_of_a_forward_pass_are_a_fault(run, is_built, monkeypatch):
+    right = ssm.ops.selective_state_step
+    monkeypatch.setattr(ssm.ops, "selective_state_step", lambda *a, **k: 2 * right(*a, **k))
+    status, found = run("--part", "decoding")
+    assert status == 1
+    assert "of one forward pass" in found["items"]["decoding/mamba1_float32/b1"]["fault"]
 
 
 def test_other_tokens_with_a_graph_are_a_fault(run, is_built, monkeypatch):

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from tools import bench
+import torch
+
+from tools import bench, gpu_peers
 from tools.workload import Case
 
 # Rows of a training batch of a large model, and decoding at the batch sizes of servers.
 SCAN = {"batch": 8, "dim": 5120, "seqlen": 2048}
 CONV = {**SCAN, "dim": 5376, "width": 4}
 ROWS = {"rows": 8 * 2048, "dim": 5120}
+HEADS = {"nheads": 80, "headdim": 64, "dstate": 128}
+NARROW = {"dtype": torch.bfloat16}
 WORKLOADS = {
     "selective_scan": (
         Case("b8_l2k_d5120", {**SCAN, "dstate": 16}),
@@ -30,6 +36,15 @@ WORKLOADS = {
         ),
     ),
     "dw_causal_conv_step": (Case("b64", {"batch": 64, "dim": 5376, "memory": 4, "width": 4}),),
+    "ssd_chunk_scan": (
+        Case("b8_l2k_h80", {"batch": 8, "seqlen": 2048, **HEADS}, NARROW),
+        Case("b1_l1k_h80", {"batch": 1, "seqlen": 1024, **HEADS}, NARROW),
+        Case("b1_l64k_h80", {"batch": 1, "seqlen": 1 << 16, **HEADS}, NARROW),
+    ),
+    gpu_peers.BLOCK: (
+        Case("b8_l2k_h80", {"batch": 8, "seqlen": 2048, **HEADS}),
+        Case("b1_l1k_h80", {"batch": 1, "seqlen": 1024, **HEADS}),
+    ),
     "fused_layer_norm": (Case("rms_b8_l2k_d5120", ROWS, {"is_rms": True}),),
     "gated_norm": (Case("rms_b8_l2k_d5120", ROWS, {"order": "norm first"}),),
     "swiglu": (Case("b8_l2k_d5120", ROWS, {"layout": "separate"}),),
@@ -38,12 +53,11 @@ LIMITS = {"batch": 2, "dim": 64, "seqlen": 64, "rows": 64, "nheads": 8}
 # Parameters and steps stay in float32, as in mixed-precision training; activations are narrow.
 ACTIVATION_AXES = 2
 DECAY = {"selective_scan": 2, "selective_state_step": 3}  # the place of A
+EAGER_CALLS = 20
 
 
 def milliseconds(function, device: str, iters: int = 50, warm_up: int = 20) -> float:
     """Return the median time of a call; on a GPU replayed from a graph, with a cold L2 cache."""
-    import torch
-
     if device == "cpu":
         times = []
         for _ in range(3):
@@ -52,13 +66,14 @@ def milliseconds(function, device: str, iters: int = 50, warm_up: int = 20) -> f
             times.append((time.perf_counter() - started) * 1e3)
         return statistics.median(times)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             function()
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        function()
+        kept = function()  # noqa: F841 - its memory is the graph's while that is replayed
     flush = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
     times = []
     for i in range(warm_up + iters):
@@ -73,10 +88,26 @@ def milliseconds(function, device: str, iters: int = 50, warm_up: int = 20) -> f
     return statistics.median(times)
 
 
+def eager_milliseconds(function, device: str) -> float:
+    """Return the mean time of calls in a row as a user makes them, launches and Python included."""
+    calls = 1 if device == "cpu" else EAGER_CALLS
+    function()
+    wait(device)
+    started = time.perf_counter()
+    for _ in range(calls):
+        function()
+    wait(device)
+    return (time.perf_counter() - started) * 1e3 / calls
+
+
+def wait(device: str) -> None:
+    """Wait until the device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 def copy_rate(device: str) -> float:
     """Return bytes per second, read plus written, of a large copy."""
-    import torch
-
     source = torch.empty(1 << (22 if device == "cpu" else 31), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / milliseconds(lambda: target.copy_(source), device) * 1e3
@@ -84,7 +115,6 @@ def copy_rate(device: str) -> float:
 
 def measure_ceilings(report, device: str) -> None:
     """Measure what bounds the kernels."""
-    import torch
 
     def product() -> dict:
         size = 256 if device == "cpu" else 8192
@@ -97,11 +127,60 @@ def measure_ceilings(report, device: str) -> None:
     report.run("ceilings/bfloat16_product", product)
 
 
-def problem_of(op: str, case: Case, device: str):
-    """Return the arguments of a workload with activations in bfloat16, and the bytes they are."""
-    import torch
+@dataclass(frozen=True)
+class Workload:
+    """A case with its tensors.
+
+    Attributes:
+        function: what is timed.
+        args: its positional arguments, activations in bfloat16.
+        options: its keyword arguments.
+        mutated: index in ``args`` of the tensor that a call updates in place, or None.
+    """
+
+    function: Callable
+    args: tuple
+    options: dict
+    mutated: int | None = None
+
+    @property
+    def moved(self) -> int:
+        """Bytes of all tensors that go in, and of the one that is written in place."""
+        held = [*self.args, *self.options.values()]
+        held += [] if self.mutated is None else [self.args[self.mutated]]
+        return sum(a.numel() * a.element_size() for a in held if hasattr(a, "numel"))
+
+    def call(self, function: Callable | None = None) -> tuple:
+        """Call the function, or another one of the same arguments; return a tuple of outputs."""
+        result = (function or self.function)(*self.args, **self.options)
+        return result if isinstance(result, tuple) else (result,)
+
+    def differentiate(self, function: Callable | None = None) -> Callable:
+        """Return a function that computes the first output and the gradients of all inputs."""
+        held = [*self.args, *self.options.values()]
+        wanted = [a for a in held if hasattr(a, "is_floating_point") and a.is_floating_point()]
+        for tensor in wanted:
+            tensor.requires_grad_()
+        with torch.no_grad():
+            weight = torch.ones_like(self.call(function)[0])
+
+        def both():
+            y = self.call(function)[0]
+            return torch.autograd.grad(y, wanted, weight, allow_unused=True)
+
+        return both
+
+
+def workload_of(op: str, case: Case, device: str) -> Workload:
+    """Return a workload of an operator, or of the block of several."""
+    import ssm.ops
 
     case = case.reduced(**LIMITS) if device == "cpu" else case
+    if op == gpu_peers.BLOCK:
+        from ssm.compat.mamba_ssm import mamba_split_conv1d_scan_combined
+
+        args, options = gpu_peers.block_arguments(case, torch.device(device))
+        return Workload(mamba_split_conv1d_scan_combined, args, options)
     problem = bench.workloads_of(op).setup(case, torch.device(device))
 
     def narrowed(index, value):
@@ -112,42 +191,37 @@ def problem_of(op: str, case: Case, device: str):
         return value.to(torch.bfloat16)
 
     args = tuple(narrowed(i, value) for i, value in enumerate(problem.args))
-    moved = sum(a.numel() * a.element_size() for a in args if hasattr(a, "numel"))
-    if problem.mutated is not None:
-        state = args[problem.mutated]
-        moved += state.numel() * state.element_size()
-    return args, problem.options, moved
+    return Workload(getattr(ssm.ops, op), args, problem.options, problem.mutated)
 
 
 def measure(report, operators: list[str], device: str) -> None:
     """Time every workload, forward and with its backward, and the peers that are installed."""
     copy = report.items.get("ceilings/copy", {}).get("gb_per_s")
-    for op in operators:
+    blocks = [gpu_peers.BLOCK] if "ssd_chunk_scan" in operators else []
+    for op in [*operators, *blocks]:
         for case in WORKLOADS.get(op, ()):
             name = f"bench/{op}/{case.name}"
             report.run(name, time_forward, op, case, device, copy)
             if not op.endswith("_step"):
                 report.run(f"{name}/backward", time_both, op, case, device)
-            for peer, call in peers_of(op).items():
-                report.run(f"{name}/{peer}", time_peer, op, case, device, call)
-
-
-def outputs_of(result) -> tuple:
-    """Return the outputs of a call as a tuple."""
-    return result if isinstance(result, tuple) else (result,)
+            for peer, function in gpu_peers.peers_of(op).items():
+                report.run(f"{name}/{peer}", time_peer, op, case, device, function)
+                if not op.endswith("_step"):
+                    report.run(
+                        f"{name}/{peer}/backward", time_peer, op, case, device, function, True
+                    )
 
 
 def time_forward(op: str, case: Case, device: str, copy: float | None) -> dict:
     """Return the time of a forward, and that of moving its tensors once."""
-    import torch
-
-    import ssm.ops
-
-    args, options, moved = problem_of(op, case, device)
-    function = getattr(ssm.ops, op)
+    work = workload_of(op, case, device)
     with torch.no_grad():
-        moved += sum(o.numel() * o.element_size() for o in outputs_of(function(*args, **options)))
-        found = {"ms": milliseconds(lambda: function(*args, **options), device), "bytes": moved}
+        moved = work.moved + sum(o.numel() * o.element_size() for o in work.call())
+        found = {
+            "ms": milliseconds(work.call, device),
+            "eager_ms": eager_milliseconds(work.call, device),
+            "bytes": moved,
+        }
     if copy:
         found["copy_ms"] = moved / copy / 1e6
         found["of_copy"] = found["copy_ms"] / found["ms"]
@@ -156,54 +230,32 @@ def time_forward(op: str, case: Case, device: str, copy: float | None) -> dict:
 
 def time_both(op: str, case: Case, device: str) -> dict:
     """Return the time of a forward and a backward together."""
-    import torch
-
-    import ssm.ops
-
-    args, options, _ = problem_of(op, case, device)
-    leaves = [
-        a.requires_grad_() if hasattr(a, "is_floating_point") and a.is_floating_point() else a
-        for a in args
-    ]
-    wanted = [a for a in leaves if getattr(a, "requires_grad", False)]
-    with torch.no_grad():
-        weight = torch.ones_like(outputs_of(getattr(ssm.ops, op)(*args, **options))[0])
-
-    def both():
-        y = outputs_of(getattr(ssm.ops, op)(*leaves, **options))[0]
-        return torch.autograd.grad(y, wanted, weight, allow_unused=True)
-
-    return {"ms": milliseconds(both, device)}
+    both = workload_of(op, case, device).differentiate()
+    return {"ms": milliseconds(both, device), "eager_ms": eager_milliseconds(both, device)}
 
 
-def peers_of(op: str) -> dict:
-    """Return name -> function(args) of what else is installed and computes the same."""
+def time_peer(op: str, case: Case, device: str, function: Callable, backward: bool = False) -> dict:
+    """Return the time of a peer on the tensors of a workload, and how far its result is from ours.
+
+    `ms` is missing where it cannot be captured in a graph.
+    """
+    work = workload_of(op, case, device)
     found = {}
     try:
-        if op == "selective_scan":
-            from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-
-            found["mamba_ssm"] = lambda args: selective_scan_fn(*args)
-        elif op == "selective_state_step":
-            from mamba_ssm.ops.triton.selective_state_update import selective_state_update
-
-            found["mamba_ssm"] = lambda args: selective_state_update(*args)
-        elif op == "dw_causal_conv":
-            from causal_conv1d import causal_conv1d_fn
-
-            found["causal_conv1d"] = lambda args: causal_conv1d_fn(*args[:3], activation="silu")
-    except ImportError:
-        pass
-    return found
-
-
-def time_peer(op: str, case: Case, device: str, call) -> dict:
-    """Return the time of a peer's forward on the tensors of a workload."""
-    import torch
-
-    args, _, _ = problem_of(op, case, device)
+        if work.mutated is None and not backward:
+            with torch.no_grad():
+                found["difference"] = gpu_peers.difference(work.call(function)[0], work.call()[0])
+            if found["difference"] > gpu_peers.SAME:
+                return {"skipped": f"the peer computes something else: {found}"}
+        if backward:
+            run = work.differentiate(function)
+        else:
+            run = torch.no_grad()(lambda: work.call(function))
+        found["eager_ms"] = eager_milliseconds(run, device)
+    except Exception as error:  # whatever another package raises, ours is not at fault
+        return {"skipped": f"the peer refuses: {type(error).__name__}: {str(error)[:200]}"}
     try:
-        with torch.no_grad():
-            return {"ms": milliseconds(lambda: call(args), device)}
-    except (RuntimeError, AssertionError, TypeError) as error:
-        return {"skipped": f"the peer refuses: {str(error)[:200]}"}
+        found["ms"] = milliseconds(run, device)
+    except RuntimeError as error:
+        found["without_graph"] = str(error)[:200]
+    return found

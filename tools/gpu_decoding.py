@@ -1,4 +1,4 @@
-"""What tools/gpu_check.py decodes: models with CUDA graphs and without, compared and timed."""
+"""What tools/gpu_check.py decodes: with CUDA graphs, without, and by one forward pass; timed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ import time
 MODELS = {
     "mamba1_130m": ("Mamba1", {"d_model": 768, "n_layer": 24, "vocab_size": 50277}, "bfloat16"),
     "mamba2_130m": ("Mamba2", {"d_model": 768, "n_layer": 24, "vocab_size": 50277}, "bfloat16"),
+    "hybrid_130m": (
+        "Mamba2",
+        {"d_model": 768, "n_layer": 24, "vocab_size": 50277, "attn_layer_idx": [6, 18]},
+        "bfloat16",
+    ),
     "mamba1_float32": ("Mamba1", {"d_model": 256, "n_layer": 4, "vocab_size": 1000}, "float32"),
     "mamba2_float16": ("Mamba2", {"d_model": 256, "n_layer": 4, "vocab_size": 1000}, "float16"),
 }
@@ -17,6 +22,10 @@ BATCHES = (1, 64)
 PROMPT, NEW, REPEATS = 32, 64, 3
 # A rehearsal on the CPU wants the same code, not the same work.
 SMALLER = {"d_model": 64, "n_layer": 1, "vocab_size": 100}
+ATTENTION = {"num_heads": 4, "causal": True, "rotary_emb_dim": 16}
+# How far scores may be from those of one forward pass, in the root mean square: a state of float32
+# stands for products that round to the type of the model.
+BOUNDS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
 
 def check(report, device: str) -> None:
@@ -30,23 +39,25 @@ def compare(name: str, batch: int, device: str) -> dict:
     """Return milliseconds per token with graphs and without, or raise what differs."""
     import torch
 
-    try:
-        from ssm.models.config import MambaConfig
-        from ssm.models.lm import MambaLMHeadModel
-        from ssm.utils.decoding_graph import release, why_not
-    except ModuleNotFoundError as error:  # the operators need less than the models
-        return {"skipped": f"{error.name} is not installed"}
+    from ssm.models.config import MambaConfig
+    from ssm.models.lm import MambaLMHeadModel
+    from ssm.utils.decoding_graph import release, why_not
+    from tools.gpu_peers import difference
 
     layer, sizes, dtype = MODELS[name]
-    sizes = SMALLER if device == "cpu" else sizes
+    is_hybrid = "attn_layer_idx" in sizes
+    if device == "cpu":
+        sizes = {**SMALLER, "n_layer": 2, "attn_layer_idx": [1]} if is_hybrid else SMALLER
     new = 4 if device == "cpu" else NEW
     torch.manual_seed(0)
-    config = MambaConfig(**sizes, ssm_cfg={"layer": layer})
+    options = {"attn_cfg": ATTENTION} if is_hybrid else {}
+    config = MambaConfig(**sizes, **options, ssm_cfg={"layer": layer})
     model = MambaLMHeadModel(config, device=device, dtype=getattr(torch, dtype)).eval()
     texts = torch.randint(0, sizes["vocab_size"], (2, batch, PROMPT), device=device)
     reason = why_not(model, model.allocate_state(batch))
-    if device == "cuda" and reason is not None:
-        raise AssertionError(f"decoded without a graph: {reason}")
+    # Attention reads a cache that grows, which no graph can.
+    if device == "cuda" and (reason is not None) != is_hybrid:
+        raise AssertionError(f"decoded {'with' if reason is None else 'without'} a graph: {reason}")
 
     def decode(ids, graphs: bool):
         state = model.allocate_state(batch)
@@ -57,10 +68,16 @@ def compare(name: str, batch: int, device: str) -> dict:
 
     # Twice the first text: the second and third call reuse the graph of the first.
     for ids in (texts[0], texts[1], texts[0]):
-        names = ("tokens", "scores", *("states" for _ in range(2 * sizes["n_layer"])))
-        for what, got, want in zip(names, decode(ids, True), decode(ids, False), strict=True):
+        found, expected = decode(ids, True), decode(ids, False)
+        names = ["tokens", "scores"] + ["states"] * (len(found) - 2)
+        for what, got, want in zip(names, found, expected, strict=True):
             if not torch.equal(got, want):
                 raise AssertionError(f"{what}: other bits with a graph")
+    with torch.no_grad():
+        whole = model(found[0][:, :-1]).logits[:, PROMPT - 1 :]
+    far = difference(found[1], whole[..., : found[1].shape[-1]])
+    if not far <= BOUNDS[dtype]:
+        raise AssertionError(f"scores are {far:.3g} from those of one forward pass")
 
     def milliseconds(graphs: bool) -> float:
         times = []
@@ -72,7 +89,8 @@ def compare(name: str, batch: int, device: str) -> dict:
             times.append((time.perf_counter() - started) * 1e3 / new)
         return statistics.median(times)
 
-    found = {"ms_per_token": milliseconds(True), "without_graph": milliseconds(False)}
+    found = {"difference": far, "ms_per_token": milliseconds(True)}
+    found["without_graph"] = milliseconds(False)
     release(model)
     return found
 
