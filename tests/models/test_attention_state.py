@@ -216,6 +216,21 @@ def test_the_first_packed_sequence_continues_and_the_last_remains(variant, with_
 
 
 @some_variants
+def test_cu_seqlens_without_a_token(variant):
+    """Sequences that are all empty, in front of padding: nothing is read, nothing changes."""
+    m = mha(variant)
+    state = m.allocate_state(2)
+    meta = SeqMeta(cu_seqlens=torch.tensor([0, 0, 0]))
+    with torch.no_grad():
+        y = m(inputs(batch=1), state=state, seq_meta=meta)
+        assert y.shape == inputs(batch=1).shape
+        assert y.isfinite().all()
+        assert m(inputs(batch=1), seq_meta=meta).shape == y.shape
+        x = inputs(batch=2)
+        close(m(x, state=state), m(x))
+
+
+@some_variants
 @pytest.mark.parametrize("with_grad", [False, True])
 def test_cu_seqlens_have_a_state_each(variant, with_grad):
     m, x = mha(variant), inputs(2, 5)

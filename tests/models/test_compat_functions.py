@@ -117,11 +117,13 @@ def test_mamba_chunk_scan_combined(skip):
 
 
 @pytest.mark.parametrize("with_state", [False, True])
-def test_mamba_chunk_scan_combined_varlen(with_state):
+@pytest.mark.parametrize("ends", [[0, 4, 4, 9], [0, 0, 4, 9, 9]], ids=["inside", "at_the_ends"])
+def test_mamba_chunk_scan_combined_varlen(ends, with_state):
+    """Sequences without a step: the state of the row enters, and leaves, those that have some."""
     x, dt, A, B, C, _, _, state = ssd_inputs(batch=1)
     state = state if with_state else None
-    ends = [0, 4, 4, 9]
-    seq_idx = torch.tensor([[0] * 4 + [2] * 5], dtype=torch.int32)
+    filled = [i for i, (begin, end) in enumerate(pairwise(ends)) if begin < end]
+    seq_idx = torch.tensor([[filled[0]] * 4 + [filled[1]] * 5], dtype=torch.int32)
     arguments = {"initial_states": state, "seq_idx": seq_idx, "cu_seqlens": torch.tensor(ends)}
     got = mamba_ssm.mamba_chunk_scan_combined(
         x,
@@ -138,7 +140,7 @@ def test_mamba_chunk_scan_combined_varlen(with_state):
     zero, steps = torch.zeros(4, 3, 5, dtype=torch.float64), F.softplus(dt)
     outputs, states = [], []
     for index, (begin, end) in enumerate(pairwise(ends)):
-        entering = state[0] if with_state and index == 0 else zero
+        entering = state[0] if with_state and index == filled[0] else zero
         if begin == end:
             states.append(entering)
             continue
@@ -146,7 +148,7 @@ def test_mamba_chunk_scan_combined_varlen(with_state):
         y, h = ssd_rows(x[0, part], steps[0, part], A, B[0, part], C[0, part], None, None, entering)
         outputs.append(y)
         states.append(h)
-    want = torch.cat(outputs)[None], states[-1][None], torch.stack(states)
+    want = torch.cat(outputs)[None], states[filled[-1]][None], torch.stack(states)
     same_with_gradients(got, want, (x, dt, A, B, C, state))
     out, varlen = mamba_ssm.mamba_chunk_scan_combined(
         x, dt, A, B, C, 4, dt_softplus=True, **arguments, return_varlen_states=True

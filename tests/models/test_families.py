@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from ssm.models.lm import MambaLMHeadModel
+from ssm.utils.saving import choose_format, tensors_to_write
 from tests.families import FAMILIES, build, needs_transformers
 
 pytestmark = needs_transformers
@@ -44,6 +45,16 @@ def test_logits_equal_those_of_transformers(saved, case):
     want = theirs(IDS, use_cache=False).logits
     assert want.std() > 1e-3
     close(ours(IDS).logits, want)
+
+
+@each_case
+def test_written_tensors_have_storages_of_their_own(saved, case):
+    """Some safetensors refuse parts of one storage, which fused tensors are cut into."""
+    _, _, ours = saved(case)
+    dialect, _ = choose_format(ours.config, "hf")
+    written = tensors_to_write(ours, dialect, None, keep_twin=False).values()
+    assert len({t.untyped_storage().data_ptr() for t in written}) == len(written)
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in written)
 
 
 @each_case

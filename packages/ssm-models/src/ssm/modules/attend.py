@@ -156,7 +156,7 @@ def _attend_rows(q, kv, cache, plan, row, rank, scale):
     The work is that of the tokens there are, up to a factor of ``MOST_PADDING``.
     """
     rows = plan.count.shape[0]
-    if rows == 0:
+    if rows == 0 or plan.width == 0:  # no sequence, or none with a step
         return torch.zeros_like(q)
     tracing = torch.compiler.is_compiling()
     if not tracing and rows * plan.width > MOST_PADDING * q.shape[0] * q.shape[1]:
