@@ -1,6 +1,7 @@
 // The extension module ssm_kernels._cuda: gives the CUDA kernels to the fronts, which live in _cpu.
 // Loads on a machine without a driver; a call then says what is missing.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
 
 #include "../cuda/architecture.h"
 #include "../cuda/device.h"
