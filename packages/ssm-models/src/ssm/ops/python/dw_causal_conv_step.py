@@ -21,8 +21,8 @@ def dw_causal_conv_step(
     Args:
         x: (B, D) | (B, D, T), float64 | float32 | bfloat16 | float16. Input.
         conv_state: (R, D, K), K at least W - 1; any of these dtypes, like every tensor below but
-            the indices. The last K inputs, updated in place. Oldest first without
-            ``cache_seqlens``.
+            the indices. The last K inputs, updated in place; no other argument may
+            lie in their memory. Oldest first without ``cache_seqlens``.
         weight: (D, W) | (D, 1, W).
         bias: (D,).
         activation: "silu" | "swish" | "identity" | None.

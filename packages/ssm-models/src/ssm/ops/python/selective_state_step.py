@@ -28,7 +28,7 @@ def selective_state_step(
 
     Args:
         state: (R, D, N) | (R, H, P, N), float64 | float32 | bfloat16 | float16. Updated in place,
-            rounded to its dtype once per call.
+            rounded to its dtype once per call. No other argument may lie in its memory.
         x: (B, D) | (B, T, D), or (B, H, P) | (B, T, H, P); any of these dtypes, like every tensor
             below but ``state_indices``. Input.
         dt: Mamba-1: as x. Mamba-2: (B, H) | (B, H, P), with T as x. Step size.
