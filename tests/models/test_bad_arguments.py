@@ -83,6 +83,7 @@ WRONG_TYPES = {
     "GatedMLP: multiple_of must be an int, got 1.5": lambda: GatedMLP(8, multiple_of=1.5),
     "GatedMLP: out_multiplier must be a number, got 'x'": lambda: GatedMLP(8, out_multiplier="x"),
     "MLP: hidden_features must be an int, got 2.0": lambda: MLP(8, 2.0),
+    "MLP: x must be a torch.Tensor, got list": lambda: MLP(8, 8)([1.0]),
     "RMSNorm: hidden_size must be an int, got 'x'": lambda: RMSNorm("x"),
     "RMSNormGated: hidden_size must be an int, got 'x'": lambda: RMSNormGated("x"),
     "MambaLMHeadModel: config must be a MambaConfig, got dict": lambda: MambaLMHeadModel({}),
@@ -139,6 +140,9 @@ WRONG_TYPES = {
 WRONG_VALUES = {
     "Mamba1: dt_max must be positive, got nan": lambda: Mamba1(8, dt_max=float("nan")),
     "MHA: softmax_scale must be positive, got inf": lambda: MHA(8, 2, softmax_scale=float("inf")),
+    "GatedMLP: x must have shape (..., 8), got (2, 3)": lambda: GatedMLP(8)(ONE),
+    "GatedMLP: x must have shape (..., 8), got ()": lambda: GatedMLP(8)(torch.tensor(1.0)),
+    "MLP: x must have shape (..., 8), got (2, 3)": lambda: MLP(8, 8)(ONE),
     "RMSNorm: hidden_size must not be negative, got -1": lambda: RMSNorm(-1),
     "RMSNormGated: hidden_size must not be negative, got -1": lambda: RMSNormGated(-1),
     "Mamba1: batch_size must not be negative, got -1": lambda: Mamba1(8).allocate_inference_cache(

@@ -12,6 +12,7 @@ from ssm import ops
 from ssm.distributed.collectives import check_group
 from ssm.distributed.layout import Section
 from ssm.modules.arguments import check_int, check_number
+from ssm.modules.sequence import check_input
 from ssm.modules.tensor_parallel import check_split, column_linear, row_linear
 from ssm.ops.projection import project
 
@@ -79,6 +80,7 @@ class GatedMLP(nn.Module):
             if not math.isfinite(value):
                 raise ValueError(f"GatedMLP: {name} must be finite, got {value}")
         hidden_features = -(-hidden_features // multiple_of) * multiple_of
+        self.in_features = in_features
         self.activation = activation
         self.gate_multiplier = gate_multiplier
         self.out_multiplier = out_multiplier
@@ -95,6 +97,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in_features) to (..., out_features)."""
+        check_input("GatedMLP", "x", x, self.in_features)
         up, gate = project(self.fc1, x).chunk(2, dim=-1)
         if self.gate_multiplier != 1:
             gate = gate * self.gate_multiplier
@@ -148,6 +151,7 @@ class MLP(nn.Module):
         if activation not in ACTIVATIONS:
             names = ", ".join(ACTIVATIONS)
             raise ValueError(f"MLP: activation must be one of {names}, got {activation!r}")
+        self.in_features = in_features
         self.activation = activation
         factory = {"device": device, "dtype": dtype}
         split = sections = None
@@ -160,4 +164,5 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in_features) to (..., in_features)."""
+        check_input("MLP", "x", x, self.in_features)
         return project(self.fc2, ACTIVATIONS[self.activation](project(self.fc1, x)))

@@ -56,19 +56,24 @@ def sequence_meta(
     return SeqMeta(seq_idx=seq_idx, cu_seqlens=cu_seqlens, mask=mask)
 
 
-def check_input(owner: str, name: str, x: object) -> None:
-    """Refuse the input of a module if it is no tensor.
+def check_input(owner: str, name: str, x: object, width: int | None = None) -> None:
+    """Refuse the input of a module if it is no tensor, or not as wide as the module.
 
     Args:
         owner: class name for messages.
         name: of the input.
         x: its value.
+        width: of its last axis; None is looked at elsewhere.
 
     Raises:
         TypeError: x is no tensor.
+        ValueError: x has another width.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{owner}: {name} must be a torch.Tensor, got {type(x).__name__}")
+    if width is not None and (x.dim() == 0 or x.shape[-1] != width):
+        got = tuple(x.shape)
+        raise ValueError(f"{owner}: {name} must have shape (..., {width}), got {got}")
 
 
 def batch_and_seqlen(
