@@ -278,6 +278,22 @@ def test_benches_run(run, is_built):
     assert set(items["bench/swiglu/b8_l2k_d5120/backward"]) == TIMES
 
 
+def test_wrong_cpu_kernel_is_a_fault(run, is_built, monkeypatch):
+    import ssm.ops
+
+    right, calls = ssm.ops.swiglu, []
+
+    def wrong(*args, **options):
+        calls.append(args)
+        # The third call of an item is that of the CPU kernels.
+        return right(*args, **options) + (len(calls) == 3)
+
+    monkeypatch.setattr(ssm.ops, "swiglu", wrong)
+    status, found = run("--small", "--part", "matrix", "--op", "swiglu")
+    assert status == 1
+    assert any("of the CPU kernels" in item.get("fault", "") for item in found["items"].values())
+
+
 @pytest.fixture
 def peers(monkeypatch):
     """Let this project's own functions stand in for the packages that a GPU is compared with."""
@@ -292,6 +308,7 @@ def peers(monkeypatch):
         "mamba_ssm.models.config_mamba": config,
         "mamba_ssm.models.mixer_seq_simple": lm,
         "causal_conv1d": causal_conv1d,
+        "flashinfer.mamba": mamba_ssm,
     }
     for name, module in homes.items():
         for end in range(name.count(".")):
@@ -318,7 +335,8 @@ def test_peers_are_compared_and_timed(run, is_built, peers):
         assert items[f"bench/{name}/{peer}"]["difference"] < 0.01
         assert set(items[f"bench/{name}/{peer}/backward"]) == TIMES
     for case in ("mamba_b64", "mamba2_b64"):
-        assert set(items[f"bench/selective_state_step/{case}/mamba_ssm"]) == TIMES
+        for peer in ("mamba_ssm", "flashinfer"):
+            assert set(items[f"bench/selective_state_step/{case}/{peer}"]) == TIMES
 
 
 def test_peer_that_computes_something_else_is_not_timed(run, is_built, peers, monkeypatch):

@@ -16,7 +16,7 @@ Parts, in this order:
   sanitizer  the small cases once more under compute-sanitizer's four tools
   bench      median times of workloads of training size, replayed from a CUDA graph and called in a
              row, with the time that moving their tensors takes at the copy rate beside each, and
-             those of mamba_ssm and causal_conv1d on the same tensors where these are installed
+             those of mamba_ssm, causal_conv1d and flashinfer on the same tensors where installed
 
 Needs a checkout, torch with CUDA, and either ssm-kernels built with CUDA or what tools/gpu_build.py
 compiles it with; nothing is fetched. FILE (default build/gpu_check.json; docs/cuda.md says how to
@@ -207,13 +207,16 @@ def compare(op: str, case, dtype: str, device: str) -> dict:
         want = call(op, getattr(reference, op), wide)
         got = call(op, getattr(ssm.ops, op), there)
         again = call(op, getattr(ssm.ops, op), there)
+        on_cpu = call(op, getattr(ssm.ops, op), narrow)
     main = next(a for a in there.values() if is_float(a))
     served = dispatch.why(op, main)
     if f": {device}," not in served:
         raise AssertionError(f"served by another backend: {served}")
     bounds = bounds_of(op, dtype, narrow, want, device)
+    cpu_bounds = bounds_of(op, dtype, narrow, want, "cpu")
     for name, value in want.items():
         assert_close(name, got[name], value, bounds[name])
+        assert_close(f"{name} of the CPU kernels", on_cpu[name], value, cpu_bounds[name])
         if not torch.equal(bits(got[name]), bits(again[name])):
             raise AssertionError(f"{name}: other bits in a second call")
     if op in IN_PLACE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 from tools.workload import Case, Draw
@@ -17,32 +18,70 @@ EPS = 1e-5
 def peers_of(op: str) -> dict[str, Callable]:
     """Return name -> function(*arguments of a workload) of what is installed and does the same."""
     found = {}
-    try:
-        if op == "selective_scan":
-            from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-
-            found["mamba_ssm"] = selective_scan_fn
-        elif op == "selective_state_step":
-            from mamba_ssm.ops.triton.selective_state_update import selective_state_update
-
-            found["mamba_ssm"] = lambda *args: selective_state_update(*per_channel(*args))
-        elif op == "dw_causal_conv":
-            from causal_conv1d import causal_conv1d_fn
-
-            found["causal_conv1d"] = lambda *args: causal_conv1d_fn(*args[:3], activation="silu")
-        elif op == "ssd_chunk_scan":
-            from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-
-            found["mamba_ssm"] = lambda *args: mamba_chunk_scan_combined(
-                *args[:5], CHUNK, D=args[6]
-            )
-        elif op == BLOCK:
-            from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
-
-            found["mamba_ssm"] = mamba_split_conv1d_scan_combined
-    except Exception:  # an installation that does not load is none
-        return {}
+    for peer, load in PEERS.get(op, {}).items():
+        # An installation that does not load is none.
+        with contextlib.suppress(Exception):
+            found[peer] = load()
     return found
+
+
+def selective_scan() -> Callable:
+    """Return that of mamba_ssm."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    return selective_scan_fn
+
+
+def selective_state_step() -> Callable:
+    """Return that of mamba_ssm."""
+    from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+
+    return lambda *args: selective_state_update(*per_channel(*args))
+
+
+def selective_state_step_of_flashinfer() -> Callable:
+    """Return that of flashinfer."""
+    from flashinfer.mamba import selective_state_update
+
+    def step(*args):
+        *tensors, D, z, dt_bias, softplus = per_channel(*args)
+        return selective_state_update(*tensors, D=D, z=z, dt_bias=dt_bias, dt_softplus=softplus)
+
+    return step
+
+
+def dw_causal_conv() -> Callable:
+    """Return that of causal_conv1d."""
+    from causal_conv1d import causal_conv1d_fn
+
+    return lambda *args: causal_conv1d_fn(*args[:3], activation="silu")
+
+
+def ssd_chunk_scan() -> Callable:
+    """Return that of mamba_ssm."""
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    return lambda *args: mamba_chunk_scan_combined(*args[:5], CHUNK, D=args[6])
+
+
+def mamba2_block() -> Callable:
+    """Return that of mamba_ssm."""
+    from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
+
+    return mamba_split_conv1d_scan_combined
+
+
+# Operator -> name of a peer -> what loads its function.
+PEERS = {
+    "selective_scan": {"mamba_ssm": selective_scan},
+    "selective_state_step": {
+        "mamba_ssm": selective_state_step,
+        "flashinfer": selective_state_step_of_flashinfer,
+    },
+    "dw_causal_conv": {"causal_conv1d": dw_causal_conv},
+    "ssd_chunk_scan": {"mamba_ssm": ssd_chunk_scan},
+    BLOCK: {"mamba_ssm": mamba2_block},
+}
 
 
 def per_channel(state, x, dt, A, B, C, D, z, dt_bias, softplus) -> tuple:
