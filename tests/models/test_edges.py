@@ -1,5 +1,8 @@
 """Calls at the edge of the contract, on every backend. Judge: the reference, or plain sense."""
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 
@@ -195,6 +198,10 @@ MALFORMED = {
         "ssd_chunk_scan",
         _ssd(dt_limit=(0.0, None)),
     ),
+    "ssd_chunk_scan: dt_limit must fit in float64, got an int beyond it": (
+        "ssd_chunk_scan",
+        _ssd(dt_limit=(0, 10**400)),
+    ),
     "selective_state_step: state must not overlap itself, got stride 0 along axis 0": (
         "selective_state_step",
         _step(state=torch.ones(1, 4, 3).expand(2, 4, 3)),
@@ -236,6 +243,14 @@ def test_state_that_is_a_negated_view(backend):
     y = ops.selective_state_step(**_step(state=view.clone()))
     with use_backend(backend):
         assert torch.allclose(ops.selective_state_step(**_step(state=view)), y)
+
+
+@BACKENDS
+def test_limits_may_be_any_numbers(backend):
+    with use_backend(backend):
+        want = ops.ssd_chunk_scan(**_ssd(dt_limit=(0.25, 1.0)))
+        for low, high in ((Fraction(1, 4), 1), (np.float32(0.25), np.int64(1)), (0.25, True)):
+            assert torch.equal(ops.ssd_chunk_scan(**_ssd(dt_limit=(low, high))), want)
 
 
 @BACKENDS

@@ -145,6 +145,10 @@ def check_limit(op: str, dt_limit: object) -> None:
     is_pair = isinstance(dt_limit, (tuple, list)) and len(dt_limit) == 2
     is_pair = is_pair and all(isinstance(bound, Real) for bound in dt_limit)
     check_value(op, "dt_limit", is_pair and dt_limit[0] <= dt_limit[1], "be (low, high)", dt_limit)
+    try:
+        tuple(map(float, dt_limit))
+    except OverflowError:
+        check_value(op, "dt_limit", False, "fit in float64", "an int beyond it")
 
 
 def check_rows(op: str, state_indices, nrows: int, batch: int, device, state: str) -> None:

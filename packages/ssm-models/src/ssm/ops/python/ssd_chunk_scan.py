@@ -76,7 +76,7 @@ def ssd_chunk_scan(
         step = step + dt_bias.to(acc)
     if softplus:
         step = arithmetic.softplus(step)
-    step = select_steps(layout, step.clamp(*dt_limit))
+    step = select_steps(layout, step.clamp(*map(float, dt_limit)))
     B, C = (select_steps(layout, m.to(acc)) for m in (B, C))
     B, C = (m.repeat_interleave(nheads // m.shape[2], 2) for m in (B, C))  # (B, L, H, N)
 

@@ -55,7 +55,7 @@ def ssd_chunk_cumsum(
         step = step + dt_bias.to(acc)
     if softplus:
         step = arithmetic.softplus(step)
-    step = select_steps(layout, step.clamp(*dt_limit))
+    step = select_steps(layout, step.clamp(*map(float, dt_limit)))
     step = _chunks(step, chunk_size).permute(0, 3, 1, 2).contiguous()
     rate = A.to(acc).double()[:, None, None]
     return step, (step.double() * rate).cumsum(3).to(acc)
