@@ -113,6 +113,29 @@ def test_decode_stops_streams_and_is_taught(pair):
     assert torch.equal(output.sequences, script.generate(output.sequences[:, :6], 9))
 
 
+class Counter(nn.Module):
+    """Row b says b + the number of tokens seen; keeps the positions it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions = []
+
+    def forward(self, input_ids, position_ids, inference_params, num_last_tokens):
+        self.positions.append(None if position_ids is None else position_ids.tolist())
+        seen = inference_params.seqlen_offset + input_ids.shape[1]
+        logits = torch.zeros(len(input_ids), 1, 16)
+        for row in range(len(input_ids)):
+            logits[row, 0, row + seen] = 1
+        return namedtuple("Output", ["logits"])(logits)
+
+
+def test_decode_tells_positions_and_ends_when_all_rows_end_at_once():
+    model = Counter()
+    output = mamba_ssm.decode(PROMPT, model, 8, eos_token_id=5)
+    assert output.sequences[:, 4:].tolist() == [[4, 5, 6, 7], [5, 6, 7, 8]]
+    assert model.positions == [None, [[4], [4]], [[5], [5]], [[6], [6]]]
+
+
 def test_decode_samples_among_the_columns_asked_for(pair):
     script, _ = pair
     torch.manual_seed(0)
