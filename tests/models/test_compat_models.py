@@ -195,11 +195,12 @@ def test_create_block():
         mamba_ssm.create_block(16, 0, {"d_stat": 4})
 
 
-def test_weights_are_initialised_once_for_the_depth():
+@pytest.mark.parametrize(("inner", "residuals"), [(0, 50), (32, 100)])
+def test_weights_are_initialised_once_for_the_depth(inner, residuals):
     """out_proj is drawn with torch's bound, divided by the root of the residuals."""
     torch.manual_seed(0)
-    deep = mamba_ssm.MixerModel(32, 50, 0, 8)
-    bound = 1 / 64**0.5 / 50**0.5  # fan-in of out_proj is 64
+    deep = mamba_ssm.MixerModel(32, 50, inner, 8)
+    bound = 1 / 64**0.5 / residuals**0.5  # fan-in of out_proj is 64
     largest = max(float(layer.mixer.out_proj.weight.abs().max()) for layer in deep.layers)
     assert 0.99 * bound < largest <= bound
     assert 0.015 < float(deep.embedding.weight.std()) < 0.025
