@@ -138,6 +138,14 @@ def test_norms_with_masks(is_rms, upcast, dtype):
     assert_close("out1", out1, normed * weight1.double(), tolerance)
 
 
+def test_upcast_rounds_no_sum():
+    x, residual, ones = draw(B, L, D).bfloat16(), draw(B, L, D).bfloat16(), torch.ones(D)
+    for upcast in (False, True):
+        _, total = mamba_ssm.rms_norm_ref(x, ones, None, residual, prenorm=True, upcast=upcast)
+        want = x.float() + residual.float()
+        assert torch.equal(total, want if upcast else want.bfloat16())
+
+
 def test_norms_scale_rows_and_draw_masks():
     torch.manual_seed(0)
     x, weight, scale = draw(B, L, D), draw(D), draw(B, L)

@@ -291,12 +291,11 @@ def ssd_minimal_discrete(X, A, B, C, block_len, initial_states=None):
     if initial_states is not None and initial_states.ndim == 5:
         initial_states = initial_states.squeeze(1)
     acc = torch.promote_types(X.dtype, torch.float32)
-    # Steps behind the end have no decay and, in dt, no input.
+    # Steps behind the end, of which there is no input, do not decay.
     chunks = -(-A.shape[1] // block_len)
     beyond = (0, 0, 0, chunks * block_len - A.shape[1])
     decay = F.pad(A.to(acc), beyond).unflatten(1, (chunks, block_len)).permute(0, 3, 1, 2)
-    dt = F.pad(torch.ones_like(A, dtype=acc), beyond)
-    dt = dt.unflatten(1, (chunks, block_len)).permute(0, 3, 1, 2)
+    dt = torch.ones_like(decay)
     dA_cumsum = decay.cumsum(dim=-1)  # (B, H, C, Q)
     states = ops.ssd_chunk_state(X, B, dt, dA_cumsum)
     states_in, final_state = ops.ssd_state_passing(states, dA_cumsum, initial_states=initial_states)
