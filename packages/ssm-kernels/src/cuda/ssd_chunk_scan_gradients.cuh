@@ -109,8 +109,11 @@ struct SsdDifferentiate {
                     if (slab == 0) write_decays_of(block, part, piece);
                     arrive(block);
                     if (own == 0) differentiate_pairs(block, slab > 0);
+                    forget(block);
                     if (own == 0) multiply_states(block, share, part, piece);
+                    forget(block);
                     add_state_gradients(block, piece);
+                    forget(block);
                     if (own == 0) differentiate_channels(block, share, part, piece, slab > 0);
                     block.barrier();
                 }
@@ -130,10 +133,16 @@ struct SsdDifferentiate {
         }
     }
 
+    /// Where products take registers of their own, those are not for places of lanes.
+    template <class Block>
+    SSM_DEVICE void forget(Block& block) const {
+        if constexpr (!kIsOneInstruction<Element>) block.forget();
+    }
     template <class Block>
     SSM_DEVICE void arrive(Block& block) const {
         block.each([&](int thread, Registers&) { block.wait_for_copies(thread); });
         block.barrier();
+        forget(block);
     }
 
     template <class Block>
@@ -343,15 +352,9 @@ struct SsdDifferentiate {
             if (in.D) sum_quarter(block, thread, dY_of(), X_of(), kdD);
         });
         block.template scatter_sums<8, 8, 4>([](Registers& r) -> Real(&)[8] { return r.columns; });
-        sum_rows(block, [](Registers& r) -> auto& { return r.rows; });
+        sum_ssd_rows(block, [](Registers& r) -> auto& { return r.rows; });
         block.each(
             [&](int thread, Registers& r) { Sums::write_pairs(block, fresh(thread), adds, r); });
-    }
-    template <class Block, class Get>
-    SSM_DEVICE void sum_rows(Block& block, Get&& get) const {
-        SSM_UNROLL
-        for (int half = 0; half < 2; ++half)
-            block.template sum_lanes<4>([=](Registers& r) -> Real& { return get(r)[half]; });
     }
 
     /// The rest of a slab of channels, when its states are multiplied.
@@ -359,8 +362,8 @@ struct SsdDifferentiate {
     SSM_DEVICE void differentiate_channels(Block& block, const SsdShare& share, const SsdPart& part,
                                            const SsdPiece& piece, bool adds) const {
         block.each([&](int thread, Registers& r) { weigh_channels(block, fresh(thread), r); });
-        sum_rows(block, [](Registers& r) -> auto& { return r.of_H; });
-        sum_rows(block, [](Registers& r) -> auto& { return r.of_dH; });
+        sum_ssd_rows(block, [](Registers& r) -> auto& { return r.of_H; });
+        sum_ssd_rows(block, [](Registers& r) -> auto& { return r.of_dH; });
         block.template sum_lanes<kWarp>([](Registers& r) -> Real& { return r.through; });
         block.each(
             [&](int thread, Registers& r) { Sums::write_channels(block, fresh(thread), adds, r); });

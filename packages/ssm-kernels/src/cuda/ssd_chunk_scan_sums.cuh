@@ -26,6 +26,14 @@ struct SsdLowerBlocks {
     }
 };
 
+/// The two numbers that get(registers) refers to become their sums over four lanes.
+template <class Block, class Get>
+SSM_DEVICE void sum_ssd_rows(Block& block, Get&& get) {
+    SSM_UNROLL
+    for (int half = 0; half < 2; ++half)
+        block.template sum_lanes<4>([=](auto& r) -> auto& { return get(r)[half]; });
+}
+
 /// Sums in shared memory from `kFirst` on. W = <dY, X> S decay, for pairs of a step and an earlier
 /// one; columns do not have the step sizes in them, rows and near pairs do. A warp has 16 rows of a
 /// tile and half of its columns.
