@@ -160,7 +160,26 @@ def causal_conv1d_ref(
     final_states_out=None,
     activation=None,
 ):
-    """Run ``causal_conv1d_fn`` on the reference; it has no ``seq_idx``, else the same arguments."""
+    """Run ``causal_conv1d_fn`` on the reference.
+
+    Args:
+        x: (B, D, L).
+        weight: (D, W).
+        bias: (D,).
+        initial_states: (B, D, W - 1). The inputs before the first step.
+        return_final_states: also return the last W - 1 inputs.
+        final_states_out: (B, D, W - 1). Where to write them.
+        activation: None, "silu" or "swish".
+
+    Returns:
+        out (B, D, L); with ``return_final_states`` also final_states (B, D, W - 1).
+
+    Raises:
+        ValueError: what the namesake refuses.
+
+    Source:
+        Interface of causal_conv1d 1.6.
+    """
     return causal_conv1d_fn(
         x, weight, bias, None, initial_states, return_final_states, final_states_out, activation
     )
@@ -168,12 +187,45 @@ def causal_conv1d_ref(
 
 @use_backend("python")
 def causal_conv1d_update_ref(x, conv_state, weight, bias=None, activation=None, cache_seqlens=None):
-    """Run ``causal_conv1d_update`` on the reference: the window is updated in place."""
+    """Run ``causal_conv1d_update`` on the reference.
+
+    Args:
+        x: (B, D) or (B, D, T).
+        conv_state: (B, D, K), K at least W - 1. Updated in place.
+        weight: (D, W).
+        bias: (D,).
+        activation: None, "silu" or "swish".
+        cache_seqlens: (B,), int32. Tokens seen by each row; makes the window a circular buffer.
+
+    Returns:
+        out, shape and dtype of x.
+
+    Raises:
+        ValueError: what the namesake refuses.
+
+    Source:
+        Interface of causal_conv1d 1.6.
+    """
     return causal_conv1d_update(x, conv_state, weight, bias, activation, cache_seqlens)
 
 
 def causal_conv1d_varlen_states_ref(x, cu_seqlens, state_len):
-    """Run ``causal_conv1d_varlen_states``, which is plain torch."""
+    """Run ``causal_conv1d_varlen_states``, which is plain torch.
+
+    Args:
+        x: (T, D), any dtype.
+        cu_seqlens: (S + 1,), int32 | int64.
+        state_len: inputs per window.
+
+    Returns:
+        states (S, D, state_len), dtype of x.
+
+    Raises:
+        ValueError: what the namesake refuses.
+
+    Source:
+        Interface of causal_conv1d 1.6.
+    """
     return causal_conv1d_varlen_states(x, cu_seqlens, state_len)
 
 

@@ -46,7 +46,29 @@ def selective_scan_ref(
     delta_softplus=False,
     return_last_state=False,
 ):
-    """Run ``selective_scan_fn`` on the reference; arguments, results and errors are the same."""
+    """Run ``selective_scan_fn`` on the reference.
+
+    Args:
+        u: (B, D, L), float64 | float32 | bfloat16 | float16. Input.
+        delta: (B, D, L). Step size.
+        A: (D, N), real or complex. Continuous decay.
+        B: (D, N), (B, N, L) or (B, G, N, L), with 2 L beside a complex A. Input matrix.
+        C: as B. Output matrix.
+        D: (D,). Skip weight.
+        z: (B, D, L). Gate.
+        delta_bias: (D,).
+        delta_softplus: apply softplus to the step size.
+        return_last_state: also return the state after the last step.
+
+    Returns:
+        out (B, D, L); with ``return_last_state`` also last_state (B, D, N).
+
+    Raises:
+        ValueError: what the namesake refuses.
+
+    Source:
+        Interface of mamba_ssm 2.3.
+    """
     return selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
 
 
@@ -70,8 +92,31 @@ def mamba_inner_ref(
 ):
     """Run ``mamba_inner_fn`` on the reference.
 
-    The arguments are its first. Upstream's function takes softplus whatever ``delta_softplus`` is;
-    here the argument counts.
+    Args:
+        xz: (B, 2 D, L): what in_proj gives.
+        conv1d_weight: (D, 1, W).
+        conv1d_bias: (D,) or None.
+        x_proj_weight: (R + 2 N, D).
+        delta_proj_weight: (D, R).
+        out_proj_weight: (E, D).
+        out_proj_bias: (E,) or None.
+        A: (D, N), real or complex. Continuous decay.
+        B: input matrix; None takes it from the projection.
+        C: output matrix; None takes it from the projection.
+        D: (D,). Skip weight.
+        delta_bias: (D,).
+        B_proj_bias: (N,).
+        C_proj_bias: (N,).
+        delta_softplus: apply softplus to the step size; upstream's function does so in any case.
+
+    Returns:
+        out (B, L, E).
+
+    Raises:
+        ValueError: what the namesake refuses.
+
+    Source:
+        Interface of mamba_ssm 2.3.
     """
     return mamba_inner_fn(
         xz,
@@ -96,7 +141,29 @@ def mamba_inner_ref(
 def selective_state_update_ref(
     state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False
 ):
-    """Run ``selective_state_update`` on the reference: the state is updated in place."""
+    """Run ``selective_state_update`` on the reference.
+
+    Args:
+        state: (B, D, N) or (B, H, P, N). Updated in place.
+        x: (B, D) or (B, H, P). Input.
+        dt: as x. Step size.
+        A: (D, N) or (H, P, N). Continuous decay.
+        B: (B, N) or (B, G, N). Input matrix.
+        C: as B. Output matrix.
+        D: (D,) or (H, P). Skip weight.
+        z: as x. Gate.
+        dt_bias: (D,) or (H, P).
+        dt_softplus: apply softplus to the step size.
+
+    Returns:
+        out, shape and dtype of x.
+
+    Raises:
+        ValueError: what the namesake refuses.
+
+    Source:
+        Interface of mamba_ssm 2.3.
+    """
     return selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
 
 
@@ -104,7 +171,29 @@ def selective_state_update_ref(
 def ssd_chunk_scan_combined_ref(
     x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, dt_softplus=False
 ):
-    """Run ``mamba_chunk_scan_combined`` on the reference, from a zero state."""
+    """Run ``mamba_chunk_scan_combined`` on the reference, from a zero state.
+
+    Args:
+        x: (B, L, H, P). Input.
+        dt: (B, L, H). Step size.
+        A: (H,). Continuous decay.
+        B: (B, L, G, N). Input matrix.
+        C: (B, L, G, N). Output matrix.
+        chunk_size: accepted; results do not depend on it but for rounding.
+        D: (H,) or (H, P). Skip weight.
+        z: (B, L, H, P). Gate.
+        dt_bias: (H,).
+        dt_softplus: apply softplus to the step size.
+
+    Returns:
+        out (B, L, H, P), dtype of x.
+
+    Raises:
+        ValueError: what the namesake refuses.
+
+    Source:
+        Interface of mamba_ssm 2.3.
+    """
     return mamba_chunk_scan_combined(
         x, dt, A, B, C, chunk_size, D, z, dt_bias, dt_softplus=dt_softplus
     )
@@ -129,7 +218,35 @@ def mamba_split_conv1d_scan_ref(
     ngroups=1,
     norm_before_gate=True,
 ):
-    """Run ``mamba_split_conv1d_scan_combined`` on the reference, from a zero state."""
+    """Run ``mamba_split_conv1d_scan_combined`` on the reference, from a zero state.
+
+    Args:
+        zxbcdt: (B, L, 2 M + 2 H P + 2 G N + H): what in_proj gives.
+        conv1d_weight: (H P + 2 G N, W).
+        conv1d_bias: (H P + 2 G N,) or None.
+        dt_bias: (H,).
+        A: (H,). Continuous decay.
+        D: (H,) or (H, P). Skip weight.
+        chunk_size: accepted; results do not depend on it but for rounding.
+        dt_limit: (low, high), to which the step size is clamped.
+        activation: of the convolution: "silu", "swish" or None.
+        rmsnorm_weight: (H P,). Weight of the gated norm; None gates without a norm.
+        rmsnorm_eps: added to the mean square.
+        outproj_weight: (E, M + H P) or None.
+        outproj_bias: (E,) or None.
+        headdim: P, needed where D is (H,).
+        ngroups: G.
+        norm_before_gate: ``norm(y) * silu(z)``, else ``norm(y * silu(z))``.
+
+    Returns:
+        out (B, L, M + H P), or (B, L, E) behind the projection.
+
+    Raises:
+        ValueError: what the namesake refuses.
+
+    Source:
+        Interface of mamba_ssm 2.3.
+    """
     return mamba_split_conv1d_scan_combined(
         zxbcdt,
         conv1d_weight,
@@ -218,7 +335,33 @@ def rms_norm_ref(
     dropout_mask1=None,
     upcast=False,
 ):
-    """Do what :func:`layer_norm_ref` does, with the root-mean-square norm; its arguments."""
+    """Do what :func:`layer_norm_ref` does, with the root-mean-square norm.
+
+    Args:
+        x: (..., D), float64 | float32 | bfloat16 | float16.
+        weight: (D,).
+        bias: (D,) or None.
+        residual: as x in shape, or None.
+        x1: as x in shape: a parallel branch, added to x.
+        weight1: (D,). Weight of a second norm of the same sum.
+        bias1: (D,) or None.
+        eps: added to the mean square.
+        dropout_p: probability with which elements of x and of x1 become 0.
+        rowscale: (...): factor of each row of x.
+        prenorm: also return the sum.
+        dropout_mask: (..., D) bool, True where x is kept; None draws one.
+        dropout_mask1: the same for x1.
+        upcast: return the sum in float32 or better, else in the dtype of x.
+
+    Returns:
+        As :func:`layer_norm_ref`.
+
+    Raises:
+        ValueError: what the namesake refuses.
+
+    Source:
+        Interface of mamba_ssm 2.3.
+    """
     return _layer_norm(
         *(x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm),
         *(dropout_mask, dropout_mask1, upcast, True),
@@ -231,8 +374,24 @@ def rms_norm_gated_ref(
 ):
     """Run ``rmsnorm_fn`` on the reference: ``rms_norm_ref`` of upstream's layernorm_gated.
 
-    The arguments are those of ``rmsnorm_fn``; ``upcast`` is accepted: what is computed, is in
-    float32 or better either way.
+    Args:
+        x: (..., D), float64 | float32 | bfloat16 | float16.
+        weight: (D,).
+        bias: (D,) or None.
+        z: as x in shape, or None: no gate.
+        eps: added to the mean square.
+        group_size: channels that share their mean square; None takes all.
+        norm_before_gate: ``norm(x) * silu(z)``, else ``norm(x * silu(z))``.
+        upcast: accepted: what is computed, is in float32 or better either way.
+
+    Returns:
+        out (..., D), dtype of x.
+
+    Raises:
+        ValueError: what the namesake refuses.
+
+    Source:
+        Interface of mamba_ssm 2.3.
     """
     return rmsnorm_fn(x, weight, bias, z, eps, group_size, norm_before_gate)
 

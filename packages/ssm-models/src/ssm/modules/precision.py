@@ -58,6 +58,9 @@ def is_autocast(x: Tensor) -> bool:
 
     Args:
         x: any tensor. The device type "meta" has no autocast, and torch refuses to be asked.
+
+    Returns:
+        True under autocast.
     """
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
