@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ssm.utils import dispatch
 from tools import bench, gpu_peers
 from tools.workload import Case
 
@@ -48,11 +49,22 @@ WORKLOADS = {
     "fused_layer_norm": (Case("rms_b8_l2k_d5120", ROWS, {"is_rms": True}),),
     "gated_norm": (Case("rms_b8_l2k_d5120", ROWS, {"order": "norm first"}),),
     "swiglu": (Case("b8_l2k_d5120", ROWS, {"layout": "separate"}),),
+    **{
+        op: (Case("b8_l2k_h80", {"batch": 8, "seqlen": 2048, **HEADS}, operator=op),)
+        for op in dispatch.FILES
+    },
 }
 LIMITS = {"batch": 2, "dim": 64, "seqlen": 64, "rows": 64, "nheads": 8}
 # Parameters and steps stay in float32, as in mixed-precision training; activations are narrow.
 ACTIVATION_AXES = 2
-DECAY = {"selective_scan": 2, "selective_state_step": 3}  # the place of A
+WIDE = {  # the places of what stays in float32 besides: A, and what one stage hands to another
+    "selective_scan": {2},
+    "selective_state_step": {3},
+    "ssd_chunk_cumsum": {0},
+    "ssd_chunk_state": {2, 3},
+    "ssd_state_passing": {0, 1},
+    "ssd_chunk_output": {0, 2, 3, 5},
+}
 EAGER_CALLS = 20
 
 
@@ -181,12 +193,12 @@ def workload_of(op: str, case: Case, device: str) -> Workload:
 
         args, options = gpu_peers.block_arguments(case, torch.device(device))
         return Workload(mamba_split_conv1d_scan_combined, args, options)
-    problem = bench.workloads_of(op).setup(case, torch.device(device))
+    problem = bench.workloads_of(dispatch.FILES.get(op, op)).setup(case, torch.device(device))
 
     def narrowed(index, value):
         is_activation = hasattr(value, "ndim") and value.ndim >= ACTIVATION_AXES
         is_state = index == problem.mutated
-        if not is_activation or is_state or index == DECAY.get(op):
+        if not is_activation or is_state or index in WIDE.get(op, ()):
             return value
         return value.to(torch.bfloat16)
 

@@ -45,7 +45,7 @@ from tools.checkout import ROOT, find_packages
 PARTS = ("ceilings", "matrix", "training", "decoding", "long", "sanitizer", "bench")
 DTYPES = ("float32", "bfloat16", "float16")
 MOST_FAULTS = 50
-SMALL = ("tiny", "odd", "packed_holes", "padded", "indices")
+SMALL = ("tiny", "odd", "packed_holes", "padded", "seq_idx", "indices")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Seconds after which an item counts as hanging; the sanitizer's have more than its own limit.
 PATIENCE, SANITIZER_LIMIT = 300, 600

@@ -134,4 +134,11 @@ SSM_API void ssd_bmm_chunk_bwd(const SsdBmmChunkArgs& args, const SsdBmmChunkGra
 SSM_API void ssd_chunk_output_bwd(const SsdChunkOutputArgs& args, const SsdChunkOutputGrads& grads,
                                   const Exec& exec = {});
 
+/// Bytes of `Exec::workspace` of the backward: from dt and the output gradients; from states_in and
+/// dA_cumsum; from CB, x, dt and C, and whether D and z are there.
+SSM_API std::int64_t ssd_chunk_cumsum_bwd_workspace(const SsdChunkCumsumArgs& args,
+                                                    const SsdChunkCumsumGrads& grads);
+SSM_API std::int64_t ssd_state_passing_bwd_workspace(const SsdStatePassingArgs& args);
+SSM_API std::int64_t ssd_chunk_output_bwd_workspace(const SsdChunkOutputArgs& args);
+
 }  // namespace ssm

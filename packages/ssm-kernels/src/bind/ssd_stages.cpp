@@ -15,7 +15,7 @@ namespace {
 
 void chunk_cumsum(const Input& dt, const Input& A, const Input& dt_bias, const Input& seq_idx,
                   const Output& dt_out, const Output& dA_cumsum, bool softplus,
-                  std::pair<double, double> dt_limit, int num_threads) {
+                  std::pair<double, double> dt_limit, int num_threads, std::intptr_t stream) {
     constexpr const char* op = "ssd_chunk_cumsum";
     const SsdChunkCumsumArgs args{.dt = view(op, "dt", dt),
                                   .A = view(op, "A", A),
@@ -27,11 +27,12 @@ void chunk_cumsum(const Input& dt, const Input& A, const Input& dt_bias, const I
                                   .dt_low = dt_limit.first,
                                   .dt_high = dt_limit.second};
     const nb::gil_scoped_release unlocked;
-    ssd_chunk_cumsum_fwd(args, {.num_threads = num_threads});
+    ssd_chunk_cumsum_fwd(args, {.num_threads = num_threads, .stream = stream});
 }
 
 void chunk_state(const Input& x, const Input& B, const Input& dt, const Input& dA_cumsum,
-                 const Input& seq_idx, const Output& states, int num_threads) {
+                 const Input& seq_idx, const Output& states, int num_threads,
+                 std::intptr_t stream) {
     constexpr const char* op = "ssd_chunk_state";
     const SsdChunkStateArgs args{.x = view(op, "x", x),
                                  .B = view(op, "B", B),
@@ -40,12 +41,12 @@ void chunk_state(const Input& x, const Input& B, const Input& dt, const Input& d
                                  .seq_idx = view(op, "seq_idx", seq_idx),
                                  .states = view(op, "states", states)};
     const nb::gil_scoped_release unlocked;
-    ssd_chunk_state_fwd(args, {.num_threads = num_threads});
+    ssd_chunk_state_fwd(args, {.num_threads = num_threads, .stream = stream});
 }
 
 void state_passing(const Input& states, const Input& dA_cumsum, const Input& initial_states,
                    const Input& seq_idx, const Output& states_in, const Output& final_states,
-                   int num_threads) {
+                   int num_threads, std::intptr_t stream) {
     constexpr const char* op = "ssd_state_passing";
     const SsdStatePassingArgs args{.states = view(op, "states", states),
                                    .dA_cumsum = view(op, "dA_cumsum", dA_cumsum),
@@ -54,20 +55,21 @@ void state_passing(const Input& states, const Input& dA_cumsum, const Input& ini
                                    .states_in = view(op, "states_in", states_in),
                                    .final_states = view(op, "final_states", final_states)};
     const nb::gil_scoped_release unlocked;
-    ssd_state_passing_fwd(args, {.num_threads = num_threads});
+    ssd_state_passing_fwd(args, {.num_threads = num_threads, .stream = stream});
 }
 
-void bmm_chunk(const Input& C, const Input& B, const Output& CB, int num_threads) {
+void bmm_chunk(const Input& C, const Input& B, const Output& CB, int num_threads,
+               std::intptr_t stream) {
     constexpr const char* op = "ssd_bmm_chunk";
     const SsdBmmChunkArgs args{
         .C = view(op, "C", C), .B = view(op, "B", B), .CB = view(op, "CB", CB)};
     const nb::gil_scoped_release unlocked;
-    ssd_bmm_chunk_fwd(args, {.num_threads = num_threads});
+    ssd_bmm_chunk_fwd(args, {.num_threads = num_threads, .stream = stream});
 }
 
 void chunk_output(const Input& CB, const Input& x, const Input& dt, const Input& dA_cumsum,
                   const Input& C, const Input& states_in, const Input& D, const Input& z,
-                  const Input& seq_idx, const Output& y, int num_threads) {
+                  const Input& seq_idx, const Output& y, int num_threads, std::intptr_t stream) {
     constexpr const char* op = "ssd_chunk_output";
     const SsdChunkOutputArgs args{.CB = view(op, "CB", CB),
                                   .x = view(op, "x", x),
@@ -80,13 +82,14 @@ void chunk_output(const Input& CB, const Input& x, const Input& dt, const Input&
                                   .seq_idx = view(op, "seq_idx", seq_idx),
                                   .y = view(op, "y", y)};
     const nb::gil_scoped_release unlocked;
-    ssd_chunk_output_fwd(args, {.num_threads = num_threads});
+    ssd_chunk_output_fwd(args, {.num_threads = num_threads, .stream = stream});
 }
 
 void chunk_cumsum_backward(const Input& dt, const Input& A, const Input& dt_bias,
                            const Input& seq_idx, const Input& ddt_out, const Input& ddA_cumsum,
                            const Output& ddt, const Output& dA, const Output& ddt_bias,
-                           bool softplus, std::pair<double, double> dt_limit, int num_threads) {
+                           bool softplus, std::pair<double, double> dt_limit, int num_threads,
+                           std::intptr_t stream, const Output& workspace) {
     constexpr const char* op = "ssd_chunk_cumsum";
     const SsdChunkCumsumArgs args{.dt = view(op, "dt", dt),
                                   .A = view(op, "A", A),
@@ -101,13 +104,13 @@ void chunk_cumsum_backward(const Input& dt, const Input& A, const Input& dt_bias
                                     .dA = view(op, "dA", dA),
                                     .ddt_bias = view(op, "ddt_bias", ddt_bias)};
     const nb::gil_scoped_release unlocked;
-    ssd_chunk_cumsum_bwd(args, grads, {.num_threads = num_threads});
+    ssd_chunk_cumsum_bwd(args, grads, settings(op, num_threads, stream, workspace));
 }
 
 void chunk_state_backward(const Input& x, const Input& B, const Input& dt, const Input& dA_cumsum,
                           const Input& seq_idx, const Input& dstates, const Output& dx,
                           const Output& dB, const Output& ddt, const Output& ddA_cumsum,
-                          int num_threads) {
+                          int num_threads, std::intptr_t stream) {
     constexpr const char* op = "ssd_chunk_state";
     const SsdChunkStateArgs args{.x = view(op, "x", x),
                                  .B = view(op, "B", B),
@@ -120,13 +123,14 @@ void chunk_state_backward(const Input& x, const Input& B, const Input& dt, const
                                    .ddt = view(op, "ddt", ddt),
                                    .ddA_cumsum = view(op, "ddA_cumsum", ddA_cumsum)};
     const nb::gil_scoped_release unlocked;
-    ssd_chunk_state_bwd(args, grads, {.num_threads = num_threads});
+    ssd_chunk_state_bwd(args, grads, {.num_threads = num_threads, .stream = stream});
 }
 
 void state_passing_backward(const Input& states_in, const Input& dA_cumsum, const Input& seq_idx,
                             const Input& dstates_in, const Input& dfinal_states,
                             const Output& dstates, const Output& ddA_cumsum,
-                            const Output& dinitial_states, int num_threads) {
+                            const Output& dinitial_states, int num_threads, std::intptr_t stream,
+                            const Output& workspace) {
     constexpr const char* op = "ssd_state_passing";
     const SsdStatePassingArgs args{.dA_cumsum = view(op, "dA_cumsum", dA_cumsum),
                                    .seq_idx = view(op, "seq_idx", seq_idx),
@@ -138,17 +142,17 @@ void state_passing_backward(const Input& states_in, const Input& dA_cumsum, cons
         .ddA_cumsum = view(op, "ddA_cumsum", ddA_cumsum),
         .dinitial_states = view(op, "dinitial_states", dinitial_states)};
     const nb::gil_scoped_release unlocked;
-    ssd_state_passing_bwd(args, grads, {.num_threads = num_threads});
+    ssd_state_passing_bwd(args, grads, settings(op, num_threads, stream, workspace));
 }
 
 void bmm_chunk_backward(const Input& C, const Input& B, const Input& dCB, const Output& dC,
-                        const Output& dB, int num_threads) {
+                        const Output& dB, int num_threads, std::intptr_t stream) {
     constexpr const char* op = "ssd_bmm_chunk";
     const SsdBmmChunkArgs args{.C = view(op, "C", C), .B = view(op, "B", B)};
     const SsdBmmChunkGrads grads{
         .dCB = view(op, "dCB", dCB), .dC = view(op, "dC", dC), .dB = view(op, "dB", dB)};
     const nb::gil_scoped_release unlocked;
-    ssd_bmm_chunk_bwd(args, grads, {.num_threads = num_threads});
+    ssd_bmm_chunk_bwd(args, grads, {.num_threads = num_threads, .stream = stream});
 }
 
 void chunk_output_backward(const Input& CB, const Input& x, const Input& dt, const Input& dA_cumsum,
@@ -156,7 +160,8 @@ void chunk_output_backward(const Input& CB, const Input& x, const Input& dt, con
                            const Input& seq_idx, const Input& dy, const Output& dCB,
                            const Output& dx, const Output& ddt, const Output& ddA_cumsum,
                            const Output& dC, const Output& dstates_in, const Output& dD,
-                           const Output& dz, int num_threads) {
+                           const Output& dz, int num_threads, std::intptr_t stream,
+                           const Output& workspace) {
     constexpr const char* op = "ssd_chunk_output";
     const SsdChunkOutputArgs args{.CB = view(op, "CB", CB),
                                   .x = view(op, "x", x),
@@ -177,7 +182,31 @@ void chunk_output_backward(const Input& CB, const Input& x, const Input& dt, con
                                     .dD = view(op, "dD", dD),
                                     .dz = view(op, "dz", dz)};
     const nb::gil_scoped_release unlocked;
-    ssd_chunk_output_bwd(args, grads, {.num_threads = num_threads});
+    ssd_chunk_output_bwd(args, grads, settings(op, num_threads, stream, workspace));
+}
+
+std::int64_t cumsum_workspace(const Input& dt, const Input& ddt_out, const Input& ddA_cumsum) {
+    constexpr const char* op = "ssd_chunk_cumsum";
+    return ssd_chunk_cumsum_bwd_workspace({.dt = view(op, "dt", dt)},
+                                          {.ddt_out = view(op, "ddt_out", ddt_out),
+                                           .ddA_cumsum = view(op, "ddA_cumsum", ddA_cumsum)});
+}
+
+std::int64_t passing_workspace(const Input& states_in, const Input& dA_cumsum) {
+    constexpr const char* op = "ssd_state_passing";
+    return ssd_state_passing_bwd_workspace({.dA_cumsum = view(op, "dA_cumsum", dA_cumsum),
+                                            .states_in = view(op, "states_in", states_in)});
+}
+
+std::int64_t output_workspace(const Input& CB, const Input& x, const Input& dt, const Input& C,
+                              const Input& D, const Input& z) {
+    constexpr const char* op = "ssd_chunk_output";
+    return ssd_chunk_output_bwd_workspace({.CB = view(op, "CB", CB),
+                                           .x = view(op, "x", x),
+                                           .dt = view(op, "dt", dt),
+                                           .C = view(op, "C", C),
+                                           .D = view(op, "D", D),
+                                           .z = view(op, "z", z)});
 }
 
 }  // namespace
@@ -188,7 +217,7 @@ void register_ssd_stages(nb::module_& module) {
     module.def("ssd_chunk_cumsum_fwd", &chunk_cumsum, "dt"_a.none(), "A"_a.none(),
                "dt_bias"_a = none, "seq_idx"_a = none, nb::kw_only(), "dt_out"_a.none(),
                "dA_cumsum"_a.none(), "softplus"_a = false, "dt_limit"_a = no_limit,
-               "num_threads"_a = 0,
+               "num_threads"_a = 0, "stream"_a = 0,
                R"(Compute step sizes and logarithmic decays by chunk and write them.
 
 dt_out = clamp(softplus(dt + dt_bias)) and, within each chunk, the sums of dt_out A up to and with
@@ -203,6 +232,7 @@ Args:
     softplus: Apply softplus to the step size.
     dt_limit: (low, high), to which the step size is clamped last.
     num_threads: 0 means the process-wide setting.
+    stream: A CUDA stream handle; not used on the CPU.
 
 Raises:
     ValueError: a shape, dtype, device or value breaks the contract; the message names the argument.
@@ -210,7 +240,7 @@ Raises:
 )");
     module.def("ssd_chunk_state_fwd", &chunk_state, "x"_a.none(), "B"_a.none(), "dt"_a.none(),
                "dA_cumsum"_a.none(), "seq_idx"_a = none, nb::kw_only(), "states"_a.none(),
-               "num_threads"_a = 0,
+               "num_threads"_a = 0, "stream"_a = 0,
                R"(Compute the state that each chunk adds and write it.
 
 The sum of exp(dA_cumsum_last - dA_cumsum_t) dt_t x_t B_t^T over the steps of the sequence that is
@@ -223,13 +253,14 @@ Args:
     seq_idx: (B, L), int32. Equal neighbours are one sequence, -1 skips a step.
     states: (B, C, H, P, N). Output; written completely.
     num_threads: 0 means the process-wide setting.
+    stream: A CUDA stream handle; not used on the CPU.
 
 Raises:
     ValueError, TypeError: as ssd_chunk_cumsum_fwd.
 )");
     module.def("ssd_state_passing_fwd", &state_passing, "states"_a.none(), "dA_cumsum"_a.none(),
                "initial_states"_a = none, "seq_idx"_a = none, nb::kw_only(), "states_in"_a.none(),
-               "final_states"_a = none, "num_threads"_a = 0,
+               "final_states"_a = none, "num_threads"_a = 0, "stream"_a = 0,
                R"(Pass the state from chunk to chunk and write what enters each.
 
 h = exp(dA_cumsum_last) h + states, without its first term where a sequence starts in the chunk:
@@ -243,12 +274,13 @@ Args:
     states_in: (B, C, H, P, N). Output; the state that enters each chunk.
     final_states: (B, H, P, N). Output; the state after the last chunk.
     num_threads: 0 means the process-wide setting.
+    stream: A CUDA stream handle; not used on the CPU.
 
 Raises:
     ValueError, TypeError: as ssd_chunk_cumsum_fwd.
 )");
     module.def("ssd_bmm_chunk_fwd", &bmm_chunk, "C"_a.none(), "B"_a.none(), nb::kw_only(),
-               "CB"_a.none(), "num_threads"_a = 0,
+               "CB"_a.none(), "num_threads"_a = 0, "stream"_a = 0,
                R"(Multiply C and B of all pairs of steps of each chunk and write the products.
 
 CB_ij = C_i . B_j: Dao & Gu 2024, arXiv:2405.21060, section 6.
@@ -257,13 +289,14 @@ Args:
     C, B: (B, L, G, N), with group counts of their own.
     CB: (B, C, G, Q, Q), G the least common multiple of both group counts. Output; 0 beyond L.
     num_threads: 0 means the process-wide setting.
+    stream: A CUDA stream handle; not used on the CPU.
 
 Raises:
     ValueError, TypeError: as ssd_chunk_cumsum_fwd.
 )");
     module.def("ssd_chunk_output_fwd", &chunk_output, "CB"_a.none(), "x"_a.none(), "dt"_a.none(),
                "dA_cumsum"_a.none(), "C"_a.none(), "states_in"_a.none(), "D"_a = none, "z"_a = none,
-               "seq_idx"_a = none, nb::kw_only(), "y"_a.none(), "num_threads"_a = 0,
+               "seq_idx"_a = none, nb::kw_only(), "y"_a.none(), "num_threads"_a = 0, "stream"_a = 0,
                R"(Compute the outputs from what the other stages wrote.
 
 y_i = (sum over j <= i of CB_ij exp(dA_cumsum_i - dA_cumsum_j) dt_j x_j + exp(dA_cumsum_i)
@@ -279,6 +312,7 @@ Args:
     seq_idx: (B, L), int32, as in ssd_chunk_state_fwd.
     y: (B, L, H, P). Output; written completely, 0 where a step is skipped.
     num_threads: 0 means the process-wide setting.
+    stream: A CUDA stream handle; not used on the CPU.
 
 Raises:
     ValueError, TypeError: as ssd_chunk_cumsum_fwd.
@@ -286,7 +320,8 @@ Raises:
     module.def("ssd_chunk_cumsum_bwd", &chunk_cumsum_backward, "dt"_a.none(), "A"_a.none(),
                "dt_bias"_a = none, "seq_idx"_a = none, nb::kw_only(), "ddt_out"_a = none,
                "ddA_cumsum"_a = none, "ddt"_a.none(), "dA"_a.none(), "ddt_bias"_a = none,
-               "softplus"_a = false, "dt_limit"_a = no_limit, "num_threads"_a = 0,
+               "softplus"_a = false, "dt_limit"_a = no_limit, "num_threads"_a = 0, "stream"_a = 0,
+               "workspace"_a = none,
                R"(Gradients of ssd_chunk_cumsum_fwd.
 
 Args:
@@ -295,6 +330,8 @@ Args:
     ddt: (B, L, H). Output.
     dA, ddt_bias: (H,). Outputs; ddt_bias stays None without dt_bias.
     num_threads: 0 means the process-wide setting.
+    stream: A CUDA stream handle; not used on the CPU.
+    workspace: On a GPU, memory of the size that ssd_chunk_cumsum_bwd_workspace says.
 
 Raises:
     ValueError, TypeError: as ssd_chunk_cumsum_fwd.
@@ -302,7 +339,7 @@ Raises:
     module.def("ssd_chunk_state_bwd", &chunk_state_backward, "x"_a.none(), "B"_a.none(),
                "dt"_a.none(), "dA_cumsum"_a.none(), "seq_idx"_a = none, nb::kw_only(),
                "dstates"_a.none(), "dx"_a.none(), "dB"_a.none(), "ddt"_a.none(),
-               "ddA_cumsum"_a.none(), "num_threads"_a = 0,
+               "ddA_cumsum"_a.none(), "num_threads"_a = 0, "stream"_a = 0,
                R"(Gradients of ssd_chunk_state_fwd.
 
 Args:
@@ -310,6 +347,7 @@ Args:
     dstates: (B, C, H, P, N). Gradient of states.
     dx, dB, ddt, ddA_cumsum: as x, B, dt and dA_cumsum. Outputs; written completely.
     num_threads: 0 means the process-wide setting.
+    stream: A CUDA stream handle; not used on the CPU.
 
 Raises:
     ValueError, TypeError: as ssd_chunk_cumsum_fwd.
@@ -317,7 +355,8 @@ Raises:
     module.def("ssd_state_passing_bwd", &state_passing_backward, "states_in"_a.none(),
                "dA_cumsum"_a.none(), "seq_idx"_a = none, nb::kw_only(), "dstates_in"_a = none,
                "dfinal_states"_a = none, "dstates"_a.none(), "ddA_cumsum"_a.none(),
-               "dinitial_states"_a = none, "num_threads"_a = 0,
+               "dinitial_states"_a = none, "num_threads"_a = 0, "stream"_a = 0,
+               "workspace"_a = none,
                R"(Gradients of ssd_state_passing_fwd.
 
 Args:
@@ -329,12 +368,14 @@ Args:
     ddA_cumsum: (B, H, C, Q). Output; written completely.
     dinitial_states: (B, H, P, N). Output; not computed when None.
     num_threads: 0 means the process-wide setting.
+    stream: A CUDA stream handle; not used on the CPU.
+    workspace: On a GPU, memory of the size that ssd_state_passing_bwd_workspace says.
 
 Raises:
     ValueError, TypeError: as ssd_chunk_cumsum_fwd.
 )");
     module.def("ssd_bmm_chunk_bwd", &bmm_chunk_backward, "C"_a.none(), "B"_a.none(), nb::kw_only(),
-               "dCB"_a.none(), "dC"_a.none(), "dB"_a.none(), "num_threads"_a = 0,
+               "dCB"_a.none(), "dC"_a.none(), "dB"_a.none(), "num_threads"_a = 0, "stream"_a = 0,
                R"(Gradients of ssd_bmm_chunk_fwd.
 
 Args:
@@ -342,6 +383,7 @@ Args:
     dCB: (B, C, G, Q, Q). Gradient of CB; not read beyond L.
     dC, dB: as C and B. Outputs; written completely.
     num_threads: 0 means the process-wide setting.
+    stream: A CUDA stream handle; not used on the CPU.
 
 Raises:
     ValueError, TypeError: as ssd_chunk_cumsum_fwd.
@@ -351,6 +393,7 @@ Raises:
                "D"_a = none, "z"_a = none, "seq_idx"_a = none, nb::kw_only(), "dy"_a.none(),
                "dCB"_a.none(), "dx"_a.none(), "ddt"_a.none(), "ddA_cumsum"_a.none(), "dC"_a.none(),
                "dstates_in"_a.none(), "dD"_a = none, "dz"_a = none, "num_threads"_a = 0,
+               "stream"_a = 0, "workspace"_a = none,
                R"(Gradients of ssd_chunk_output_fwd.
 
 Args:
@@ -360,10 +403,21 @@ Args:
         0 for j > i.
     dD, dz: as D and z. Outputs; None without their inputs.
     num_threads: 0 means the process-wide setting.
+    stream: A CUDA stream handle; not used on the CPU.
+    workspace: On a GPU, memory of the size that ssd_chunk_output_bwd_workspace says.
 
 Raises:
     ValueError, TypeError: as ssd_chunk_cumsum_fwd.
 )");
+    module.def("ssd_chunk_cumsum_bwd_workspace", &cumsum_workspace, "dt"_a.none(),
+               "ddt_out"_a = none, "ddA_cumsum"_a = none,
+               "Bytes of `workspace` that ssd_chunk_cumsum_bwd needs; 0 on the CPU.");
+    module.def("ssd_state_passing_bwd_workspace", &passing_workspace, "states_in"_a.none(),
+               "dA_cumsum"_a.none(),
+               "Bytes of `workspace` that ssd_state_passing_bwd needs; 0 on the CPU.");
+    module.def("ssd_chunk_output_bwd_workspace", &output_workspace, "CB"_a.none(), "x"_a.none(),
+               "dt"_a.none(), "C"_a.none(), "D"_a = none, "z"_a = none,
+               "Bytes of `workspace` that ssd_chunk_output_bwd needs; 0 on the CPU.");
 }
 
 }  // namespace ssm::bind

@@ -9,6 +9,7 @@
 #include <ssm/selective_scan.h>
 #include <ssm/selective_state_step.h>
 #include <ssm/ssd_chunk_scan.h>
+#include <ssm/ssd_stages.h>
 #include <ssm/swiglu.h>
 
 namespace ssm::cuda {
@@ -29,6 +30,16 @@ namespace ssm::cuda {
     X(selective_state_step_fwd, const SelectiveStateStepArgs&)                               \
     X(ssd_chunk_scan_fwd, const SsdChunkScanArgs&, std::int64_t)                             \
     X(ssd_chunk_scan_bwd, const SsdChunkScanArgs&, const SsdChunkScanGrads&, std::int64_t)   \
+    X(ssd_chunk_cumsum_fwd, const SsdChunkCumsumArgs&)                                       \
+    X(ssd_chunk_cumsum_bwd, const SsdChunkCumsumArgs&, const SsdChunkCumsumGrads&)           \
+    X(ssd_chunk_state_fwd, const SsdChunkStateArgs&)                                         \
+    X(ssd_chunk_state_bwd, const SsdChunkStateArgs&, const SsdChunkStateGrads&)              \
+    X(ssd_state_passing_fwd, const SsdStatePassingArgs&)                                     \
+    X(ssd_state_passing_bwd, const SsdStatePassingArgs&, const SsdStatePassingGrads&)        \
+    X(ssd_bmm_chunk_fwd, const SsdBmmChunkArgs&)                                             \
+    X(ssd_bmm_chunk_bwd, const SsdBmmChunkArgs&, const SsdBmmChunkGrads&)                    \
+    X(ssd_chunk_output_fwd, const SsdChunkOutputArgs&)                                       \
+    X(ssd_chunk_output_bwd, const SsdChunkOutputArgs&, const SsdChunkOutputGrads&)           \
     X(swiglu_fwd, const SwigluArgs&)                                                         \
     X(swiglu_bwd, const SwigluArgs&, const SwigluGrads&)
 
@@ -38,14 +49,17 @@ SSM_CUDA_KERNELS(SSM_DECLARE_KERNEL)
 
 /// X(name, arguments...): the bytes of working memory of a launcher, a function of shapes and
 /// strides.
-#define SSM_CUDA_WORKSPACES(X)                                                         \
-    X(dw_causal_conv_bwd_workspace, const DwCausalConvArgs&, const DwCausalConvGrads&) \
-    X(fused_layer_norm_bwd_workspace, const FusedLayerNormArgs&)                       \
-    X(gated_norm_bwd_workspace, const GatedNormArgs&)                                  \
-    X(selective_scan_fwd_workspace, const SelectiveScanArgs&)                          \
-    X(selective_scan_bwd_workspace, const SelectiveScanArgs&)                          \
-    X(ssd_chunk_scan_fwd_workspace, const SsdChunkScanArgs&)                           \
-    X(ssd_chunk_scan_bwd_workspace, const SsdChunkScanArgs&)
+#define SSM_CUDA_WORKSPACES(X)                                                               \
+    X(dw_causal_conv_bwd_workspace, const DwCausalConvArgs&, const DwCausalConvGrads&)       \
+    X(fused_layer_norm_bwd_workspace, const FusedLayerNormArgs&)                             \
+    X(gated_norm_bwd_workspace, const GatedNormArgs&)                                        \
+    X(selective_scan_fwd_workspace, const SelectiveScanArgs&)                                \
+    X(selective_scan_bwd_workspace, const SelectiveScanArgs&)                                \
+    X(ssd_chunk_scan_fwd_workspace, const SsdChunkScanArgs&)                                 \
+    X(ssd_chunk_scan_bwd_workspace, const SsdChunkScanArgs&)                                 \
+    X(ssd_chunk_cumsum_bwd_workspace, const SsdChunkCumsumArgs&, const SsdChunkCumsumGrads&) \
+    X(ssd_state_passing_bwd_workspace, const SsdStatePassingArgs&)                           \
+    X(ssd_chunk_output_bwd_workspace, const SsdChunkOutputArgs&)
 
 #define SSM_DECLARE_WORKSPACE(name, ...) std::int64_t name(__VA_ARGS__);
 SSM_CUDA_WORKSPACES(SSM_DECLARE_WORKSPACE)

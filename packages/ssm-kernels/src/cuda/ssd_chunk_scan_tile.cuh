@@ -121,8 +121,8 @@ struct SsdMarks {
 };
 
 /// The marks of the tile that begins at `begin`, behind steps of the sequence `before`, or -1.
-template <class Block>
-SSM_DEVICE SsdMarks ssd_marks(Block& block, const SsdInputs& in, int row, std::int64_t begin,
+template <class Block, class Inputs>
+SSM_DEVICE SsdMarks ssd_marks(Block& block, const Inputs& in, std::int64_t row, std::int64_t begin,
                               std::int64_t end, std::int32_t before) {
     const auto is_start = [&](std::int64_t step) {
         const std::int32_t id = sequence_at(in, row, step);
@@ -254,8 +254,8 @@ SSM_DEVICE void fetch_steps(const SsdInputs& in, std::int64_t row, std::int64_t 
 }
 
 /// clamp(softplus?(raw), low, high); NaN stays NaN.
-template <class Real>
-SSM_DEVICE Real step_size(const SsdInputs& in, Real raw) {
+template <class Inputs, class Real>
+SSM_DEVICE Real step_size(const Inputs& in, Real raw) {
     Real size = in.softplus ? softplus(raw) : raw;
     const Real low = static_cast<Real>(in.dt_low), high = static_cast<Real>(in.dt_high);
     size = size < low ? low : size;

@@ -245,10 +245,4 @@ void Checker::contiguous(std::string_view name, const TensorView& view) const {
     }
 }
 
-void check_device_served(std::string_view op, const Device& device) {
-    if (device.type == DeviceType::cpu) return;
-    throw std::runtime_error(std::string(op) + ": tensors must be on the cpu, got " +
-                             device_text(device) + ", for which this version has no kernels");
-}
-
 }  // namespace ssm

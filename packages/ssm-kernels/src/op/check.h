@@ -73,7 +73,4 @@ class Checker {
     Device device_;
 };
 
-/// Refuses anything but CPU tensors, for an operator without kernels for other devices.
-void check_device_served(std::string_view op, const Device& device);
-
 }  // namespace ssm

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cuda_kernels.h"
 #include "isa.h"
 #include "rows.h"
 #include "runs.h"
@@ -48,7 +49,7 @@ class StageChecker : public Checker {
                     std::string_view letters) const {
         rank(name, view, ndim, letters);
         floating(name, view);
-        check_device_served(op_, view.device);
+        cuda_kernels(op_, view.device);  // refuses a device that nothing serves
         device(name, view);
     }
     void groups(std::string_view name, std::int64_t count, std::int64_t heads) const {
@@ -132,11 +133,14 @@ constexpr const char* kPassing = "ssd_state_passing";
 constexpr const char* kBmm = "ssd_bmm_chunk";
 constexpr const char* kOutput = "ssd_chunk_output";
 
-void check_range(const StageChecker& check, const SsdChunkCumsumArgs& args, const Sizes& sizes) {
+void check_range(const StageChecker& check, const SsdChunkCumsumArgs& args) {
     // Written so that NaN is refused as well.
     if (!(args.dt_low <= args.dt_high))
         check.fail("dt_limit", "be (low, high)",
                    "(" + number_text(args.dt_low) + ", " + number_text(args.dt_high) + ")");
+}
+
+void check_ids(const SsdChunkCumsumArgs& args, const Sizes& sizes) {
     if (present(args.seq_idx))
         RunTable(kCumsum, args.seq_idx, sizes.batch.size, sizes.seqlen.size, false,
                  RunTable::kAnyNumber);
@@ -277,7 +281,10 @@ void ssd_chunk_cumsum_fwd(const SsdChunkCumsumArgs& args, const Exec& exec) {
     check.output(
         "dA_cumsum", args.dA_cumsum,
         {sizes.batch, sizes.heads, {"C", args.dt_out.shape[2]}, {"Q", args.dt_out.shape[3]}});
-    check_range(check, args, sizes);
+    check_range(check, args);
+    if (const auto* gpu = cuda_kernels(kCumsum, args.dt.device))
+        return gpu->ssd_chunk_cumsum_fwd(args, exec);
+    check_ids(args, sizes);
     cpu::ssd_chunk_cumsum_fwd.active()(args, thread_count(exec));
 }
 
@@ -294,8 +301,25 @@ void ssd_chunk_cumsum_bwd(const SsdChunkCumsumArgs& args, const SsdChunkCumsumGr
     check.output("ddt", grads.ddt, {sizes.batch, sizes.seqlen, sizes.heads});
     check.output("dA", grads.dA, {sizes.heads});
     if (present(args.dt_bias)) check.output("ddt_bias", grads.ddt_bias, {sizes.heads});
-    check_range(check, args, sizes);
+    check_range(check, args);
+    if (const auto* gpu = cuda_kernels(kCumsum, args.dt.device)) {
+        const WithWorkspace with(kCumsum, exec, args.dt.device,
+                                 gpu->ssd_chunk_cumsum_bwd_workspace(args, grads));
+        return gpu->ssd_chunk_cumsum_bwd(args, grads, with.exec());
+    }
+    check_ids(args, sizes);
     cpu::ssd_chunk_cumsum_bwd.active()(args, grads, thread_count(exec));
+}
+
+std::int64_t ssd_chunk_cumsum_bwd_workspace(const SsdChunkCumsumArgs& args,
+                                            const SsdChunkCumsumGrads& grads) {
+    const StageChecker check(kCumsum, args.dt);
+    check.main_input("dt", args.dt, 3, "(B, L, H)");
+    const bool has_steps = present(grads.ddt_out);
+    check.rank(has_steps ? "ddt_out" : "ddA_cumsum", has_steps ? grads.ddt_out : grads.ddA_cumsum,
+               4, "(B, H, C, Q)");
+    const auto* gpu = cuda_kernels(kCumsum, args.dt.device);
+    return gpu != nullptr ? gpu->ssd_chunk_cumsum_bwd_workspace(args, grads) : 0;
 }
 
 void ssd_chunk_state_fwd(const SsdChunkStateArgs& args, const Exec& exec) {
@@ -303,6 +327,8 @@ void ssd_chunk_state_fwd(const SsdChunkStateArgs& args, const Exec& exec) {
     const Sizes sizes = check_inputs(check, args);
     check.output("states", args.states,
                  {sizes.batch, sizes.chunks, sizes.heads, sizes.headdim, sizes.dstate});
+    if (const auto* gpu = cuda_kernels(kState, args.x.device))
+        return gpu->ssd_chunk_state_fwd(args, exec);
     const Origins origins(kState, args.seq_idx, sizes);
     cpu::ssd_chunk_state_fwd.active()(args, origins.data(), thread_count(exec));
 }
@@ -318,6 +344,8 @@ void ssd_chunk_state_bwd(const SsdChunkStateArgs& args, const SsdChunkStateGrads
     check.output("ddt", grads.ddt, {sizes.batch, sizes.heads, sizes.chunks, sizes.steps});
     check.output("ddA_cumsum", grads.ddA_cumsum,
                  {sizes.batch, sizes.heads, sizes.chunks, sizes.steps});
+    if (const auto* gpu = cuda_kernels(kState, args.x.device))
+        return gpu->ssd_chunk_state_bwd(args, grads, exec);
     const Origins origins(kState, args.seq_idx, sizes);
     cpu::ssd_chunk_state_bwd.active()(args, grads, origins.data(), thread_count(exec));
 }
@@ -329,6 +357,8 @@ void ssd_state_passing_fwd(const SsdStatePassingArgs& args, const Exec& exec) {
                  {sizes.batch, sizes.chunks, sizes.heads, sizes.headdim, sizes.dstate});
     check.optional_output("final_states", args.final_states,
                           {sizes.batch, sizes.heads, sizes.headdim, sizes.dstate});
+    if (const auto* gpu = cuda_kernels(kPassing, args.states.device))
+        return gpu->ssd_state_passing_fwd(args, exec);
     const Origins origins(kPassing, args.seq_idx, sizes);
     cpu::ssd_state_passing_fwd.active()(args, origins.data(), thread_count(exec));
 }
@@ -347,8 +377,20 @@ void ssd_state_passing_bwd(const SsdStatePassingArgs& args, const SsdStatePassin
                  {sizes.batch, sizes.heads, sizes.chunks, sizes.steps});
     check.optional_output("dinitial_states", grads.dinitial_states,
                           {sizes.batch, sizes.heads, sizes.headdim, sizes.dstate});
+    if (const auto* gpu = cuda_kernels(kPassing, args.states_in.device)) {
+        const WithWorkspace with(kPassing, exec, args.states_in.device,
+                                 gpu->ssd_state_passing_bwd_workspace(args));
+        return gpu->ssd_state_passing_bwd(args, grads, with.exec());
+    }
     const Origins origins(kPassing, args.seq_idx, sizes);
     cpu::ssd_state_passing_bwd.active()(args, grads, origins.data(), thread_count(exec));
+}
+
+std::int64_t ssd_state_passing_bwd_workspace(const SsdStatePassingArgs& args) {
+    const StageChecker check(kPassing, args.states_in);
+    check_inputs(check, args, "states_in", args.states_in);
+    const auto* gpu = cuda_kernels(kPassing, args.states_in.device);
+    return gpu != nullptr ? gpu->ssd_state_passing_bwd_workspace(args) : 0;
 }
 
 void ssd_bmm_chunk_fwd(const SsdBmmChunkArgs& args, const Exec& exec) {
@@ -356,6 +398,8 @@ void ssd_bmm_chunk_fwd(const SsdBmmChunkArgs& args, const Exec& exec) {
     const Sizes sizes = check_inputs(check, args, "CB", args.CB);
     check.output("CB", args.CB,
                  {sizes.batch, sizes.chunks, sizes.groups, sizes.steps, sizes.steps});
+    if (const auto* gpu = cuda_kernels(kBmm, args.C.device))
+        return gpu->ssd_bmm_chunk_fwd(args, exec);
     cpu::ssd_bmm_chunk_fwd.active()(args, thread_count(exec));
 }
 
@@ -367,6 +411,8 @@ void ssd_bmm_chunk_bwd(const SsdBmmChunkArgs& args, const SsdBmmChunkGrads& grad
                 {sizes.batch, sizes.chunks, sizes.groups, sizes.steps, sizes.steps});
     check.output("dC", grads.dC, {sizes.batch, sizes.seqlen, {"G", args.C.shape[2]}, sizes.dstate});
     check.output("dB", grads.dB, {sizes.batch, sizes.seqlen, {"G", args.B.shape[2]}, sizes.dstate});
+    if (const auto* gpu = cuda_kernels(kBmm, args.C.device))
+        return gpu->ssd_bmm_chunk_bwd(args, grads, exec);
     cpu::ssd_bmm_chunk_bwd.active()(args, grads, thread_count(exec));
 }
 
@@ -376,6 +422,8 @@ void ssd_chunk_output_fwd(const SsdChunkOutputArgs& given, const Exec& exec) {
     SsdChunkOutputArgs args = given;
     spread_over_channels(args.D, sizes);
     check.output("y", args.y, {sizes.batch, sizes.seqlen, sizes.heads, sizes.headdim});
+    if (const auto* gpu = cuda_kernels(kOutput, args.x.device))
+        return gpu->ssd_chunk_output_fwd(args, exec);
     const Origins origins(kOutput, args.seq_idx, sizes);
     cpu::ssd_chunk_output_fwd.active()(args, origins.data(), thread_count(exec));
 }
@@ -400,8 +448,25 @@ void ssd_chunk_output_bwd(const SsdChunkOutputArgs& given, const SsdChunkOutputG
     if (given.D.ndim == 2) check.output("dD", grads.dD, {sizes.heads, sizes.headdim});
     if (present(args.z))
         check.output("dz", grads.dz, {sizes.batch, sizes.seqlen, sizes.heads, sizes.headdim});
+    if (const auto* gpu = cuda_kernels(kOutput, args.x.device)) {
+        const WithWorkspace with(kOutput, exec, args.x.device,
+                                 gpu->ssd_chunk_output_bwd_workspace(args));
+        return gpu->ssd_chunk_output_bwd(args, grads, with.exec());
+    }
     const Origins origins(kOutput, args.seq_idx, sizes);
     cpu::ssd_chunk_output_bwd.active()(args, grads, origins.data(), thread_count(exec));
+}
+
+std::int64_t ssd_chunk_output_bwd_workspace(const SsdChunkOutputArgs& args) {
+    const StageChecker check(kOutput, args.x);
+    check.main_input("x", args.x, 4, "(B, L, H, P)");
+    check.rank("dt", args.dt, 4, "(B, H, C, Q)");
+    check.rank("CB", args.CB, 5, "(B, C, G, Q, Q)");
+    check.groups("CB", args.CB.shape[2], args.x.shape[2]);
+    check.rank("C", args.C, 4, "(B, L, G, N)");
+    check.groups("C", args.C.shape[2], args.x.shape[2]);
+    const auto* gpu = cuda_kernels(kOutput, args.x.device);
+    return gpu != nullptr ? gpu->ssd_chunk_output_bwd_workspace(args) : 0;
 }
 
 }  // namespace ssm

@@ -15,13 +15,10 @@ from ssm.ops.compiled.library import (
     is_eager,
     refuse_as,
     refuse_second_gradient,
+    settings,
 )
 from ssm.ops.python import check
 from ssm.ops.python.arithmetic import acc_dtype
-
-
-def _threads() -> dict:
-    return {"num_threads": torch.get_num_threads()}
 
 
 def _sizes(tensor, *axes):
@@ -60,7 +57,7 @@ def _cumsum(dt, A, dt_bias, seq_idx, chunk_size, softplus, low, high):
         dA_cumsum=decay,
         softplus=softplus,
         dt_limit=(low, high),
-        **_threads(),
+        **settings(dt),
     )
     return step, decay
 
@@ -84,7 +81,7 @@ def _cumsum_bwd(dt, A, dt_bias, seq_idx, ddt_out, ddA_cumsum, softplus, low, hig
         ddt_bias=ddt_bias,
         softplus=softplus,
         dt_limit=(low, high),
-        **_threads(),
+        **settings(dt, ssm_kernels.ssd_chunk_cumsum_bwd_workspace, dt, ddt_out, ddA_cumsum),
     )
     return gradients
 
@@ -156,7 +153,7 @@ def _state_fake(x, B, dt, dA_cumsum, seq_idx):
 
 def _state(x, B, dt, dA_cumsum, seq_idx):
     states = _state_fake(x, B, dt, dA_cumsum, seq_idx)
-    ssm_kernels.ssd_chunk_state_fwd(x, B, dt, dA_cumsum, seq_idx, states=states, **_threads())
+    ssm_kernels.ssd_chunk_state_fwd(x, B, dt, dA_cumsum, seq_idx, states=states, **settings(x))
     return states
 
 
@@ -178,7 +175,7 @@ def _state_bwd(x, B, dt, dA_cumsum, seq_idx, dstates):
         dB=dB,
         ddt=ddt,
         ddA_cumsum=ddA_cumsum,
-        **_threads(),
+        **settings(x),
     )
     return gradients
 
@@ -234,7 +231,7 @@ def _passing(states, dA_cumsum, initial_states, seq_idx):
         seq_idx,
         states_in=states_in,
         final_states=final_states,
-        **_threads(),
+        **settings(states),
     )
     return states_in, final_states
 
@@ -260,7 +257,7 @@ def _passing_bwd(states_in, dA_cumsum, seq_idx, dstates_in, dfinal_states):
         dstates=dstates,
         ddA_cumsum=ddA_cumsum,
         dinitial_states=dinitial_states,
-        **_threads(),
+        **settings(states_in, ssm_kernels.ssd_state_passing_bwd_workspace, states_in, dA_cumsum),
     )
     return gradients
 
@@ -321,7 +318,7 @@ def _bmm_fake(C, B, chunk_size):
 
 def _bmm(C, B, chunk_size):
     products = _bmm_fake(C, B, chunk_size)
-    ssm_kernels.ssd_bmm_chunk_fwd(C, B, CB=products, **_threads())
+    ssm_kernels.ssd_bmm_chunk_fwd(C, B, CB=products, **settings(C))
     return products
 
 
@@ -331,7 +328,7 @@ def _bmm_bwd_fake(C, B, dCB):
 
 def _bmm_bwd(C, B, dCB):
     dC, dB = _like(C, C, B)
-    ssm_kernels.ssd_bmm_chunk_bwd(C, B, dCB=dCB, dC=dC, dB=dB, **_threads())
+    ssm_kernels.ssd_bmm_chunk_bwd(C, B, dCB=dCB, dC=dC, dB=dB, **settings(C))
     return dC, dB
 
 
@@ -374,7 +371,7 @@ def _output_fake(CB, x, dt, dA_cumsum, C, states_in, D, z, seq_idx):
 def _output(CB, x, dt, dA_cumsum, C, states_in, D, z, seq_idx):
     y = torch.empty_like(x)
     ssm_kernels.ssd_chunk_output_fwd(
-        CB, x, dt, dA_cumsum, C, states_in, D, z, seq_idx, y=y, **_threads()
+        CB, x, dt, dA_cumsum, C, states_in, D, z, seq_idx, y=y, **settings(x)
     )
     return y
 
@@ -385,6 +382,7 @@ def _output_bwd_fake(*inputs):
 
 def _output_bwd(*inputs):
     *tensors, seq_idx, dy = inputs
+    CB, x, dt, _, C, _, D, z = tensors
     gradients = _like(tensors[1], *tensors)
     dCB, dx, ddt, ddA_cumsum, dC, dstates_in, dD, dz = _given(gradients, tensors)
     ssm_kernels.ssd_chunk_output_bwd(
@@ -399,7 +397,7 @@ def _output_bwd(*inputs):
         dstates_in=dstates_in,
         dD=dD,
         dz=dz,
-        **_threads(),
+        **settings(x, ssm_kernels.ssd_chunk_output_bwd_workspace, CB, x, dt, C, D, z),
     )
     return gradients
 
