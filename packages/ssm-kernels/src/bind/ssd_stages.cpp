@@ -411,13 +411,43 @@ Raises:
 )");
     module.def("ssd_chunk_cumsum_bwd_workspace", &cumsum_workspace, "dt"_a.none(),
                "ddt_out"_a = none, "ddA_cumsum"_a = none,
-               "Bytes of `workspace` that ssd_chunk_cumsum_bwd needs; 0 on the CPU.");
+               R"(Say how much working memory ssd_chunk_cumsum_bwd needs.
+
+Args:
+    dt, ddt_out, ddA_cumsum: as the backward gets them.
+
+Returns:
+    Bytes of `workspace`; 0 on the CPU.
+
+Raises:
+    ValueError, TypeError: as ssd_chunk_cumsum_fwd.
+)");
     module.def("ssd_state_passing_bwd_workspace", &passing_workspace, "states_in"_a.none(),
                "dA_cumsum"_a.none(),
-               "Bytes of `workspace` that ssd_state_passing_bwd needs; 0 on the CPU.");
+               R"(Say how much working memory ssd_state_passing_bwd needs.
+
+Args:
+    states_in, dA_cumsum: as the backward gets them.
+
+Returns:
+    Bytes of `workspace`; 0 on the CPU.
+
+Raises:
+    ValueError, TypeError: as ssd_chunk_cumsum_fwd.
+)");
     module.def("ssd_chunk_output_bwd_workspace", &output_workspace, "CB"_a.none(), "x"_a.none(),
                "dt"_a.none(), "C"_a.none(), "D"_a = none, "z"_a = none,
-               "Bytes of `workspace` that ssd_chunk_output_bwd needs; 0 on the CPU.");
+               R"(Say how much working memory ssd_chunk_output_bwd needs.
+
+Args:
+    CB, x, dt, C, D, z: as the backward gets them.
+
+Returns:
+    Bytes of `workspace`; 0 on the CPU.
+
+Raises:
+    ValueError, TypeError: as ssd_chunk_cumsum_fwd.
+)");
 }
 
 }  // namespace ssm::bind

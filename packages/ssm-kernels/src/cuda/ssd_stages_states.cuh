@@ -51,6 +51,7 @@ template <class Scalar>
 struct DifferentiateAdded : StateAdjoint<Scalar> {
     using Base = StateAdjoint<Scalar>;
     using typename Base::Real;
+    static constexpr int kBlocksPerUnit = 3;
 
     struct Registers {
         Real sums[Base::kSums][4];
