@@ -256,7 +256,7 @@ template <class Scalar>
 struct DifferentiateInputs : OutputAdjoint<Scalar> {
     using Base = OutputAdjoint<Scalar>;
     using typename Base::Place, typename Base::Real;
-    static constexpr int kBlocksPerUnit = 3;
+    static constexpr int kBlocksPerUnit = 2;
     static constexpr int kColumns = Base::kD + kStageTile;
 
     struct Registers {
