@@ -29,6 +29,7 @@ MOST_REGISTERS = {
     "gated_norm_bwd": 128,
     "selective_scan_fwd": 128,
     "selective_state_step": 128,
+    "ssd_chunk_scan_hopper": 168,
 }
 ANY_OTHER = 255
 # Kernels that ask for other numbers of blocks than the rest of their file: a part of the name.
@@ -164,6 +165,19 @@ def test_matrices_are_multiplied_by_tensor_cores(code):
             wanted = wanted and not (word == "LDGSTS" and source in MAKING)
             what = "is missing" if wanted else "is there"
             assert used == wanted, f"{name} on {arch}: {word} {what}"
+
+
+def test_warpgroups_of_hopper_multiply_beside_each_other(code):
+    source, found = code
+    for (arch, name), lines in found.items():
+        is_for_them = arch == "sm_90a" and "ForwardOnHopper" in name
+        wanted = is_for_them and "on tensor cores" in _build.CUDA
+        # Products, their operands from and to shared memory, and copies to it.
+        for word in ("HGMMA", "LDSM", "STSM", "LDGSTS") if wanted else ("HGMMA",):
+            used = re.search(rf"\b{word}\b", lines) is not None
+            assert used == wanted, f"{source}: {name} on {arch}: {word}"
+    # ptxas says so where a product has to wait for the one before.
+    assert "serialized" not in reports()[source]
 
 
 def test_every_kernel_is_in_the_extension_module():

@@ -34,6 +34,8 @@ def runs_cuda_kernels() -> bool:
 def table() -> int | None:
     """Let the CUDA kernels of the library that SSM_TEST_CUDA_HOST names serve CPU arrays.
 
+    If SSM_TEST_CUDA_WARPGROUPS is set, those for the warpgroups of Hopper serve wherever they can.
+
     Returns:
         The address of their table, if there is such a library.
     """
@@ -41,7 +43,9 @@ def table() -> int | None:
         return None
     from ssm_kernels import _cpu
 
-    kernels = ctypes.CDLL(os.environ["SSM_TEST_CUDA_HOST"]).ssm_cuda_host_kernels
+    library = ctypes.CDLL(os.environ["SSM_TEST_CUDA_HOST"])
+    library.ssm_cuda_host_use_warpgroups("SSM_TEST_CUDA_WARPGROUPS" in os.environ)
+    kernels = library.ssm_cuda_host_kernels
     kernels.restype = ctypes.c_void_p
     address = kernels()
     _cpu._use_cuda_kernels(address)

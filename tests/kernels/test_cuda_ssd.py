@@ -27,6 +27,13 @@ class Bfloat16:
         """Round float32 numbers."""
         self.bits = ssd_rounding.bfloat16_bits(values)
 
+    @classmethod
+    def of(cls, bits: np.ndarray) -> "Bfloat16":
+        """Return the array whose memory holds these bits."""
+        made = cls.__new__(cls)
+        made.bits = bits
+        return made
+
     def __dlpack__(self, **_):
         """Return a capsule of the bits whose type code says bfloat16."""
         capsule = self.bits.__dlpack__()
@@ -166,6 +173,27 @@ def test_half_of_real_sizes(dstate, dtype, sequences):
     seq_meta = meta(sequences, 1, 200)
     arguments = with_states(inputs(1, 200, 2, 64, dstate, dtype="f4"), seq_meta)
     assert_as_good_as_rounding({**arguments, "seq_meta": seq_meta, "softplus": True}, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("sequences", ["none", "packed"])
+@pytest.mark.parametrize(("headdim", "across"), [(64, 64), (40, 48), (136, 136), (5, 9)])
+def test_y_in_half_is_y_rounded(headdim, across, sequences, dtype):
+    """Results of the type of X, which may leave in other packs, some of them between others."""
+    seq_meta = meta(sequences, 1, 150)
+    arguments = with_states(inputs(1, 150, 5, headdim, 48, dtype="f4"), seq_meta)
+    arguments["z"] = None
+    bits = {"bfloat16": ssd_rounding.bfloat16_bits, "float16": lambda x: x.astype("f2").view("u2")}
+    for name in "XBC":
+        half = bits[dtype](arguments[name])
+        arguments[name] = half.view("f2") if dtype == "float16" else Bfloat16(arguments[name])
+    want, states = run(arguments, seq_meta)
+    wide = np.full((1, 150, 5, across), 0x1234, "u2")
+    y = wide[..., :headdim]
+    given = y.view("f2") if dtype == "float16" else Bfloat16.of(y)
+    np.testing.assert_array_equal(run(arguments, seq_meta, y=given)[1], states)
+    np.testing.assert_array_equal(y, bits[dtype](want))
+    assert (wide[..., headdim:] == 0x1234).all()
 
 
 @pytest.mark.parametrize("strength", [1e-3, 1.0, 100.0])

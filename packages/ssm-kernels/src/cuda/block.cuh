@@ -40,6 +40,7 @@
 namespace ssm::cuda {
 
 constexpr int kWarp = 32;
+constexpr int kWarpgroup = 4 * kWarp;
 
 /// Two neighbours of a matrix: on the device, with elements of 16 bits, one register.
 template <class Element, bool kPacked = sizeof(Element) == 2>
@@ -63,6 +64,13 @@ struct MatrixElement<Kernel, std::void_t<typename Kernel::Element>> {
     static std::int64_t size(const Kernel& kernel) { return kernel.matrix_size(); }
 };
 
+/// Whether the warpgroups of a kernel multiply matrices together (warpgroup_gemm.cuh): then it has
+/// a type HasProducts.
+template <class Kernel, class = void>
+constexpr bool kHasProducts = false;
+template <class Kernel>
+constexpr bool kHasProducts<Kernel, typename Kernel::HasProducts> = true;
+
 /// Keeps accesses to memory before it from those after it; all lanes of a warp are here. The
 /// compiler would begin a long row of them at once, for which there are no registers.
 SSM_DEVICE void keep_order() {
@@ -79,6 +87,16 @@ struct PerLane {
     Value value;
     SSM_DEVICE Value& operator()(int) { return value; }
 };
+
+/// One value per warpgroup.
+template <class Value>
+struct PerWarpgroup {
+    Value value;
+    SSM_DEVICE Value& operator()(int) { return value; }
+};
+
+/// Ends the launch with an error.
+SSM_DEVICE void stop() { __trap(); }
 
 /// The number of a thread, as the compiler does not know it: what depends on it is worked out where
 /// it is used, and not kept in registers for all of a long loop.
@@ -177,6 +195,65 @@ class Warp {
         }
     }
 
+    /// Writes what `load` reads.
+    template <bool kTransposed, class Place, class Get>
+    SSM_DEVICE void store(Place&& place_of, Get&& get) {
+        static_assert(sizeof(Element) == 2);
+#if __CUDA_ARCH__ >= 900
+        const int lane = block_.thread_ % kWarp;
+        const Pair<Element>* const pairs = get(lane).of;
+        const auto address =
+            static_cast<unsigned>(__cvta_generic_to_shared(block_.matrices_ + place_of(lane)));
+        if constexpr (kTransposed)
+            asm volatile(
+                "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                    address),
+                "r"(pairs[0].bits), "r"(pairs[1].bits), "r"(pairs[2].bits), "r"(pairs[3].bits)
+                : "memory");
+        else
+            asm volatile(
+                "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+                "r"(pairs[0].bits), "r"(pairs[1].bits), "r"(pairs[2].bits), "r"(pairs[3].bits)
+                : "memory");
+#endif
+    }
+
+  private:
+    Block& block_;
+};
+
+/// Four warps that multiply matrices together (warpgroup_gemm.cuh).
+template <class Block>
+class Warpgroup {
+  public:
+    using Real = typename Block::RealType;
+    using Element = typename Block::ElementType;
+
+    SSM_DEVICE explicit Warpgroup(Block& block)
+        : index(__shfl_sync(0xffffffffu, block.thread_ / kWarpgroup, 0)), block_(block) {}
+
+    const int index;
+
+    SSM_DEVICE auto& registers(int) { return block_.registers_; }
+
+    /// Runs phase(thread, registers) with the number of the thread in the warpgroup.
+    template <class Phase>
+    SSM_DEVICE void each(Phase&& phase) {
+        phase(block_.thread_ % kWarpgroup, block_.registers_);
+    }
+    template <class Phase>
+    SSM_DEVICE void each_warp(Phase&& phase) {
+        Warp<Block> warp(block_);
+        phase(warp);
+    }
+
+    /// A barrier for the threads of the warpgroup.
+    SSM_DEVICE void barrier() {
+        asm volatile("bar.sync %0, %1;" ::"r"(index + 1), "n"(kWarpgroup) : "memory");
+    }
+
+    SSM_DEVICE std::uint32_t address_of(int place) const { return block_.address_of(place); }
+
   private:
     Block& block_;
 };
@@ -204,6 +281,14 @@ class Block {
         phase(warp);
     }
 
+    /// Runs f(warpgroup) on every warpgroup; control flow inside is the same for all of its
+    /// threads.
+    template <class Phase>
+    SSM_DEVICE void each_warpgroup(Phase&& phase) {
+        Warpgroup<Block> group(*this);
+        phase(group);
+    }
+
     SSM_DEVICE void barrier() { __syncthreads(); }
 
     /// Makes the compiler compute again what it knows from the number of a thread: kept from turn
@@ -219,6 +304,11 @@ class Block {
     SSM_DEVICE Real read(int place) const { return shared_[place]; }
     SSM_DEVICE void write(int place, Real value) { shared_[place] = value; }
 
+    /// Two neighbours; the place is even.
+    SSM_DEVICE void read2(int place, Real (&values)[2]) const {
+        const float2 two = *reinterpret_cast<const float2*>(shared_ + place);
+        values[0] = two.x, values[1] = two.y;
+    }
     /// Four neighbours; the place is a multiple of four.
     SSM_DEVICE void read4(int place, Real (&values)[4]) const {
         const float4 four = *reinterpret_cast<const float4*>(shared_ + place);
@@ -233,6 +323,21 @@ class Block {
     }
     SSM_DEVICE void write_pair(int place, Pair<ElementType> pair) {
         *reinterpret_cast<Pair<ElementType>*>(matrices_ + place) = pair;
+    }
+
+    /// A Pack of neighbours; the place is a multiple of their number.
+    template <class Pack>
+    SSM_DEVICE Pack read_pack(int place) const {
+        return *reinterpret_cast<const Pack*>(matrices_ + place);
+    }
+
+    /// What this thread has written to the memory of matrices, or has waited for, can be seen by
+    /// the products of warpgroups after the next barrier.
+    SSM_DEVICE void fence_for_products() {
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    }
+    SSM_DEVICE std::uint32_t address_of(int place) const {
+        return static_cast<std::uint32_t>(__cvta_generic_to_shared(matrices_ + place));
     }
 
     /// Begins to copy 16 bytes of elements, both ends aligned, or zeros where they do not exist.
@@ -282,6 +387,7 @@ class Block {
 
   private:
     friend class Warp<Block>;
+    friend class Warpgroup<Block>;
 
     /// One step of scatter_sums: a template, since the compiler leaves such a loop as one, and the
     /// registers it indexes in memory.

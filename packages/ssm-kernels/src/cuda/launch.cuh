@@ -68,7 +68,7 @@ void check_room(const char* op, const Kernel& kernel, const Device& device) {
 template <class Kernel, class Real>
 __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerUnit)
     run(const __grid_constant__ Kernel kernel, std::int64_t count) {
-    extern __shared__ float4 shared[];
+    extern __shared__ __align__(1024) float4 shared[];
     for (std::int64_t index = blockIdx.x; index < count; index += gridDim.x) {
         Block<Kernel, Real> block(shared, kernel);
         kernel(block, index);
@@ -113,6 +113,19 @@ inline std::int64_t shared_of_multiprocessor(const Device& device) {
     return bytes;
 }
 
+/// Whether kernels for the warpgroups of Hopper shall serve where that is worth it: the device runs
+/// the code of sm_90a, and there is such.
+inline bool has_warpgroups([[maybe_unused]] const Device& device, [[maybe_unused]] bool is_worth) {
+#if defined(SSM_HOPPER) && defined(SSM_CUTLASS)
+    int major = 0, minor = 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device.index);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device.index);
+    return is_worth && major == 9 && minor == 0;
+#else
+    return false;
+#endif
+}
+
 /// Runs `kernel` on `count` blocks. Throws std::runtime_error when the launch fails.
 template <class Real, class Kernel>
 void launch(const char* op, const Kernel& kernel, std::int64_t count, const Device& device,
@@ -144,6 +157,12 @@ inline std::int64_t shared_of_host = 227 << 10;
 inline std::int64_t shared_of_block(const Device&) { return shared_of_host; }
 inline std::int64_t shared_of_multiprocessor(const Device&) { return shared_of_host + 1024; }
 
+/// Whether the host plays a Hopper, which tests choose (host.cpp), and how many blocks have run on
+/// warpgroups.
+inline bool host_has_warpgroups = false;
+inline std::int64_t host_warpgroup_blocks = 0;
+inline bool has_warpgroups(const Device&, bool) { return host_has_warpgroups; }
+
 template <class Real, class Kernel>
 void launch(const char* op, const Kernel& kernel, std::int64_t count, const Device& device,
             const Exec&) {
@@ -152,6 +171,7 @@ void launch(const char* op, const Kernel& kernel, std::int64_t count, const Devi
     for (std::int64_t index = 0; index < count; ++index) {
         auto block = std::make_unique<Block<Kernel, Real>>(kernel);
         kernel(*block, index);
+        host_warpgroup_blocks += kHasProducts<Kernel>;
     }
 }
 

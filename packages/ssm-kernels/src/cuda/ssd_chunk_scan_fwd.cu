@@ -4,42 +4,27 @@
 // A warp owns 16 steps of S, Y and M, so that M goes from the accumulators of one product to the
 // operand of the next without leaving registers, and Y leaves in the order of memory; and it owns
 // 16 channels of H. What crosses warps is H alone, rounded to the type of the matrices.
-#include <cmath>
-
 #include "kernels.h"
-#include "ssd_chunk_scan_tile.cuh"
+#include "ssd_chunk_scan_chain.cuh"
 
 namespace ssm::cuda {
 
 namespace {
 
-/// What a segment does to the state that enters it: decay * entering + own, with decay = 2^time,
-/// where time is minus infinity if a sequence began.
-template <class Real>
-struct SsdEnds {
-    Real* own = nullptr;   // (B, segments, H, P, N)
-    Real* time = nullptr;  // (B, segments, H)
-
-    SsdEnds() = default;
-    SsdEnds(const SsdInputs& in, Real* memory) {
-        const std::int64_t heads = in.batch * in.segments * in.heads;
-        own = memory, time = own + heads * in.headdim * in.dstate;
-    }
-    static std::int64_t size(const SsdInputs& in) {
-        if (in.segments == 1) return 0;
-        return in.batch * in.segments * in.heads * (in.headdim * in.dstate + 1);
-    }
-};
+/// With many states two groups of four warps own half of them each, and half of the channels of Y:
+/// one group has no registers for all, and fewer where products are more than an instruction.
+template <class Matter, int kStates>
+constexpr int kForwardGroups = kStates <= (kIsOneInstruction<Matter> ? 128 : 64) ? 1 : 2;
 
 template <class Real, class Matter, int kStates>
-struct Forward {
-    // With many states two groups of four warps own half of them each, and half of the channels of
-    // Y: one group has no registers for all, and fewer where products are more than an instruction.
-    static constexpr int kGroups = kStates <= (kIsOneInstruction<Matter> ? 128 : 64) ? 1 : 2;
+struct Forward : SsdChain<Real, kStates / kForwardGroups<Matter, kStates>> {
+    static constexpr int kGroups = kForwardGroups<Matter, kStates>;
     static constexpr int kOwnStates = kStates / kGroups, kOwnChannels = kSsdChannels / kGroups;
     static constexpr int kThreads = kSsdThreads * kGroups;
     static constexpr int kBlocksPerUnit = 2 / kGroups;
     using Element = Matter;
+    using Chain = SsdChain<Real, kOwnStates>;
+    using Chain::in, Chain::y, Chain::only_ends;
 
     // Places in the memory of matrices: the rounded states of one slab of states, then C, B and X,
     // once or twice.
@@ -63,12 +48,7 @@ struct Forward {
         Real time;  // logarithm of the decay since the part began
     };
 
-    SsdInputs in;
-    Plane<4> y;             // (B, L, H, P)
-    Plane<4> final_states;  // (S, H, P, N)
-    SsdEnds<Real> ends{};
-    int stages = 1;          // 2: the next piece comes while this one is multiplied
-    bool only_ends = false;  // only write the ends of the segments
+    int stages = 1;  // 2: the next piece comes while this one is multiplied
     bool packed_y = false, packed_z = false;
 
     /// With many states two stages never leave room for a second block.
@@ -82,7 +62,7 @@ struct Forward {
         block.each([&](int thread, Registers& r) { enter(block, part, thread, r); });
         for (int segment = 0; segment < part.segment && !only_ends; ++segment) {
             block.forget();
-            block.each([&](int thread, Registers& r) { pass(part, segment, thread, r); });
+            block.each([&](int thread, Registers& r) { this->pass(part, segment, thread, r); });
         }
         SsdPieces pieces(in, part.row, part.begin, part.end);
         SsdPiece piece{};
@@ -103,7 +83,8 @@ struct Forward {
             piece = coming;
         }
         block.forget();
-        block.each([&](int thread, Registers& r) { leave(part, pieces.sequence(), thread, r); });
+        block.each(
+            [&](int thread, Registers& r) { this->leave(part, pieces.sequence(), thread, r); });
     }
 
   private:
@@ -122,35 +103,8 @@ struct Forward {
     /// The state that enters the row.
     template <class Block>
     SSM_DEVICE void enter(Block& block, const SsdPart& part, int thread, Registers& r) const {
-        r.time = 0;
-        if (thread < kSsdChannels)
-            block.write(kD + thread, in.D && thread < part.channels
-                                         ? in.D.template load<Real>(part.head * in.D.stride[0] +
-                                                                    (part.first_channel + thread) *
-                                                                        in.D.stride[1])
-                                         : Real(0));
-        // With states per sequence the first sequence begins like every other one.
-        const bool from_row = !only_ends && !in.state_per_sequence;
-        take_state<Real, kOwnStates>(in, part, from_row ? in.initial_states : Plane<4>{}, part.row,
-                                     thread, r.h);
-    }
-
-    /// What a segment before this one makes of the state.
-    SSM_DEVICE void pass(const SsdPart& part, int segment, int thread, Registers& r) const {
-        const std::int64_t place = end_of(part, segment);
-        const Real decay = exp2_of(ends.time[place]);
-        const Real* const own = own_of(part, place);
-        each_state<kOwnStates>(
-            in, part, thread, in.dstate, 1, [&](int n, int i, bool exists, std::int64_t offset) {
-                if (exists) r.h[n][i] = (decay != 0 ? decay * r.h[n][i] : 0) + own[offset];
-            });
-    }
-
-    SSM_DEVICE Real* own_of(const SsdPart& part, std::int64_t place) const {
-        return ends.own + (place * in.headdim + part.first_channel) * in.dstate;
-    }
-    SSM_DEVICE std::int64_t end_of(const SsdPart& part, std::int64_t segment) const {
-        return (part.row * in.segments + segment) * in.heads + part.head;
+        if (thread < kSsdChannels) block.write(kD + thread, this->skip_of(part, thread));
+        Chain::enter(part, thread, r);
     }
 
     template <class Block>
@@ -174,7 +128,7 @@ struct Forward {
     SSM_DEVICE void walk(Block& block, const SsdPart& part, const SsdPiece& piece,
                          int stage) const {
         block.each([&](int thread, Registers& r) {
-            if (piece.starts) begin_sequence(part, piece, thread, r);
+            if (piece.starts) this->begin_sequence(part, piece, thread, r);
             if (!only_ends) publish(block, thread, 0, r);
         });
         block.each_warp([&](auto& warp) {
@@ -193,17 +147,6 @@ struct Forward {
         }
         advance(block, piece, stage);
         block.barrier();
-    }
-
-    /// Ends a sequence, if there was one in the row, and begins the next.
-    SSM_DEVICE void begin_sequence(const SsdPart& part, const SsdPiece& piece, int thread,
-                                   Registers& r) const {
-        if (!only_ends && piece.before >= 0 && in.state_per_sequence)
-            put_state<Real, kOwnStates>(in, part, final_states, piece.before, thread, r.h);
-        r.time = -static_cast<Real>(INFINITY);
-        take_state<Real, kOwnStates>(in, part,
-                                     in.state_per_sequence ? in.initial_states : Plane<4>{},
-                                     piece.sequence, thread, r.h);
     }
 
     /// Writes the states of one slab where all warps read them.
@@ -463,43 +406,20 @@ struct Forward {
             }
         });
     }
-
-    SSM_DEVICE void leave(const SsdPart& part, std::int32_t sequence, int thread,
-                          const Registers& r) const {
-        if (only_ends) {
-            const std::int64_t place = end_of(part, part.segment);
-            Real* const own = own_of(part, place);
-            each_state<kOwnStates>(in, part, thread, in.dstate, 1,
-                                   [&](int n, int i, bool exists, std::int64_t offset) {
-                                       if (exists) own[offset] = r.h[n][i];
-                                   });
-            if (thread == 0 && part.first_channel == 0) ends.time[place] = r.time;
-        } else if (part.end == in.seqlen && (sequence >= 0 || !in.state_per_sequence)) {
-            put_state<Real, kOwnStates>(in, part, final_states,
-                                        in.state_per_sequence ? sequence : part.row, thread, r.h);
-        }
-    }
 };
 
 template <class Real, class Element, int kStates>
 void start(const SsdInputs& in, const SsdChunkScanArgs& args, const Exec& exec) {
     const Device device = args.X.device;
-    Forward<Real, Element, kStates> kernel{in, plane<4>(args.y), plane<4>(args.final_states)};
+    Forward<Real, Element, kStates> kernel;
+    kernel.chain(in, args, exec);
     kernel.stages = 2;
     // Rather two blocks with one stage than one block with two.
     if (2 * shared_bytes<Real>(kernel) > shared_of_multiprocessor(device)) kernel.stages = 1;
     kernel.packed_y = in_packs(args.y, 3, 2);
     kernel.packed_z = in.z && in_packs(args.z, 3, 2);
     check_room<Real>(kSsdOp, kernel, device);
-    if (in.segments > 1) {
-        kernel.ends = {in, static_cast<Real*>(exec.workspace)};
-        kernel.only_ends = true;
-        launch<Real>(kSsdOp, kernel, ssd_parts(in), device, exec);
-        kernel.only_ends = false;
-    }
-    if (in.state_per_sequence && kernel.final_states)
-        copy_ssd_states<Real>(in, in.initial_states, kernel.final_states, device, exec);
-    launch<Real>(kSsdOp, kernel, ssd_parts(in), device, exec);
+    run_ssd_chain<Real>(kernel, args, ssd_parts(in), exec);
 }
 
 }  // namespace
@@ -512,6 +432,7 @@ std::int64_t ssd_chunk_scan_fwd_workspace(const SsdChunkScanArgs& args) {
 
 void ssd_chunk_scan_fwd(const SsdChunkScanArgs& args, std::int64_t num_states, const Exec& exec) {
     const SsdInputs in = ssd_inputs(args, num_states);
+    if (starts_on_hopper(in, args, exec)) return;
     with_memory_type(args.X.dtype, [&](auto element) {
         using Element = decltype(element);
         using Real = std::conditional_t<std::is_same_v<Element, double>, double, float>;

@@ -193,8 +193,8 @@ class SsdPieces {
 /// Begins to bring the steps of a piece and `columns` columns of a tensor (B, L, G, N) to a matrix
 /// (step, column), from the element (0, 0, group, first) of the row on. What does not exist is
 /// zero, and so are skipped steps.
-template <class Element, int kColumns, int kThreads = kSsdThreads, class Block>
-SSM_DEVICE void fetch_rows(Block& block, int thread, const Matrix& to, const Plane<4>& tensor,
+template <class Element, int kColumns, int kThreads = kSsdThreads, class Block, class Stored>
+SSM_DEVICE void fetch_rows(Block& block, int thread, const Stored& to, const Plane<4>& tensor,
                            bool copies, std::int64_t row, std::int64_t group, std::int64_t first,
                            std::int64_t columns, const SsdPiece& piece) {
     const std::int64_t base = row * tensor.stride[0] + piece.begin * tensor.stride[1] +
@@ -269,10 +269,11 @@ SSM_DEVICE Real decay_between(Real high, Real low, Real from_high, Real from_low
     return exp2_of((high - from_high) + (low - from_low));
 }
 
-/// Writes the decays of a piece, by one warp. `raw(lane)` is Real[2], as fetch_steps filled it.
+/// Writes the decays of a piece from a place on, by one warp. `raw(lane)` is Real[2], as
+/// fetch_steps filled it.
 template <class Real, class Block, class Raw>
 SSM_DEVICE void write_decays(Block& block, Warp<Block>& warp, const SsdInputs& in,
-                             std::int64_t head, const SsdPiece& piece, Raw&& raw) {
+                             std::int64_t head, const SsdPiece& piece, Raw&& raw, int place = 0) {
     struct Sums {
         Real size[2];
         double own, upto, all;  // logarithms: of the second step, up to it, of the piece
@@ -307,7 +308,7 @@ SSM_DEVICE void write_decays(Block& block, Warp<Block>& warp, const SsdInputs& i
         for (int i = 0; i < 2; ++i) {
             const double upto = i == 0 ? sums.upto - sums.own : sums.upto;
             const Real high = static_cast<Real>(upto), low = static_cast<Real>(upto - high);
-            const int step = 2 * lane + i;
+            const int step = place + 2 * lane + i;
             block.write(SsdDecays::kHigh + step, high);
             block.write(SsdDecays::kLow + step, low);
             block.write(SsdDecays::kStep + step, sums.size[i]);
@@ -322,7 +323,7 @@ SSM_DEVICE void write_decays(Block& block, Warp<Block>& warp, const SsdInputs& i
 /// Calls use(n, i, exists, offset) for the accumulators [n][i] of a lane whose rows are the
 /// channels of a slab and whose columns are states: whether there is such a channel and state, and
 /// where it is in memory with these strides, from the first of the slab on.
-template <int kStates, class Use>
+template <int kStates, int kAtOnce = 4, class Use>
 SSM_DEVICE void each_state(const SsdInputs& in, const SsdPart& part, int thread,
                            std::int64_t channel_stride, std::int64_t state_stride, Use&& use) {
     const int lane = thread % kWarp, channel = thread / kWarp % 4 * 16 + lane / 4;
@@ -339,12 +340,21 @@ SSM_DEVICE void each_state(const SsdInputs& in, const SsdPart& part, int thread,
         use(n, 3, below && left > 1, offset + lower + state_stride);
         offset += next, left -= 8;
         // More accesses at a time would not leave registers for anything else.
-        if (n % 4 == 3) keep_order();
+        if (n % kAtOnce == kAtOnce - 1) keep_order();
     }
 }
 
+/// Calls `use` with a null pointer of the type in memory, which may be known: then it is `Only`.
+template <class Only, class Use>
+SSM_DEVICE void visit_only(DType dtype, Use&& use) {
+    if constexpr (std::is_void_v<Only>)
+        visit(dtype, use);
+    else
+        use(static_cast<Only*>(nullptr));
+}
+
 /// State number `sequence` of (S, H, P, N) as the accumulators of a lane; 0 where there is none.
-template <class Real, int kStates>
+template <class Real, int kStates, int kAtOnce = 4, class Only = void>
 SSM_DEVICE void take_state(const SsdInputs& in, const SsdPart& part, const Plane<4>& states,
                            std::int64_t sequence, int thread, Real (&h)[kStates / 8][4]) {
     SSM_UNROLL
@@ -352,29 +362,30 @@ SSM_DEVICE void take_state(const SsdInputs& in, const SsdPart& part, const Plane
     if (!states) return;
     const std::int64_t base = sequence * states.stride[0] + part.head * states.stride[1] +
                               part.first_channel * states.stride[2];
-    visit(states.dtype, [&](auto* type) {
+    visit_only<Only>(states.dtype, [&](auto* type) {
         using Memory = std::remove_pointer_t<decltype(type)>;
         const Memory* const from = static_cast<const Memory*>(states.data) + base;
-        each_state<kStates>(in, part, thread, states.stride[2], states.stride[3],
-                            [&](int n, int i, bool exists, std::int64_t offset) {
-                                if (exists) h[n][i] = static_cast<Real>(widen(from[offset]));
-                            });
+        each_state<kStates, kAtOnce>(in, part, thread, states.stride[2], states.stride[3],
+                                     [&](int n, int i, bool exists, std::int64_t offset) {
+                                         if (exists)
+                                             h[n][i] = static_cast<Real>(widen(from[offset]));
+                                     });
     });
 }
 
-template <class Real, int kStates>
+template <class Real, int kStates, int kAtOnce = 4, class Only = void>
 SSM_DEVICE void put_state(const SsdInputs& in, const SsdPart& part, const Plane<4>& states,
                           std::int64_t sequence, int thread, const Real (&h)[kStates / 8][4]) {
     if (!states) return;
     const std::int64_t base = sequence * states.stride[0] + part.head * states.stride[1] +
                               part.first_channel * states.stride[2];
-    visit(states.dtype, [&](auto* type) {
+    visit_only<Only>(states.dtype, [&](auto* type) {
         using Memory = std::remove_pointer_t<decltype(type)>;
         Memory* const to = static_cast<Memory*>(states.data) + base;
-        each_state<kStates>(in, part, thread, states.stride[2], states.stride[3],
-                            [&](int n, int i, bool exists, std::int64_t offset) {
-                                if (exists) narrow(h[n][i], to[offset]);
-                            });
+        each_state<kStates, kAtOnce>(in, part, thread, states.stride[2], states.stride[3],
+                                     [&](int n, int i, bool exists, std::int64_t offset) {
+                                         if (exists) narrow(h[n][i], to[offset]);
+                                     });
     });
 }
 

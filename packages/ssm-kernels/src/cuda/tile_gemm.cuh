@@ -1,6 +1,6 @@
 // Products of small matrices by the lanes of a warp: accumulators (16 x 8) += left (16 x 16) times
-// right (16 x 8), on tensor cores where the CUTLASS headers are there. The only file that knows
-// them.
+// right (16 x 8), on tensor cores where the CUTLASS headers are there. Only this file and
+// warpgroup_gemm.cuh know them.
 //
 // Where the lane l, with g = l / 4 and t = l % 4, has the elements of a fragment:
 //   left         pairs of neighbours along k: (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8)
@@ -107,8 +107,8 @@ SSM_DEVICE Fragment<Element> left_of(const Real (&near)[4], const Real (&far)[4]
 
 /// Loads the left operand whose first element is (row, k) of a matrix stored as (row, k), or, if it
 /// is transposed, as (k, row). `get(lane)` is a Fragment.
-template <bool kTransposed = false, class Warp, class Get>
-SSM_DEVICE void load_left(Warp& warp, const Matrix& from, int row, int k, Get&& get) {
+template <bool kTransposed = false, class Warp, class Stored, class Get>
+SSM_DEVICE void load_left(Warp& warp, const Stored& from, int row, int k, Get&& get) {
     warp.template load<kTransposed>(
         [&](int lane) {
             const int low = lane % 16, high = lane / 16 * 8;
@@ -120,8 +120,8 @@ SSM_DEVICE void load_left(Warp& warp, const Matrix& from, int row, int k, Get&& 
 
 /// Loads the two right operands whose first elements are (k, column) and (k, column + 8) of a
 /// matrix stored as (column, k), or, if it is transposed, as (k, column).
-template <bool kTransposed = false, class Warp, class Get>
-SSM_DEVICE void load_right(Warp& warp, const Matrix& from, int k, int column, Get&& get) {
+template <bool kTransposed = false, class Warp, class Stored, class Get>
+SSM_DEVICE void load_right(Warp& warp, const Stored& from, int k, int column, Get&& get) {
     warp.template load<kTransposed>(
         [&](int lane) {
             const int low = lane % 16, high = lane / 16 * 8;
