@@ -172,6 +172,9 @@ WRONG_VALUES = {
     "mamba_inner_fn: x_proj_weight must have shape (R + 2 N, D) = (7, 2)": lambda: inner(
         x_proj_weight=torch.ones(6, 2)
     ),
+    "mamba_inner_fn: x_proj_weight must have at least 4 rows, got 3": lambda: inner(
+        x_proj_weight=torch.ones(3, 2), B=torch.ones(2, 3)
+    ),
     "mamba_inner_fn: delta_proj_weight must have shape (D, R)": lambda: inner(
         delta_proj_weight=torch.ones(3, 1)
     ),

@@ -346,8 +346,9 @@ def mamba_inner_fn(
         xz: (B, 2 D, L), float64 | float32 | bfloat16 | float16: what in_proj gives, channels first.
         conv1d_weight: (D, 1, W).
         conv1d_bias: (D,) or None.
-        x_proj_weight: (R + 2 N, D). Projection to step size, B and C; without the N rows of what is
-            given; 2 N in place of N, pairs of real and imaginary part, if A is complex.
+        x_proj_weight: (R + 2 N, D). Projection to step size, B and C; the N rows of what is given
+            are not read and may be missing; 2 N in place of N, pairs of real and imaginary part,
+            if A is complex.
         delta_proj_weight: (D, R).
         out_proj_weight: (E, D).
         out_proj_bias: (E,) or None.
@@ -394,8 +395,13 @@ def mamba_inner_fn(
     check_tensor(name, "A", A, {"D, N": (dim, "N")}, xz.device, (*FLOATS, *_COMPLEX))
     rank, numbers = delta_proj_weight.shape[1], 2 if _is_complex(A) else 1
     dstate = numbers * A.shape[-1]
-    rows = rank + dstate * ((B is None) + (C is None))
+    # Rows of what is given may be there: as upstream, those of C are counted from the end.
+    is_whole = B is None and C is None
+    rows = rank + 2 * dstate if is_whole else "R"
     check_tensor(name, "x_proj_weight", x_proj_weight, {"R + 2 N, D": (rows, dim)}, xz.device)
+    least, got = rank + dstate * ((B is None) + (C is None)), x_proj_weight.shape[0]
+    if got < least:
+        raise ValueError(f"{name}: x_proj_weight must have at least {least} rows, got {got}")
     _check_projection(name, "out_proj", out_proj_weight, out_proj_bias, dim, xz)
     for argument, bias in (("B_proj_bias", B_proj_bias), ("C_proj_bias", C_proj_bias)):
         check_tensor(name, argument, bias, {"N": (dstate,)}, xz.device, optional=True)
