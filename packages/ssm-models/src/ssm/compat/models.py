@@ -59,17 +59,17 @@ def create_block(
         check_int("create_block", "attn_layer_idx", index, 0)
     layers = [-1 if layer_idx is None else layer_idx, *(attn_layer_idx or ())]
     config = _config(
-        d_model,
-        max(layers) + 1,
-        d_intermediate,
-        1,
-        ssm_cfg,
-        attn_layer_idx,
-        attn_cfg,
-        norm_epsilon,
-        rms_norm,
-        fused_add_norm,
-        residual_in_fp32,
+        d_model=d_model,
+        n_layer=max(layers) + 1,
+        d_intermediate=d_intermediate,
+        vocab_size=1,
+        ssm_cfg=ssm_cfg,
+        attn_layer_idx=attn_layer_idx,
+        attn_cfg=attn_cfg,
+        norm_epsilon=norm_epsilon,
+        rms_norm=rms_norm,
+        fused_add_norm=fused_add_norm,
+        residual_in_fp32=residual_in_fp32,
     )
     block = build.create_block(config, layer_idx, device, dtype)
     block.layer_idx = layer_idx
@@ -117,17 +117,17 @@ class MixerModel(lm.MixerModel):
         dtype=None,
     ):
         config = _config(
-            d_model,
-            n_layer,
-            d_intermediate,
-            vocab_size,
-            ssm_cfg,
-            attn_layer_idx,
-            attn_cfg,
-            norm_epsilon,
-            rms_norm,
-            fused_add_norm,
-            residual_in_fp32,
+            d_model=d_model,
+            n_layer=n_layer,
+            d_intermediate=d_intermediate,
+            vocab_size=vocab_size,
+            ssm_cfg=ssm_cfg,
+            attn_layer_idx=attn_layer_idx,
+            attn_cfg=attn_cfg,
+            norm_epsilon=norm_epsilon,
+            rms_norm=rms_norm,
+            fused_add_norm=fused_add_norm,
+            residual_in_fp32=residual_in_fp32,
         )
         if initializer_cfg is not None and not isinstance(initializer_cfg, dict):
             raise TypeError(f"MixerModel: initializer_cfg must be a dict, got {initializer_cfg!r}")
@@ -187,30 +187,12 @@ def load_state_dict_hf(model_name, device=None, dtype=None):
     return {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
 
-def _config(
-    d_model,
-    n_layer,
-    d_intermediate,
-    vocab_size,
-    ssm_cfg,
-    attn_layer_idx,
-    attn_cfg,
-    norm_epsilon,
-    rms_norm,
-    fused_add_norm,
-    residual_in_fp32,
-) -> MambaConfig:
+def _config(ssm_cfg, attn_layer_idx, attn_cfg, **others) -> MambaConfig:
+    """Return the config of arguments of upstream's, where None is an empty one."""
     return MambaConfig(
-        d_model=d_model,
-        d_intermediate=d_intermediate,
-        n_layer=n_layer,
-        vocab_size=vocab_size,
         ssm_cfg={} if ssm_cfg is None else ssm_cfg,
         attn_layer_idx=[] if attn_layer_idx is None else attn_layer_idx,
         attn_cfg={} if attn_cfg is None else attn_cfg,
-        rms_norm=rms_norm,
-        residual_in_fp32=residual_in_fp32,
-        fused_add_norm=fused_add_norm,
         pad_vocab_size_multiple=1,
-        norm_epsilon=norm_epsilon,
+        **others,
     )
