@@ -55,6 +55,7 @@ def test_counts_nothing_without_a_log(tmp_path):
     ("arguments", "message"),
     [
         (["--python", "/nowhere/python"], "--python must be a working Python 3.10 or later"),
+        (["-j1", "kernels", "--python", "/nowhere/python", "docs"], "--python must be a working"),
         (["--python", sys.executable], "a C++ compiler must be on PATH, got none"),
     ],
 )

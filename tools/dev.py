@@ -366,7 +366,8 @@ def main() -> int:
     parser.add_argument(
         "--gpu-archs", default="auto", help="auto (default), release, or a list such as 80,90a"
     )
-    arguments = parser.parse_args()
+    # So that suites may stand behind options.
+    arguments = parser.parse_intermixed_args()
     try:
         return COMMANDS[arguments.command](arguments) or 0
     except Fault as fault:
