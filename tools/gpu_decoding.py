@@ -19,7 +19,8 @@ MODELS = {
     "mamba2_float16": ("Mamba2", {"d_model": 256, "n_layer": 4, "vocab_size": 1000}, "float16"),
 }
 BATCHES = (1, 64)
-PROMPT, NEW, REPEATS = 32, 64, 3
+# So that attention outgrows its first graph, of a room of 256 tokens.
+PROMPT, NEW, REPEATS = 254, 64, 3
 # A rehearsal on the CPU wants the same code, not the same work.
 SMALLER = {"d_model": 64, "n_layer": 1, "vocab_size": 100}
 ATTENTION = {"num_heads": 4, "causal": True, "rotary_emb_dim": 16}
@@ -55,23 +56,31 @@ def compare(name: str, batch: int, device: str) -> dict:
     model = MambaLMHeadModel(config, device=device, dtype=getattr(torch, dtype)).eval()
     texts = torch.randint(0, sizes["vocab_size"], (2, batch, PROMPT), device=device)
     reason = why_not(model, model.allocate_state(batch))
-    # Attention reads a cache that grows, which no graph can.
-    if device == "cuda" and (reason is not None) != is_hybrid:
-        raise AssertionError(f"decoded {'with' if reason is None else 'without'} a graph: {reason}")
+    if device == "cuda" and reason is not None:
+        raise AssertionError(f"decoded without a graph: {reason}")
 
-    def decode(ids, graphs: bool):
+    def decode(ids, graphs: bool, tokens=None):
         state = model.allocate_state(batch)
         options = {"state": state, "return_dict_in_generate": True, "output_scores": True}
-        found = model.generate(ids, max_new_tokens=new, cg=graphs, **options)
+        found = model.generate(
+            ids, max_new_tokens=new, cg=graphs, teacher_outputs=tokens, **options
+        )
         held = [t for each in state.key_value_memory_dict.values() for t in each]
+        # Of the cache of an attention (B, T, 2, Hkv, P) what holds tokens.
+        held = [t[:, : PROMPT + new - 1] if t.dim() == 5 else t for t in held]
         return [found.sequences, torch.stack(found.scores, 1), *held]
 
     # Twice the first text: the second and third call reuse the graph of the first.
     for ids in (texts[0], texts[1], texts[0]):
-        found, expected = decode(ids, True), decode(ids, False)
+        expected = decode(ids, False)
+        # Attention sums in another order in a graph: rounding may decide for another token.
+        found = decode(ids, True, expected[0] if is_hybrid else None)
         names = ["tokens", "scores"] + ["states"] * (len(found) - 2)
         for what, got, want in zip(names, found, expected, strict=True):
-            if not torch.equal(got, want):
+            if is_hybrid and got.is_floating_point():
+                if not (far := difference(got, want)) <= BOUNDS[dtype]:
+                    raise AssertionError(f"{what} are {far:.3g} from those without a graph")
+            elif not torch.equal(got, want):
                 raise AssertionError(f"{what}: other bits with a graph")
     with torch.no_grad():
         whole = model(found[0][:, :-1]).logits[:, PROMPT - 1 :]

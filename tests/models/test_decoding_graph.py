@@ -243,11 +243,111 @@ def test_model_can_be_copied_after_decoding(recorder):
     assert len(recorder.replays) == 2
 
 
-def test_attention_decodes_without_graphs(recorder):
-    model, ids = make(attn_layer_idx=[1], attn_cfg=ATTENTION), prompts()
-    assert outcome(model, ids, cg=True) == outcome(model, ids)
-    assert recorder.replays == []
-    assert "attention" in why_not(model, model.allocate_state(3))
+HYBRIDS = {
+    "rotary": {"attn_layer_idx": [1], "attn_cfg": {**ATTENTION, "rotary_emb_dim": 4}},
+    "conv": {"attn_layer_idx": [0], "attn_cfg": {**ATTENTION, "num_heads_kv": 1, "d_conv": 3}},
+    "alone": {"attn_layer_idx": [0, 1], "attn_cfg": {**ATTENTION, "mlp_dim": 8}},
+}
+
+
+@pytest.fixture
+def small_rooms(monkeypatch):
+    monkeypatch.setattr(decoding_graph, "LEAST_ROOM", 4)
+
+
+def close(model, ids, limit=None, **options):
+    """Generate with graphs and without; return both states, having compared what came out."""
+    states = [model.allocate_state(len(ids), max_seqlen=limit) for _ in range(2)]
+    found = []
+    for graphs, state in enumerate(states):
+        found.append(
+            model.generate(
+                ids,
+                state=state,
+                cg=bool(graphs),
+                return_dict_in_generate=True,
+                output_scores=True,
+                **{"max_new_tokens": 7, **options},
+            )
+        )
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    # Attention sums in another order, and where there is nothing it adds zeros.
+    torch.testing.assert_close(found[1].scores, found[0].scores, rtol=1e-12, atol=1e-12)
+    assert_same_state(*states)
+    return states
+
+
+def assert_same_state(plain, graphed):
+    assert plain.seqlen_offset == graphed.seqlen_offset
+    for layer, held in plain.key_value_memory_dict.items():
+        lengths = held[-1] if held[-1].dim() == 1 else None
+        for want, got in zip(held, graphed.key_value_memory_dict[layer], strict=True):
+            if want.dim() == 5:
+                inside = torch.arange(lengths.max()) < lengths[:, None]
+                want, got = (t[:, : lengths.max()][inside] for t in (want, got))
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_attention_decodes_in_rooms_that_double(recorder, small_rooms, name):
+    model = make(dtype=torch.float64, **HYBRIDS[name])
+    close(model, prompts(length=2), max_new_tokens=20)  # tokens 2 to 20 are fed
+    assert recorder.replays == [2, 4, 8, 5]  # in rooms of 4, 8, 16 and 32
+    close(model, prompts(length=17), max_new_tokens=3)
+    assert recorder.replays == [2, 4, 8, 7]
+
+
+def test_attention_decodes_ragged_prompts(recorder, small_rooms):
+    model = make(dtype=torch.float64, **HYBRIDS["rotary"])
+    mask = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1], [1, 0, 0, 1]])
+    _, state = close(model, prompts(), attention_mask=mask)
+    assert state.key_value_memory_dict[1][-1].tolist() == [8, 9, 8]
+    assert recorder.replays == [4, 2]
+
+
+def test_room_ends_at_the_limit_of_a_state(recorder, small_rooms):
+    model = make(dtype=torch.float64, **HYBRIDS["rotary"])
+    _, state = close(model, prompts(), limit=10)
+    assert state.key_value_memory_dict[1][0].shape[1] == 10
+    assert recorder.replays == [4, 2]
+    assert decoding_graph._kept[model][1].room == 10
+    assert "is full" in why_not(model, state)
+    assert why_not(model, model.allocate_state(3, max_seqlen=10)) is None
+
+
+def test_what_another_text_left_in_a_cache_is_not_heard(recorder):
+    model = make(dtype=torch.float64, **HYBRIDS["rotary"])
+    model.generate(prompts(length=9), max_new_tokens=4, cg=True)
+    for tensor in decoding_graph._kept[model][1].layers[1][:-1]:
+        tensor.fill_(float("nan"))
+    close(model, prompts(length=2))
+    assert len(recorder.replays) == 1
+
+
+@pytest.mark.parametrize(
+    ("length", "limit", "replays"),
+    [(7, 8, [3, 5]), (7, None, [3, 5]), (19, None, [2, 6])],
+    ids=["in_place", "same_room", "more_room"],
+)
+def test_longer_rows_put_in_between_tokens_find_room(recorder, monkeypatch, length, limit, replays):
+    monkeypatch.setattr(decoding_graph, "LEAST_ROOM", 8)
+    model = make(dtype=torch.float64, **HYBRIDS["rotary"])
+    ids, others = prompts(length=2), prompts(length=length)
+    states = [model.allocate_state(3) for _ in range(2)]
+    seen = {}
+    for graphs, state in enumerate(states):
+        longer = model.allocate_state(3, max_seqlen=limit)
+        with torch.no_grad():
+            model(others, state=longer)
+        seen[graphs] = []
+        stream = model.stream(ids, max_new_tokens=9, state=state, cg=bool(graphs))
+        for i, tokens in enumerate(stream):
+            seen[graphs].append(tokens.tolist())
+            if i == 2:
+                state.update([1], longer.gather([2]))
+    assert seen[0] == seen[1]
+    assert_same_state(*states)
+    assert recorder.replays == replays
 
 
 def test_cpu_has_no_graphs():

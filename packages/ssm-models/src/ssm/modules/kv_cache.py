@@ -6,6 +6,9 @@ tokens; what lies behind them is never read. The functions here know nothing of 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -81,6 +84,23 @@ def layout_of(seq_meta: SeqMeta, batch: int, seqlen: int, device) -> Layout:
     return Layout(sequence, (seen - 1 - first).clamp(min=0), ids)
 
 
+_is_reading = ContextVar("_is_reading", default=True)
+
+
+@contextlib.contextmanager
+def without_reading() -> Iterator[None]:
+    """Plan by sizes alone: what runs inside serves other lengths later, as in a captured graph.
+
+    Calls then take their limit for the slots that may hold tokens, and whoever runs them again must
+    see to it that the tokens fit.
+    """
+    token = _is_reading.set(False)
+    try:
+        yield
+    finally:
+        _is_reading.reset(token)
+
+
 def plan_write(
     owner: str,
     slots: int,
@@ -127,7 +147,7 @@ def plan_write(
         order, count = _sorted_by_row(torch.where(keep, row, rows), rows)
         if seqlen == 1 and not per_sequence:
             order = None
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not _is_reading.get():
         # Lengths are data here: take what is enough whatever they are.
         needed = slots + seqlen if limit is None else limit
         uniform = 0 if slots == 0 and layout is None else None

@@ -3,6 +3,9 @@
 A step of decoding is hundreds of small kernels, and launching them takes the processor longer than
 running them takes the GPU. A graph launches all of them at once. It runs on fixed addresses, so the
 state of a text moves into the tensors of the graph while it decodes, and back when it ends.
+
+Sizes are fixed as well: in a graph, attention reads the whole room of its cache and leaves out what
+is empty. So the room begins small and doubles when it is full, with a graph for each.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ssm.state import State
+from ssm.modules.kv_cache import without_reading
+from ssm.state import CACHE_AXES, LayerState, State
 from ssm.utils import dispatch
 
 Step = Callable[[], Tensor]
@@ -51,31 +55,38 @@ _capturing = threading.Lock()
 RECORDERS: dict[str, Callable] = {"cuda": record_cuda}
 
 
+# Tokens in the cache of an attention below which no smaller graph is worth capturing.
+LEAST_ROOM = 256
+
+
 class DecodingGraph:
     """One step of decoding, captured, and the tensors that it reads and writes.
 
     Args:
         model: as in ``generate``. The graph does not keep it alive.
         state: one like it will be decoded from; its values are not looked at.
+        room: tokens that the caches of attentions take; None where there are none.
         record: entry of ``RECORDERS``.
 
     Raises:
         ValueError: the model does not step its state in place.
     """
 
-    def __init__(self, model: nn.Module, state: State, record: Callable) -> None:
+    def __init__(self, model: nn.Module, state: State, room: int | None, record: Callable) -> None:
+        self.room = room
         # What outlives this call may be no inference tensor, which nobody could write to later.
         with torch.inference_mode(False), torch.no_grad():
             self.layers = {
-                layer: tuple(torch.zeros_like(tensor) for tensor in held)
+                layer: tuple(_zeros_like(tensor, room) for tensor in held)
                 for layer, held in state.key_value_memory_dict.items()
             }
             device = _device_of(state)
             self._tokens = torch.zeros(len(state), 1, dtype=torch.int64, device=device)
-            own = State(dict(self.layers), state.max_batch_size, state.max_seqlen)
+            own = State(dict(self.layers), state.max_batch_size, room)
 
             def step() -> Tensor:
-                return model(self._tokens, state=own, num_last_tokens=1).logits[:, -1]
+                with without_reading():
+                    return model(self._tokens, state=own, num_last_tokens=1).logits[:, -1]
 
             with _without_cast_cache(device.type):
                 self._replay, self._logits = record(step, device)
@@ -109,7 +120,8 @@ class Decoder:
         self._wanted = graphs
         self._graph: DecodingGraph | None = None
         self._key: tuple = ()
-        self._own: dict[int, tuple[Tensor, ...]] = {}
+        self._own: dict[int, LayerState] = {}
+        self._held = 0  # tokens in the longest row, or more
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
@@ -121,8 +133,8 @@ class Decoder:
         Returns:
             (B, V), logits of the tokens after these.
         """
-        if self._graph is not None and not self._is_lent():
-            self.close()  # the caller put other tensors into the state
+        if self._graph is not None and not (self._is_lent() and self._has_room()):
+            self.close()  # the next one has more room, or starts from what the caller put in
         if self._graph is None and self._wanted:
             self._wanted = why_not(self._model, self._state) is None
         if not self._wanted:
@@ -131,6 +143,7 @@ class Decoder:
             self._lend()
         logits = self._graph.step(tokens)
         self._state.seqlen_offset += 1
+        self._held += 1
         return logits
 
     @torch.no_grad()
@@ -141,18 +154,28 @@ class Decoder:
         memory = self._state.key_value_memory_dict
         for layer, lent in self._graph.layers.items():
             if memory.get(layer) is lent:
-                memory[layer] = _copied(lent, self._own[layer])
+                memory[layer] = _with_room(self._own[layer], self._held)
+                _copy(lent, memory[layer])
         self._own = {}
         _kept[self._model] = (self._key, self._graph)
         self._graph = None
 
     def _lend(self) -> None:
-        self._key = _key(self._model, self._state)
-        self._graph = _take(self._model, self._state, self._key)
+        self._held = _tokens_in(self._state)
+        room = _room_for(self._state, self._held)
+        self._key = _key(self._model, self._state, room)
+        self._graph = _take(self._model, self._state, room, self._key)
         memory = self._state.key_value_memory_dict
         self._own = dict(memory)
         for layer, lent in self._graph.layers.items():
-            memory[layer] = _copied(memory[layer], lent)
+            for tensor in lent:
+                if tensor.dim() == CACHE_AXES:
+                    tensor.zero_()  # of another text, where a NaN would reach this one as 0 * NaN
+            _copy(memory[layer], lent)
+            memory[layer] = lent
+
+    def _has_room(self) -> bool:
+        return self._graph.room is None or self._held < self._graph.room
 
     def _is_lent(self) -> bool:
         memory = self._state.key_value_memory_dict
@@ -174,9 +197,9 @@ def why_not(model, state: State) -> str | None:
         return "there is nothing to capture"
     if (device := _device_of(state).type) not in RECORDERS:
         return f"device type {device} has no graphs"
-    # The one kind of state with a single axis: how many tokens each row of the cache holds.
-    if any(tensor.dim() == 1 for tensor in held):
-        return "the cache of an attention grows, and a graph would read all of its room every time"
+    limit = state.max_seqlen if _has_cache(state) else None
+    if limit is not None and _tokens_in(state) >= limit:
+        return "the cache of its attention is full"
     if any(getattr(module, "process_group", None) is not None for module in model.modules()):
         return "its ranks exchange data outside of the GPU's own queue"
     if any(tensor.requires_grad for tensor in held):
@@ -199,16 +222,43 @@ _kept: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, DecodingGraph]]
 _kept = weakref.WeakKeyDictionary()
 
 
-def _take(model: nn.Module, state: State, key: tuple) -> DecodingGraph:
+def _take(model: nn.Module, state: State, room: int | None, key: tuple) -> DecodingGraph:
     """Return the kept graph if it was captured under the same key, else a new one."""
     known, graph = _kept.pop(model, (None, None))
     if known == key:
         return graph
     del graph  # before the memory of another one is needed
-    return DecodingGraph(model, state, RECORDERS[_device_of(state).type])
+    return DecodingGraph(model, state, room, RECORDERS[_device_of(state).type])
 
 
-def _key(model: nn.Module, state: State) -> tuple:
+def _has_cache(state: State) -> bool:
+    held = state.key_value_memory_dict.values()
+    return any(tensor.dim() == CACHE_AXES for tensors in held for tensor in tensors)
+
+
+def _tokens_in(state: State) -> int:
+    """Return how many tokens the longest row of a cache holds, or more."""
+    # The one kind of state with a single axis: tokens of each row.
+    held = state.key_value_memory_dict.values()
+    lengths = [tensor.amax() for tensors in held for tensor in tensors if tensor.dim() == 1]
+    return max(state.seqlen_offset, int(torch.stack(lengths).amax()) if lengths else 0)
+
+
+def _room_for(state: State, tokens: int) -> int | None:
+    """Return the room of the graph that adds to so many tokens."""
+    if not _has_cache(state):
+        return None
+    room = max(LEAST_ROOM, 1 << tokens.bit_length())
+    return room if state.max_seqlen is None else min(room, state.max_seqlen)
+
+
+def _zeros_like(tensor: Tensor, room: int | None) -> Tensor:
+    if tensor.dim() != CACHE_AXES:
+        return torch.zeros_like(tensor)
+    return tensor.new_zeros(len(tensor), room, *tensor.shape[2:])
+
+
+def _key(model: nn.Module, state: State, room: int | None) -> tuple:
     """Return what a captured step depends on, apart from values in memory."""
     device = _device_of(state)
     kind = device.type
@@ -217,7 +267,8 @@ def _key(model: nn.Module, state: State) -> tuple:
     weights = [*model.parameters(), *model.buffers()]
     return (
         stream,
-        {n: [_form(tensor) for tensor in t] for n, t in state.key_value_memory_dict.items()},
+        room,
+        {n: [_form_of_state(s) for s in held] for n, held in state.key_value_memory_dict.items()},
         [(tensor.data_ptr(), _form(tensor)) for tensor in weights],
         model.training,
         torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
@@ -231,6 +282,12 @@ def _form(tensor: Tensor) -> tuple:
     return tensor.device, tensor.dtype, tensor.shape, tensor.stride()
 
 
+def _form_of_state(tensor: Tensor) -> tuple:
+    if tensor.dim() != CACHE_AXES:
+        return _form(tensor)
+    return tensor.device, tensor.dtype, len(tensor), tensor.shape[2:]  # the graph has its own room
+
+
 def _device_of(state: State) -> torch.device:
     for tensors in state.key_value_memory_dict.values():
         for tensor in tensors:
@@ -238,15 +295,24 @@ def _device_of(state: State) -> torch.device:
     return torch.device("cpu")
 
 
-def _addresses(layers: dict[int, tuple[Tensor, ...]]) -> dict[int, list[int]]:
+def _addresses(layers: dict[int, LayerState]) -> dict[int, list[int]]:
     return {layer: [tensor.data_ptr() for tensor in held] for layer, held in layers.items()}
 
 
-def _copied(source: tuple[Tensor, ...], target: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Write values into other tensors, and return those."""
+def _copy(source: LayerState, target: LayerState) -> None:
+    """Write values into other tensors; of a cache as many slots as both have."""
     for new, old in zip(source, target, strict=True):
+        if old.dim() == CACHE_AXES:
+            slots = min(new.shape[1], old.shape[1])
+            new, old = new[:, :slots], old[:, :slots]
         old.copy_(new)
-    return target
+
+
+def _with_room(states: LayerState, tokens: int) -> LayerState:
+    """Return the states, but another cache, empty, in the place of one with too little room."""
+    if not any(tensor.dim() == CACHE_AXES and tensor.shape[1] < tokens for tensor in states):
+        return states
+    return tuple(_zeros_like(t, tokens) if t.dim() == CACHE_AXES else t for t in states)
 
 
 def _without_cast_cache(kind: str):

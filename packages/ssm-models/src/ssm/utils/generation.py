@@ -95,9 +95,9 @@ def generate(model, input_ids: Tensor, max_length: int | None = None, **kwargs):
         return_dict_in_generate: return a GenerateOutput.
         output_scores: keep the logits of every step in it.
         enable_timing: keep the time that the call took in it; a GPU is waited for.
-        cg: decode with a CUDA graph, which is kept for the next call; the tokens stay the same.
-            Without effect where ``ssm.utils.decoding_graph.why_not`` gives a reason: on a CPU, and
-            with attention.
+        cg: decode with a CUDA graph, which is kept for the next call; the tokens stay the same,
+            except where rounding decides between two: attention sums in another order then.
+            Without effect where ``ssm.utils.decoding_graph.why_not`` gives a reason, as on a CPU.
 
     Returns:
         (B, length) int64, or a GenerateOutput. All rows being finished ends the loop early.
