@@ -256,6 +256,23 @@ def test_cu_seqlens_have_a_state_each(variant, with_grad):
         assert_same_row(state, row, alone[row])
 
 
+@some_variants
+@pytest.mark.parametrize("with_grad", [False, True])
+def test_cu_seqlens_of_very_unequal_lengths_have_a_state_each(variant, with_grad):
+    """One long sequence among short ones: each is attended to by itself, none is padded."""
+    m, ends = mha(variant), [0, 1, 2, 3, 14, 14, 15]
+    state = m.allocate_state(6)
+    alone = [m.allocate_state(1) for _ in range(6)]
+    with torch.set_grad_enabled(with_grad):
+        for _ in range(2):
+            x = inputs(1, 15)
+            y = m(x, state=state, cu_seqlens=torch.tensor(ends))
+            for row, (begin, end) in enumerate(itertools.pairwise(ends)):
+                close(y[:, begin:end], m(x[:, begin:end], state=alone[row]))
+    for row in range(6):
+        assert_same_row(state, row, alone[row])
+
+
 @each_variant
 @pytest.mark.parametrize("mask", ["0011111", "1111100", "1011011", "0000000"])
 def test_padding_is_skipped(variant, mask):
@@ -375,6 +392,9 @@ def test_lengths_per_sample_say_what_each_row_holds():
         assert params.key_value_memory_dict[0][-1].tolist() == [3, 6]
         params.lengths_per_sample = torch.tensor([2, 5, 1])
         with pytest.raises(ValueError, match=r"lengths_per_sample must have shape \(2,\), got"):
+            m(x[:, 6:], params)
+        params.lengths_per_sample = torch.tensor([2, -1])
+        with pytest.raises(ValueError, match="lengths_per_sample must not be negative, got -1"):
             m(x[:, 6:], params)
 
 

@@ -15,6 +15,7 @@ from ssm.modules.mamba1 import Mamba1
 from ssm.modules.mamba2 import Mamba2
 from ssm.modules.mlp import MLP, GatedMLP
 from ssm.modules.norm import RMSNorm, RMSNormGated
+from ssm.modules.rotary import Rotary
 from ssm.seq_meta import SeqMeta
 from ssm.state import State
 
@@ -111,6 +112,8 @@ WRONG_TYPES = {
         ngroups=None
     ),
     "mamba_split_conv1d_scan_combined: headdim must be an int, got str": lambda: split(headdim="2"),
+    "mamba_split_conv1d_scan_combined: D must be a torch.Tensor, got float": lambda: split(D=1.0),
+    "MambaConfig: attn_layer_idx must be a list, got 1": lambda: MambaConfig(attn_layer_idx=1),
     "mamba_inner_fn: xz must be a torch.Tensor, got NoneType": lambda: inner(xz=None),
     "mamba_inner_fn: A must be a torch.Tensor, got float": lambda: inner(A=1.0),
     "mamba_inner_fn: B_proj_bias must be a torch.Tensor, got bool": lambda: inner(B_proj_bias=True),
@@ -138,6 +141,12 @@ WRONG_TYPES = {
     ),
 }
 WRONG_VALUES = {
+    "Rotary: dim must be even and positive, got 3": lambda: Rotary(3),
+    "Rotary: dim must be even and positive, got 0": lambda: Rotary(0),
+    "Rotary: base must be positive, got 0": lambda: Rotary(2, base=0),
+    "causal_conv1d_varlen_states: cu_seqlens must be on cpu, got meta": lambda: varlen(
+        cu_seqlens=torch.tensor([0, 4], device="meta")
+    ),
     "Mamba1: dt_max must be positive, got nan": lambda: Mamba1(8, dt_max=float("nan")),
     "MHA: softmax_scale must be positive, got inf": lambda: MHA(8, 2, softmax_scale=float("inf")),
     "GatedMLP: x must have shape (..., 8), got (2, 3)": lambda: GatedMLP(8)(ONE),

@@ -271,6 +271,19 @@ def test_temperature_changes_frequencies():
     assert abs(flat[0] - 0.75) < 0.027
 
 
+def test_do_sample_decides_between_drawing_and_the_best(model):
+    ids = prompts()
+    want = model.generate(ids, max_new_tokens=8)
+    free = {"max_new_tokens": 8, "top_k": 0, "temperature": 5.0, "seed": 0}
+    assert torch.equal(model.generate(ids, do_sample=False, **free), want)
+    assert not torch.equal(model.generate(ids, do_sample=True, **free), want)
+    # The penalty is no part of the draw.
+    punished = model.generate(ids, max_new_tokens=8, repetition_penalty=9.0)
+    assert not torch.equal(punished, want)
+    got = model.generate(ids, do_sample=False, repetition_penalty=9.0, **free)
+    assert torch.equal(got, punished)
+
+
 def test_nothing_to_generate(model):
     ids = prompts()
     assert torch.equal(model.generate(ids, max_length=4), ids)

@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ssm import state as state_module
 from ssm.state import State
 
 
@@ -139,6 +140,18 @@ def test_gradients_flow_through_fork_gather_and_update():
     assert gradient(fresh.update([1], State({0: (leaf[:1] * 3,)}, 1))) == [3, 1]
 
 
+def test_update_leaves_what_a_graph_holds_alone():
+    leaf = torch.ones(2, 3, requires_grad=True)
+    held = leaf * 2
+    loss = (held * held).sum()
+    state, other = State({0: (held,)}, 2), State({0: (torch.zeros(1, 3),)}, 1)
+    with torch.no_grad():
+        state.update([0], other)
+    assert state.key_value_memory_dict[0][0][:, 0].tolist() == [0, 2]
+    loss.backward()
+    assert (leaf.grad == 8).all()
+
+
 def test_lengths_of_the_protocol_go_with_their_rows():
     state = counted()
     state.lengths_per_sample = torch.tensor([5, 6, 7])
@@ -181,6 +194,30 @@ def test_empty_states_can_be_saved(tmp_path):
         loaded = State.load(tmp_path / "state")
         assert values(loaded) == values(state)
         assert len(loaded) == len(state)
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "state"
+    counted().save(path)
+
+    def half(tensors, target, metadata):
+        target.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(state_module, "save_file", half)
+    with pytest.raises(OSError, match="disk full"):
+        counted(4).save(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["state"]
+    assert rows_of(State.load(path)) == [0, 1, 2]
+
+
+def test_a_loaded_state_does_not_follow_its_file(tmp_path):
+    path = tmp_path / "state"
+    counted().save(path)
+    loaded = State.load(path)
+    with open(path, "r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert rows_of(loaded) == [0, 1, 2]
 
 
 def test_load_refuses_what_is_no_whole_state(tmp_path):
@@ -256,5 +293,6 @@ def test_rejects_bad_rows(call, message):
 def test_rejects_indices_that_are_no_integers():
     with pytest.raises(TypeError, match=r"State: indices must hold integers, got torch\.bool"):
         counted().gather(torch.ones(3, dtype=torch.bool))
-    with pytest.raises(TypeError, match=r"State: n must be an int, got 1\.5"):
-        counted().fork(1.5)
+    for n in (1.5, True):
+        with pytest.raises(TypeError, match=rf"State: n must be an int, got {n}"):
+            counted().fork(n)

@@ -91,6 +91,8 @@ def test_checkpoint_holds_tensors_and_plain_values_only(tmp_path):
 
 def test_resume_refuses_another_run(tmp_path):
     options = TrainOptions(**OPTIONS)
+    with pytest.raises(ValueError, match="train: out must be given to resume, got None"):
+        train(model(), TEXT, options, resume=True)
     with pytest.raises(FileNotFoundError, match=r"training\.pt must exist to resume"):
         train(model(), TEXT, options, out=tmp_path, resume=True)
     train(model(), TEXT, options, out=tmp_path)
@@ -135,6 +137,17 @@ def test_what_decays():
         *("norm.weight", "norm2.weight", "backbone.norm_f.weight"),
     }
     assert len(decay["params"]) + len(keep["params"]) == len(names)
+
+
+def test_frozen_parameters_are_left_out():
+    m = model()
+    m.backbone.embedding.weight.requires_grad_(False)
+    m.backbone.layers[0].mixer.A_log.requires_grad_(False)
+    found = {id(p) for group in parameter_groups(m, 0.3) for p in group["params"]}
+    assert found == {id(p) for p in m.parameters() if p.requires_grad}
+    before = m.backbone.embedding.weight.clone()
+    train(m, TEXT, TrainOptions(**OPTIONS))
+    assert torch.equal(m.backbone.embedding.weight, before)
 
 
 def test_schedule():
