@@ -133,9 +133,12 @@ struct ConvAdjoint {
             }
             if (own) weights.bias[c] += gradient;
         }
+        // As k == inputs.missing, compilers would index registers by the latter, and use local
+        // memory.
+        const unsigned oldest = 1u << inputs.missing;
         SSM_UNROLL
         for (int k = 0; k < kConvTaps; ++k)
-            if (k == inputs.missing) put(in, out, k, put_input);
+            if (oldest >> k & 1) put(in, out, k, put_input);
     }
 
     /// The sequence ends: its last inputs are the final state, where there is one.
