@@ -119,6 +119,15 @@ def test_extreme_gates(value, dtype):
         assert_close("dgate", got["dgate"], want, TOLERANCES[OP, "float32"])
 
 
+@pytest.mark.parametrize(("dtype", "least", "most"), [("float32", 80, 120), ("float64", 700, 800)])
+def test_gates_whose_exponential_overflows(dtype, least, most):
+    gate = np.linspace(-most, -least, 1111).astype(dtype)
+    one = np.ones_like(gate)
+    got = {"y": forward({"gate": gate, "up": one}), **backward({"gate": gate, "up": one}, one)}
+    for name, values in got.items():
+        assert (np.abs(values) < 1e-30).all(), name
+
+
 @pytest.mark.parametrize("name", ["gate", "up", "dy"])
 def test_nan_stays_nan(name):
     values = {n: np.ones(37, np.float32) for n in ("gate", "up", "dy")}

@@ -60,8 +60,8 @@ SSM_DEVICE Real exp_of(Real x) {
     const Real lost = fma_of(x, kLow, fma_of(x, kHigh, -power));
     const Real result = exp2_of(power);
     const Real size = power < 0 ? -power : power;
-    // Beyond these the result is 0 or infinite, and the lost part may be no number.
-    constexpr Real kReach = sizeof(Real) == 4 ? 150 : 1100;
+    // From here on the result is infinite, or next to 0, and a part of it may be no number.
+    constexpr Real kReach = sizeof(Real) == 4 ? 128 : 1024;
     return size < kReach ? fma_of(result, lost * static_cast<Real>(kLn2), result) : result;
 }
 
