@@ -1,4 +1,7 @@
-"""NumPy arrays in unusual memory: beside a page that faults, or over more than 2^31 elements."""
+"""NumPy arrays in chosen memory.
+
+Beside a page that faults, over more than 2^31 elements, or at a place in a cache line.
+"""
 
 import ctypes
 import mmap
@@ -53,3 +56,15 @@ def far_apart(array: np.ndarray, axis: int = 0) -> np.ndarray:
     )
     view[...] = inner
     return np.moveaxis(view, 0, axis)
+
+
+def in_line(array: np.ndarray, elements: int = 0) -> np.ndarray:
+    """Return a contiguous copy that begins so many elements behind the begin of a cache line.
+
+    At 0 a kernel may write it past the caches. NumPy's own large arrays begin 16 bytes into a line.
+    """
+    memory = np.empty(array.nbytes + 128 + elements * array.itemsize, np.uint8)
+    start = -memory.ctypes.data % 64 + elements * array.itemsize
+    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy

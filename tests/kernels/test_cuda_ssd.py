@@ -4,7 +4,6 @@ Judges: the float64 loops of tests/judge.py; for products in 16 bits, twice the 
 tests/ssd_rounding.py, which rounds at the same points.
 """
 
-import ctypes
 import os
 
 import numpy as np
@@ -12,44 +11,13 @@ import pytest
 import ssm_kernels
 
 from tests import judge, ssd_rounding
+from tests.bfloat16 import Bfloat16
 from tests.kernels import test_ssd_chunk_scan as plain
 
 if "SSM_TEST_CUDA_HOST" not in os.environ:
     pytest.skip("SSM_TEST_CUDA_HOST names no CUDA kernels for the host", allow_module_level=True)
 
 HALF = ("bfloat16", "float16")
-
-
-class Bfloat16:
-    """An array of bfloat16, which NumPy has not, as DLPack sees it."""
-
-    def __init__(self, values):
-        """Round float32 numbers."""
-        self.bits = ssd_rounding.bfloat16_bits(values)
-
-    @classmethod
-    def of(cls, bits: np.ndarray) -> "Bfloat16":
-        """Return the array whose memory holds these bits."""
-        made = cls.__new__(cls)
-        made.bits = bits
-        return made
-
-    def __dlpack__(self, **_):
-        """Return a capsule of the bits whose type code says bfloat16."""
-        capsule = self.bits.__dlpack__()
-        pointer = ctypes.pythonapi.PyCapsule_GetPointer
-        pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
-        # DLTensor: data, device (two int32), ndim (int32), then the type code. dlpack.h
-        ctypes.c_uint8.from_address(pointer(capsule, b"dltensor") + 8 + 8 + 4).value = 4
-        return capsule
-
-    def __dlpack_device__(self):
-        """Return that of the bits."""
-        return self.bits.__dlpack_device__()
-
-    def numpy(self) -> np.ndarray:
-        """Return the numbers as float32."""
-        return (self.bits.astype("u4") << 16).view("f4")
 
 
 def inputs(batch, seqlen, heads, headdim, dstate, groups=(1, 1), seed=0, dtype="f8") -> dict:

@@ -9,8 +9,9 @@ import pytest
 import ssm_kernels
 
 from tests import judge
+from tests.bfloat16 import argument, stored
 from tests.cases import CASES, make
-from tests.guard import far_apart, guarded
+from tests.guard import far_apart, guarded, in_line
 from tests.tolerances import TOLERANCES, assert_close
 
 OP = "fused_layer_norm"
@@ -241,6 +242,49 @@ def test_mixed_axis_orders_and_stride_zero():
     np.testing.assert_array_equal(got["residual_out"], want["residual_out"])
 
 
+@pytest.mark.parametrize("main", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "name",
+    ["x", "residual", "weight", "y", "residual_out", "dy", "dresidual_out", "dx", "dresidual"],
+)
+def test_each_array_alone_in_another_dtype(name, main):
+    """Its values decide, not how they are stored."""
+    rng, shape = np.random.default_rng(0), (3, 21)
+    drawn = ("x", "residual", "weight", "bias", "dy", "dresidual_out")
+    outputs = ("y", "residual_out", "dx", "dresidual", "dweight", "dbias")
+    # Numbers that every type holds.
+    arrays = {n: np.float32(rng.integers(-8, 9, shape) / 4) for n in drawn}
+    arrays |= {n: np.zeros(shape, "f4") for n in outputs}
+    arrays |= {n: arrays[n][0] for n in ("weight", "bias", "dweight", "dbias")}
+
+    def call(dtypes):
+        held = {n: stored(value, dtypes[n]) for n, value in arrays.items()}
+        views = {n: argument(value) for n, value in held.items()}
+        inputs = {n: views[n] for n in ("x", "weight", "residual")}
+        statistics = {n: np.zeros(3, "f4") for n in ("mean", "rstd")}
+        sums = {n: views[n] for n in ("bias", "y", "residual_out")}
+        ssm_kernels.fused_layer_norm_fwd(**inputs, **sums, **statistics)
+        gradients = {n: views[n] for n in ("dy", "dresidual_out", *outputs[2:])}
+        ssm_kernels.fused_layer_norm_bwd(**inputs, **statistics, **gradients)
+        return {n: held[n] for n in outputs}
+
+    plain = call(dict.fromkeys(arrays, "float32"))
+    # The dtype of x is that of the arithmetic.
+    for other in ("float32", "float16", *(["float64"] if name != "x" else [])):
+        dtypes = dict.fromkeys(arrays, main) | {name: other}
+        for n, got in call(dtypes).items():
+            want = stored(plain[n], dtypes[n])
+            np.testing.assert_array_equal(got, want, err_msg=f"{n} {other}")
+
+
+def test_eps_of_float64():
+    """It is not rounded: next to a small x it is all there is."""
+    arguments = {"x": np.full((1, 4), 1e-9), "weight": np.ones(4), "eps": 1e-5, "is_rms": True}
+    y = np.zeros((1, 4))
+    ssm_kernels.fused_layer_norm_fwd(**arguments, y=y)
+    np.testing.assert_allclose(y, 1e-9 / np.sqrt(1e-5), rtol=1e-12)
+
+
 @pytest.mark.parametrize("shape", [(300, 257), (3, 40000), (1031, 64)])
 def test_threads_agree(shape):
     rng = np.random.default_rng(0)
@@ -261,40 +305,38 @@ def test_threads_agree(shape):
             np.testing.assert_array_equal(value, want_grads[name], err_msg=name)
 
 
-def test_large_outputs_past_the_caches():
-    """Sizes whose outputs are streamed give the rows that small calls give."""
+@pytest.mark.parametrize(
+    ("dtype", "sum_dtype"),
+    [("float32", "float32"), ("float16", "float32"), ("bfloat16", "bfloat16")],
+)
+def test_large_outputs_past_the_caches(dtype, sum_dtype):
+    """Outputs that are streamed, all or some of them, hold the rows that a small call gives."""
     rng = np.random.default_rng(0)
-    rows, dim = 4500, 1024
-    arguments = {
-        "x": rng.standard_normal((rows, dim)).astype(np.float32),
-        "weight": rng.standard_normal(dim).astype(np.float32),
-        "bias": None,
-        "residual": rng.standard_normal((rows, dim)).astype(np.float32),
-        "is_rms": False,
-    }
-    dy, ds = upstream(arguments)
-    out = forward(arguments)
-    grads = {"dx": poisoned((rows, dim), np.float32), "dweight": None}
-    ssm_kernels.fused_layer_norm_bwd(
-        arguments["x"],
-        arguments["weight"],
-        arguments["residual"],
-        mean=out["mean"],
-        rstd=out["rstd"],
-        dy=dy,
-        dresidual_out=ds,
-        **grads,
-    )
-    for first in (0, 2000, rows - 3):
-        few = {
-            k: v[first : first + 3] if isinstance(v, np.ndarray) and v.ndim == 2 else v
-            for k, v in arguments.items()
-        }
-        want = forward(few)
-        for name, value in want.items():
-            np.testing.assert_array_equal(out[name][first : first + 3], value, err_msg=name)
-        want_dx = backward(few, want, dy[first : first + 3], ds[first : first + 3])["dx"]
-        np.testing.assert_array_equal(grads["dx"][first : first + 3], want_dx)
+    dtypes = (dtype, sum_dtype, dtype, sum_dtype)
+    few = [stored(rng.standard_normal((41, 2048), dtype="f4"), kind) for kind in dtypes]
+    weight = rng.standard_normal(2048, dtype="f4")
+
+    def both(x, residual, dy, ds, places):
+        y, s, dx = (in_line(np.zeros_like(a), p) for a, p in zip((x, ds, x), places, strict=True))
+        terms = {"residual": argument(residual)}
+        statistics = {name: np.zeros(len(x), "f4") for name in ("mean", "rstd")}
+        out = {"y": argument(y), "residual_out": argument(s)}
+        ssm_kernels.fused_layer_norm_fwd(argument(x), weight, **terms, **statistics, **out)
+        given = {"dy": argument(dy), "dresidual_out": argument(ds)}
+        if dtype == sum_dtype:
+            start = argument(x), weight, argument(residual)
+        else:
+            start = argument(s), weight
+        ssm_kernels.fused_layer_norm_bwd(*start, **statistics, **given, dx=argument(dx))
+        return {"y": y, "residual_out": s, "dx": dx}
+
+    want = both(*few, (0, 0, 0))
+    assert all(value.any() for value in want.values())
+    times = 16 * 2**20 // few[0].nbytes + 1
+    many = [np.tile(value, (times, 1)) for value in few]
+    for places in ((0, 1, 0), (1, 0, 0)):
+        for name, got in both(*many, places).items():
+            assert (got.reshape(times, 41, 2048) == want[name]).all(), name
 
 
 @pytest.mark.parametrize("at_end", [True, False])

@@ -7,8 +7,9 @@ import pytest
 import ssm_kernels
 
 from tests import judge
+from tests.bfloat16 import argument, stored
 from tests.cases import CASES, GatedNormCase, make
-from tests.guard import far_apart, guarded
+from tests.guard import far_apart, guarded, in_line
 from tests.tolerances import TOLERANCES, assert_close
 
 OP = "gated_norm"
@@ -214,6 +215,36 @@ def test_mixed_dtypes_axis_orders_and_stride_zero():
         assert_close(name, got[name], want, TOLERANCES[f"{OP}_bwd", dtypes[name]])
 
 
+@pytest.mark.parametrize("main", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["x", "z", "weight", "bias", "y", "dy", "dx", "dz", "dweight"])
+def test_each_array_alone_in_another_dtype(name, main):
+    """Its values decide, not how they are stored."""
+    rng, shape = np.random.default_rng(0), (3, 21)
+    shapes = {"x": shape, "z": shape, "weight": (21,), "bias": (21,), "dy": shape}
+    # Numbers that every type holds.
+    arrays = {n: np.float32(rng.integers(-8, 9, s) / 4) for n, s in shapes.items()}
+    outputs = {"y": shape, "dx": shape, "dz": shape, "dweight": (21,), "dbias": (21,)}
+    arrays |= {n: np.zeros(s, "f4") for n, s in outputs.items()}
+
+    def call(dtypes):
+        held = {n: stored(value, dtypes[n]) for n, value in arrays.items()}
+        views = {n: argument(value) for n, value in held.items()}
+        inputs = {n: views[n] for n in ("x", "z", "weight", "bias")} | {"is_rms": False}
+        statistics = {n: np.zeros(3, "f4") for n in ("mean", "rstd")}
+        ssm_kernels.gated_norm_fwd(**inputs, **statistics, y=views["y"])
+        gradients = {n: views[n] for n in ("dy", "dx", "dz", "dweight", "dbias")}
+        ssm_kernels.gated_norm_bwd(**inputs, **statistics, **gradients)
+        return {n: held[n] for n in outputs}
+
+    plain = call(dict.fromkeys(arrays, "float32"))
+    # The dtype of x is that of the arithmetic.
+    for other in ("float32", "float16", *(["float64"] if name != "x" else [])):
+        dtypes = dict.fromkeys(arrays, main) | {name: other}
+        for n, got in call(dtypes).items():
+            want = stored(plain[n], dtypes[n])
+            np.testing.assert_array_equal(got, want, err_msg=f"{n} {other}")
+
+
 @pytest.mark.parametrize("norm_before_gate", [True, False])
 @pytest.mark.parametrize("shape", [(300, 257), (3, 40000), (1031, 64)])
 def test_threads_agree(shape, norm_before_gate):
@@ -228,30 +259,38 @@ def test_threads_agree(shape, norm_before_gate):
             np.testing.assert_array_equal(value, want_grads[name], err_msg=name)
 
 
-@pytest.mark.parametrize("norm_before_gate", [True, False])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_large_outputs_past_the_caches(dtype, norm_before_gate):
-    """Sizes whose outputs are streamed give the rows that small calls give."""
+@pytest.mark.parametrize(
+    ("dtype", "dim", "group_size", "norm_before_gate"),
+    [
+        ("float32", 2048, 512, True),
+        ("float32", 2080, 26, False),  # groups that are no whole vectors
+        ("float16", 2048, None, False),
+        ("bfloat16", 2048, 512, True),
+    ],
+)
+def test_large_outputs_past_the_caches(dtype, dim, group_size, norm_before_gate):
+    """Outputs that are streamed, all or some of them, hold the rows that a small call gives."""
     rng = np.random.default_rng(0)
-    rows, dim = 4500, 2048
-    arguments = {
-        "x": rng.standard_normal((rows, dim), dtype="f4").astype(dtype),
-        "z": rng.standard_normal((rows, dim), dtype="f4").astype(dtype),
-        "weight": rng.standard_normal(dim).astype(dtype),
-        "group_size": 512,
-        "norm_before_gate": norm_before_gate,
-    }
-    dy = upstream(arguments)
-    out = forward(arguments)
-    grads = backward(arguments, out, dy)
-    for first in (0, 2000, rows - 3):
-        here = slice(first, first + 3)
-        few = {n: v[here] if np.ndim(v) == 2 else v for n, v in arguments.items()}
-        want = forward(few)
-        np.testing.assert_array_equal(out["y"][here], want["y"])
-        want_grads = backward(few, want, dy[here])
-        for name in ("dx", "dz"):
-            np.testing.assert_array_equal(grads[name][here], want_grads[name], err_msg=name)
+    few = [stored(rng.standard_normal((41, dim), dtype="f4"), dtype) for _ in range(3)]
+    weight = rng.standard_normal(dim, dtype="f4")
+    flags = {"group_size": group_size, "norm_before_gate": norm_before_gate}
+
+    def both(x, z, dy, places):
+        y, dx, dz = (in_line(np.zeros_like(x), place) for place in places)
+        inputs = {"x": argument(x), "z": argument(z), "weight": weight, **flags}
+        rstd = np.zeros(x.size // (group_size or dim), "f4")
+        ssm_kernels.gated_norm_fwd(**inputs, y=argument(y), rstd=rstd)
+        out = {"dx": argument(dx), "dz": argument(dz)}
+        ssm_kernels.gated_norm_bwd(**inputs, rstd=rstd, dy=argument(dy), **out)
+        return {"y": y, "dx": dx, "dz": dz}
+
+    want = both(*few, (0, 0, 0))
+    assert all(value.any() for value in want.values())
+    times = 16 * 2**20 // few[0].nbytes + 1
+    many = [np.tile(value, (times, 1)) for value in few]
+    for places in ((0, 0, 1), (0, 1, 0)):
+        for name, got in both(*many, places).items():
+            assert (got.reshape(times, 41, dim) == want[name]).all(), name
 
 
 @pytest.mark.parametrize("at_end", [True, False])

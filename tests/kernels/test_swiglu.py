@@ -5,8 +5,9 @@ import pytest
 import ssm_kernels
 
 from tests import judge
+from tests.bfloat16 import argument, stored
 from tests.cases import CASES, make
-from tests.guard import far_apart, guarded
+from tests.guard import far_apart, guarded, in_line
 from tests.tolerances import TOLERANCES, assert_close
 
 OP = "swiglu"
@@ -105,6 +106,12 @@ def test_error_grows_with_the_gate_only():
     assert (error <= 4 + np.abs(gate) / 4).all(), error.max()
 
 
+def test_small_values_are_exact_in_float64():
+    gate = np.linspace(-690, 80, 20001)
+    got = forward({"gate": gate, "up": np.ones_like(gate)})
+    np.testing.assert_allclose(got, gate / (1 + np.exp(-gate)), rtol=1e-13)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("value", [np.inf, 3e38, 1e4, 0.0, -0.0, -1e4, -3e38])
 def test_extreme_gates(value, dtype):
@@ -201,6 +208,31 @@ def test_mixed_dtypes_and_stride_zero():
     assert_close("dup", got["dup"], want["dup"], TOLERANCES[f"{OP}_bwd", "float32"])
 
 
+@pytest.mark.parametrize("main", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["gate", "up", "y", "dy", "dgate", "dup"])
+def test_each_array_alone_in_another_dtype(name, main):
+    """Its values decide, not how they are stored."""
+    rng = np.random.default_rng(0)
+    # Numbers that every type holds.
+    arrays = {n: np.float32(rng.integers(-8, 9, (3, 21)) / 4) for n in ("gate", "up", "dy")}
+    arrays |= {n: np.zeros((3, 21), "f4") for n in ("y", "dgate", "dup")}
+
+    def call(dtypes):
+        held = {n: stored(value, dtypes[n]) for n, value in arrays.items()}
+        inputs = {n: argument(held[n]) for n in ("gate", "up")}
+        ssm_kernels.swiglu_fwd(**inputs, y=argument(held["y"]))
+        gradients = {n: argument(held[n]) for n in ("dy", "dgate", "dup")}
+        ssm_kernels.swiglu_bwd(**inputs, **gradients)
+        return [held[n] for n in ("y", "dgate", "dup")]
+
+    plain = call(dict.fromkeys(arrays, "float32"))
+    # The dtype of the gate is that of the arithmetic.
+    for other in ("float32", "float16", *(["float64"] if name != "gate" else [])):
+        dtypes = dict.fromkeys(arrays, main) | {name: other}
+        for n, got, want in zip(("y", "dgate", "dup"), call(dtypes), plain, strict=True):
+            np.testing.assert_array_equal(got, stored(want, dtypes[n]), err_msg=f"{n} {other}")
+
+
 @pytest.mark.parametrize("shape", [(300, 257), (3, 40000), (1031, 64), (70001,)])
 def test_threads_agree(shape):
     rng = np.random.default_rng(0)
@@ -213,20 +245,44 @@ def test_threads_agree(shape):
             np.testing.assert_array_equal(value, want_grads[name], err_msg=name)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_large_outputs_past_the_caches(dtype):
-    """Sizes whose outputs are streamed give the rows that small calls give."""
+@pytest.mark.parametrize("shape", [(2500, 20), (3, 20000)])
+def test_views_of_several_tasks(shape):
+    """Many short rows and a few long ones, with strides that keep them from being one row."""
     rng = np.random.default_rng(0)
-    shape = (4500, 2048)
-    arguments = {n: rng.standard_normal(shape, dtype="f4").astype(dtype) for n in ("gate", "up")}
-    dy = upstream(arguments)
-    y, grads = forward(arguments), backward(arguments, dy)
-    for first in (0, 2000, 4497):
-        here = slice(first, first + 3)
-        few = {name: value[here] for name, value in arguments.items()}
-        np.testing.assert_array_equal(y[here], forward(few))
-        for name, want in backward(few, dy[here]).items():
-            np.testing.assert_array_equal(grads[name][here], want, err_msg=name)
+    plain = {n: rng.standard_normal(shape, dtype="f4") for n in ("gate", "up")}
+    dy = upstream(plain)
+    other = {name: spread(value, "padded") for name, value in plain.items()}
+    y, dgate, dup = (spread(poisoned(dy), "padded") for _ in range(3))
+    ssm_kernels.swiglu_fwd(**other, y=y)
+    ssm_kernels.swiglu_bwd(**other, dy=spread(dy, "padded"), dgate=dgate, dup=dup)
+    assert_close("y", y, judge.swiglu(**plain), TOLERANCES[OP, "float32"])
+    want = judge_gradients(plain, dy)
+    for name, got in (("dgate", dgate), ("dup", dup)):
+        assert_close(name, got, want[name], TOLERANCES[f"{OP}_bwd", "float32"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_large_outputs_past_the_caches(dtype):
+    """Outputs that are streamed, all or some of them, hold the rows that a small call gives."""
+    rng = np.random.default_rng(0)
+    few = [stored(rng.standard_normal((41, 2048), dtype="f4"), dtype) for _ in range(3)]
+
+    def both(gate, up, dy, places, gap=0):
+        wide = np.zeros((len(gate), 2048 + gap), gate.dtype)
+        y, dgate, dup = (in_line(wide, place)[:, :2048] for place in places)
+        ssm_kernels.swiglu_fwd(argument(gate), argument(up), y=argument(y))
+        out = {"dgate": argument(dgate), "dup": argument(dup)}
+        ssm_kernels.swiglu_bwd(argument(gate), argument(up), dy=argument(dy), **out)
+        return {"y": y, "dgate": dgate, "dup": dup}
+
+    want = both(*few, (0, 0, 0))
+    assert all(value.any() for value in want.values())
+    times = 16 * 2**20 // few[0].nbytes + 1
+    many = [np.tile(value, (times, 1)) for value in few]
+    # A gap of 8 puts every second row elsewhere in its cache line.
+    for places, gap in (((0, 0, 1), 0), ((0, 1, 0), 0), ((0, 0, 0), 8)):
+        for name, got in both(*many, places, gap).items():
+            assert (got.reshape(times, 41, 2048) == want[name]).all(), name
 
 
 @pytest.mark.parametrize("at_end", [True, False])
