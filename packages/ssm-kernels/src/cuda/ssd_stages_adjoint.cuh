@@ -381,6 +381,7 @@ template <class Scalar>
 struct DifferentiateEntering : OutputAdjoint<Scalar> {
     using Base = OutputAdjoint<Scalar>;
     using typename Base::Place, typename Base::Real, typename Base::Registers;
+    static constexpr int kBlocksPerUnit = kBeforeHopper ? 3 : Base::kBlocksPerUnit;
 
     Plane<5> dstates_in;
 
