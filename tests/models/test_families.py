@@ -10,6 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from ssm.models.lm import MambaLMHeadModel
+from ssm.utils import dialects
+from ssm.utils.dialects.canonical import canonical, difference
+from ssm.utils.dialects.configs import decode, read_values
 from ssm.utils.saving import choose_format, tensors_to_write
 from tests.families import FAMILIES, build, needs_transformers
 
@@ -112,6 +115,39 @@ def test_transformers_reads_what_we_write(saved, case, tmp_path):
     assert torch.equal(
         again.eval()(IDS, use_cache=False).logits, theirs(IDS, use_cache=False).logits
     )
+
+
+# What a config must say to be none with experts, and to have a block of each kind that it can have.
+LEAST = {
+    "bamba": {"attn_layer_indices": [9]},
+    "granitemoehybrid": {"num_local_experts": 0, "layer_types": ["mamba"] * 31 + ["attention"]},
+    "jamba": {"num_experts": 1},
+    "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp"]},
+}
+
+
+NULL = {"num_key_value_heads": None}
+
+
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [
+        *((family, {}) for family in dialects.FAMILIES),
+        *((family, NULL) for family in ("bamba", "granitemoehybrid", "falcon_h1")),
+    ],
+)
+def test_what_a_config_leaves_out_is_what_transformers_takes(family, said):
+    import transformers
+
+    said = {**LEAST.get(family, {}), **said}
+    config = transformers.AutoConfig.for_model(family, **said)
+    full = decode(json.loads(config.to_json_string(use_diff=False)))
+    short = {"model_type": family, **said}
+    forms = [
+        canonical(read_values(dialects.find(values), values, dialects.GENERIC), used=False)
+        for values in (full, short)
+    ]
+    assert not difference(*forms)
 
 
 @pytest.mark.parametrize("case", ["mamba", "bamba-biased", "granitemoehybrid-rope"])

@@ -23,7 +23,8 @@ GRANITE = Dialect(
         Field("embedding_multiplier", "embedding_multiplier", 1.0),
         Field("residual_multiplier", "residual_multiplier", 1.0),
         Field("attention_multiplier", "attn_cfg.softmax_scale", 1.0),
-        *hybrid.ATTENTION_FIELDS,
+        Field("num_attention_heads", "attn_cfg.num_heads", 32),
+        Field("num_key_value_heads", "attn_cfg.num_heads_kv", None),
         *hybrid.MAMBA2_FIELDS,
     ),
     defaults={

@@ -24,7 +24,8 @@ WRITTEN = {"ssm": "linear_attention", "attention": "full_attention", "mlp": "mlp
 
 ATTENTION_FIELDS = (
     Field("num_attention_heads", "attn_cfg.num_heads", 32),
-    Field("num_key_value_heads", "attn_cfg.num_heads_kv", None),
+    # Of a config that does not say it; null is as many as there are query heads.
+    Field("num_key_value_heads", "attn_cfg.num_heads_kv", 8),
 )
 MAMBA2_FIELDS = (
     Field("mamba_d_state", "ssm_cfg.d_state", 256),
@@ -58,7 +59,7 @@ MAMBA2_REFUSED = (
         "a product mamba_n_heads mamba_d_head that is not mamba_expand hidden_size",
     ),
 )
-NULLABLE = frozenset({"time_step_limit"})
+NULLABLE = frozenset({"num_key_value_heads", "time_step_limit"})
 # No effect on what is computed for given weights, apart from rounding.
 NO_EFFECT = {
     "attention_dropout",

@@ -92,6 +92,7 @@ JAMBA = Dialect(
             "calc_logits_for_entire_prompt",
         }
     ),
+    nullable=hybrid.NULLABLE,
     refused=((_has_experts, "experts (num_experts)"),),
     names={
         **hybrid.NAMES,
