@@ -273,7 +273,7 @@ def spread(array: np.ndarray, kind: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["reversed_axes", "padded", "unaligned"])
-@pytest.mark.parametrize("name", ["odd", "packed", "padded", "width_8"])
+@pytest.mark.parametrize("name", ["odd", "packed", "padded", "width_8", "long_channels"])
 def test_noncontiguous(name, kind):
     arguments = typed(make(case_named(name)), "float32")
     given = with_gradients(arguments)

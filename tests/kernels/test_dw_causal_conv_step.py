@@ -21,7 +21,7 @@ MORE = (
     ConvStepCase("long_memory", 1, 9, 40, ntokens=11),
 )
 ALL = (*CASES[OP], *MORE)
-LAYOUTS = ("as_is", "reversed_axes", "padded", "unaligned")
+LAYOUTS = ("as_is", "reversed_axes", "padded", "apart", "unaligned")
 
 
 def case_named(name: str) -> ConvStepCase:
@@ -40,8 +40,11 @@ def spread(array: np.ndarray | None, kind: str) -> np.ndarray | None:
         return None if array is None else array.copy()
     if kind == "reversed_axes":
         return np.array(array, order="F")
-    if kind == "padded":
-        gap = np.nan if array.dtype.kind == "f" else 7
+    gap = np.nan if array.dtype.kind == "f" else 7
+    if kind == "apart":  # elements of the last axis adjacent, lines apart
+        wide = np.full((*array.shape[:-1], array.shape[-1] + 1), gap, array.dtype)
+        view = wide[..., :-1]
+    elif kind == "padded":
         wide = np.full([2 * n + 1 for n in array.shape], gap, array.dtype)
         view = wide[tuple(slice(1, 2 * n + 1, 2) for n in array.shape)]
     else:  # one element beyond any vector boundary
@@ -94,6 +97,15 @@ def test_odd_sizes(width):
                 # Twice the four products of the tolerance.
                 assert_close(f"y {dim}", y / 2, want_y / 2, TOLERANCES[OP, "float32"])
                 np.testing.assert_array_equal(state, want_state)
+
+
+def test_positions_beyond_int32():
+    arguments = typed(make(ConvStepCase("late", 2, 9, 6, ntokens=11, circular=True)), "float32")
+    arguments["cache_seqlens"] = np.array([2**31 - 1, 2**31 - 4], np.int32)
+    y, state = run(arguments)
+    want_y, want_state = judge.dw_causal_conv_step(**arguments)
+    assert_close("y", y, want_y, TOLERANCES[OP, "float32"])
+    np.testing.assert_array_equal(state, want_state)
 
 
 @pytest.mark.parametrize("state_dtype", DTYPES)

@@ -285,6 +285,21 @@ def test_eps_of_float64():
     np.testing.assert_allclose(y, 1e-9 / np.sqrt(1e-5), rtol=1e-12)
 
 
+def test_strided_gradients_of_many_columns():
+    rng = np.random.default_rng(0)
+    x, dy = (rng.standard_normal((3, 1030), dtype="f4") for _ in range(2))
+    arguments = {"x": x, "weight": x[0], "bias": None, "residual": None, "is_rms": False}
+    saved = forward(arguments)
+    want = backward(arguments, saved, dy, None)
+    statistics = {name: saved[name] for name in ("mean", "rstd")}
+    out = {
+        name: spread(np.full_like(want[name], np.nan), "padded") for name in ("dweight", "dbias")
+    }
+    ssm_kernels.fused_layer_norm_bwd(x, x[0], **statistics, dy=dy, dx=np.empty_like(x), **out)
+    for name, got in out.items():
+        np.testing.assert_array_equal(got, want[name], err_msg=name)
+
+
 @pytest.mark.parametrize("shape", [(300, 257), (3, 40000), (1031, 64)])
 def test_threads_agree(shape):
     rng = np.random.default_rng(0)
@@ -460,6 +475,10 @@ REJECTED = {
         {"y": np.lib.stride_tricks.as_strided(ZEROS(15), (2, 3, 5), (0, 40, 8))},
         "y must not overlap itself, got stride 0 along axis 0",
     ),
+    "residual_out_overlap": (
+        {"residual_out": np.lib.stride_tricks.as_strided(ZEROS(15), (2, 3, 5), (0, 40, 8))},
+        "residual_out must not overlap itself, got stride 0 along axis 0",
+    ),
     "mean_shape": ({"mean": ZEROS(5, "f")}, "mean must have shape (M,) = (6,), got (5,)"),
     "mean_rms": (
         {"mean": ZEROS(6, "f"), "is_rms": True},
@@ -492,6 +511,10 @@ def test_rejects_in_backward():
         ({"is_rms": True}, "mean must be None with is_rms, got an array"),
         ({"dy": x[:1]}, "dy must have shape (..., D) = (2, 3, 5), got (1, 3, 5)"),
         ({"dx": x[0]}, "dx must have shape (..., D) = (2, 3, 5), got (3, 5)"),
+        (
+            {"dresidual": np.lib.stride_tricks.as_strided(x.copy(), x.shape, (0, 20, 4))},
+            "dresidual must not overlap itself, got stride 0 along axis 0",
+        ),
         ({"dweight": rows}, "dweight must have shape (D,) = (5,), got (6,)"),
     ):
         with pytest.raises(ValueError) as caught:

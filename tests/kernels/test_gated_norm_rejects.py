@@ -49,6 +49,10 @@ BACKWARD = {
     "dy_shape": ({"dy": X[:1]}, "dy must have shape (..., D) = (2, 3, 6), got (1, 3, 6)"),
     "dx_missing": ({"dx": None}, "dx must be given, got None"),
     "dz_missing": ({"dz": None}, "dz must be given, got None"),
+    "dz_overlap": (
+        {"dz": np.lib.stride_tricks.as_strided(np.zeros(18), (2, 3, 6), (0, 48, 8))},
+        "dz must not overlap itself, got stride 0 along axis 0",
+    ),
     "dz_without_z": ({"z": None}, "dz must be None without z, got an array"),
     "dweight_shape": (
         {"dweight": np.ones(5, "f4")},

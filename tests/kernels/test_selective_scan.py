@@ -22,6 +22,8 @@ MORE = (
     ScanCase("tiles", 3, 150, 70, 16, "grouped", "shared", 2),
     ScanCase("tiles_packed", 2, 70, 130, 6, layout="cu_seqlens mask"),
     ScanCase("exact_tiles", 2, 64, 64, 16),
+    # States of more than one line, of sequences without steps as well.
+    ScanCase("wide_packed", 1, 5, 20, 67, layout="cu_seqlens"),
 )
 ALL = (*CASES[OP], *MORE)
 LAYOUTS = tuple(case for case in ALL if case.layout)
@@ -252,7 +254,9 @@ LAYOUT_OF_MEMORY = [reversed_axes, apart, unaligned, middle_axis_last]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUT_OF_MEMORY, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("name", ["tiles", "two_groupings", "constant_bc", "packed"])
+@pytest.mark.parametrize(
+    "name", ["tiles", "two_groupings", "constant_bc", "tiles_packed", "wide_packed"]
+)
 def test_noncontiguous(name, layout, dtype):
     arguments = arguments_of(named(name), dtype)
     given = output_gradients(arguments)
@@ -503,13 +507,14 @@ def test_adversarial_values_stay_finite(dtype):
         assert_close_by_channel(name, gradient, want[name], TOLERANCES[f"{OP}_bwd", "float32"])
 
 
-def test_decay_of_minus_infinity_forgets():
+@pytest.mark.parametrize("rate", [-1e10, -np.inf])
+def test_decay_of_minus_infinity_forgets(rate):
     """The product dt A overflows to -inf: the state before is forgotten, nothing becomes NaN."""
     one = np.ones((1, 1, 3), "f4")
     arguments = {
         "u": one,
         "delta": np.array([[[1.0, 1e30, 1.0]]], "f4"),
-        "A": np.array([[-1e10]], "f4"),
+        "A": np.array([[rate]], "f4"),
         "B": one,
         "C": one * np.float32(1e-30),
         "initial_state": np.full((1, 1, 1), 1e3, "f4"),

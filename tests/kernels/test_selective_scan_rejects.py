@@ -128,6 +128,11 @@ OUTPUTS_REJECTED = {
         {"last_state": overlapping(zeros(8), (2, 4, 3), (16, 4, 0))},
         "last_state must not overlap itself, got stride 0 along axis 2",
     ),
+    # The last element of a line is the first of the next.
+    "last_state_overlaps_by_one": (
+        {"last_state": overlapping(zeros(64), (2, 4, 3), (64, 8, 4))},
+        "last_state must not overlap itself, got strides (16, 2, 1)",
+    ),
 }
 GRADIENTS_REJECTED = {
     **CHECKPOINTS_REJECTED,
@@ -146,6 +151,7 @@ GRADIENTS_REJECTED = {
     # The form of B itself counts.
     "dB_form": ({"dB": zeros(4, 3)}, "dB must have shape (2, 1, 3, 6), got (4, 3)"),
     "dC_groups": ({"dC": zeros(2, 4, 3, 6)}, "dC must have shape (2, 2, 3, 6), got (2, 4, 3, 6)"),
+    "dC_missing": ({"dC": None}, "dC must be given, got None"),
     "dD_missing": ({"dD": None}, "dD must be given, got None"),
     "dz_missing": ({"dz": None}, "dz must be given, got None"),
     "ddt_bias_missing": ({"ddt_bias": None}, "ddt_bias must be given, got None"),
@@ -185,6 +191,9 @@ def refused(direction: str, changed: dict, error: type) -> str:
 def test_small_arguments_pass():
     call("fwd", small())
     call("bwd", small())
+    # Strides of an axis of one element mean nothing.
+    one = overlapping(zeros(24), (2, 1, 3, 4), (48, 4, 16, 4))
+    call("bwd", {**small(), "checkpoints": one})
 
 
 @pytest.mark.parametrize("name", [*INPUTS_REJECTED, *OUTPUTS_REJECTED])

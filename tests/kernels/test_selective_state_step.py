@@ -1,11 +1,13 @@
 """ssm_kernels.selective_state_step_fwd. Judge: the float64 NumPy loop of tests.judge."""
 
+import itertools
+
 import numpy as np
 import pytest
 import ssm_kernels
 
 from tests import judge
-from tests.cases import CASES, make
+from tests.cases import CASES, StepCase, make
 from tests.guard import far_apart, guarded
 from tests.tolerances import TOLERANCES, assert_close
 
@@ -72,9 +74,13 @@ def spread(array: np.ndarray, kind: str) -> np.ndarray:
     """Return an array of the same values in another memory layout."""
     if kind == "reversed_axes":
         return np.asfortranarray(array)
+    gap = np.nan if array.dtype.kind == "f" else 7
     if kind == "padded":
-        wide = np.full([2 * n + 1 for n in array.shape], np.nan, array.dtype)
+        wide = np.full([2 * n + 1 for n in array.shape], gap, array.dtype)
         view = wide[tuple(slice(1, 2 * n + 1, 2) for n in array.shape)]
+    elif kind == "apart":  # elements of the last axis adjacent, lines apart
+        wide = np.full((*array.shape[:-1], array.shape[-1] + 3), gap, array.dtype)
+        view = wide[..., : array.shape[-1]]
     else:  # unaligned: one element beyond any vector boundary
         wide = np.empty(array.size + 1, array.dtype)
         view = wide[1:].reshape(array.shape)
@@ -82,10 +88,19 @@ def spread(array: np.ndarray, kind: str) -> np.ndarray:
     return view
 
 
-@pytest.mark.parametrize("kind", ["reversed_axes", "padded", "unaligned"])
-@pytest.mark.parametrize("name", ["mamba130m", "tokens_groups", "heads_tokens", "heads_untied"])
+MORE = (
+    # More channels than one task has, and idle rows among them.
+    StepCase("wide_indices", 4, 150, 0, 16, ntokens=2, nrows=6),
+    StepCase("heads_of_vectors", 2, 2, 32, 32, ngroups=1, tied=False),
+)
+
+
+@pytest.mark.parametrize("kind", ["reversed_axes", "padded", "apart", "unaligned"])
+@pytest.mark.parametrize(
+    "name", ["mamba130m", "tokens_groups", "heads_tokens", "heads_untied", *(c.name for c in MORE)]
+)
 def test_noncontiguous(name, kind):
-    case = next(c for c in CASES[OP] if c.name == name)
+    case = next(c for c in (*CASES[OP], *MORE) if c.name == name)
     plain = typed(make(case), "float32")
     want_y, want_state = run(plain)
     other = {
@@ -127,6 +142,51 @@ def test_stride_zero_inputs_are_tied_inputs():
     y, state = run(dense)
     assert_close("y", y, want_y, TOLERANCES[OP, "float32"])
     assert_close("state", state, want_state, TOLERANCES[OP, "float32"])
+
+
+@pytest.mark.parametrize("dstate", [1, 16])
+def test_every_mixture_of_tied_and_untied(dstate):
+    """dt, A, D and dt_bias per head or per channel, and an A that is constant along one axis."""
+    rng, batch, heads, headdim = np.random.default_rng(0), 2, 3, 20
+    forms = {"dt": [(batch, heads), (batch, heads, headdim)]}
+    forms["A"] = [(heads,), *((heads, p, n) for p in (1, headdim) for n in (1, dstate))]
+    forms["D"] = forms["dt_bias"] = [(heads,), (heads, headdim)]
+    plain = typed(make(StepCase("mixture", batch, heads, headdim, dstate, ngroups=1)), "float32")
+    for shapes in itertools.product(*forms.values()):
+        for name, shape in zip(forms, shapes, strict=True):
+            value = rng.standard_normal(shape).astype("float32")
+            plain[name] = -np.exp(value) if name == "A" else value
+        if plain["A"].ndim == 3:
+            plain["A"] = np.broadcast_to(plain["A"], (heads, headdim, dstate))
+        y, state = run(plain)
+        want_y, want_state = judge.selective_state_step(**plain)
+        assert_close(f"y {shapes}", y / dstate, want_y / dstate, TOLERANCES[OP, "float32"])
+        assert_close(f"state {shapes}", state, want_state, TOLERANCES[OP, "float32"])
+
+
+@pytest.mark.parametrize(("b_groups", "c_groups"), [(2, 3), (1, 6), (6, 2)])
+@pytest.mark.parametrize("headdim", [0, 5])
+def test_unlike_groups(headdim, b_groups, c_groups):
+    arguments = make(StepCase("groups", 2, 6, headdim, 4, ntokens=2, ngroups=6))
+    arguments["B"] = arguments["B"][:, :, :b_groups]
+    arguments["C"] = arguments["C"][:, :, :c_groups]
+    y, state = run(arguments)
+    want_y, want_state = judge.selective_state_step(**arguments)
+    assert_close("y", y, want_y, TOLERANCES[OP, "float64"])
+    assert_close("state", state, want_state, TOLERANCES[OP, "float64"])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_states_larger_than_the_caches(tied):
+    """They give what parts of them give that the caches hold."""
+    case = StepCase("large", 17, 8, 64, 512, ngroups=2, tied=tied)
+    arguments = typed(make(case), "float32")
+    assert arguments["state"].size > 2**22
+    y, state = run(arguments)
+    few = {n: arguments[n][14:] for n in ("state", "x", "dt", "z", "B", "C")}
+    want_y, want_state = run({**arguments, **few})
+    np.testing.assert_array_equal(y[14:], want_y)
+    np.testing.assert_array_equal(state[14:], want_state)
 
 
 @pytest.mark.parametrize("state_dtype", ["float64", "float32", "float16"])

@@ -3,6 +3,8 @@
 Judges: the same call on plain arrays, bit for bit; for values the float64 loops.
 """
 
+import os
+
 import numpy as np
 import pytest
 import ssm_kernels
@@ -62,6 +64,14 @@ def test_noncontiguous(name, layout, dtype):
     assert_equal(forward(views, wrap=layout), forward(arguments))
     given_views = {n: layout(v) for n, v in given.items()}
     assert_equal(backward(views, given_views, wrap=layout), backward(arguments, given))
+
+
+@pytest.mark.skipif("SSM_TEST_CUDA_HOST" in os.environ, reason="a GPU takes 256 states at most")
+def test_strides_of_many_states():
+    arguments = arguments_of(SsdCase("many_states", 1, 34, 2, 3, 260, 1), "float32")
+    given = output_gradients(arguments)
+    assert_equal(forward(arguments, wrap=apart), forward(arguments))
+    assert_equal(backward(arguments, given, wrap=apart), backward(arguments, given))
 
 
 def test_writes_only_the_elements_of_a_view():

@@ -136,6 +136,10 @@ OUTPUTS_REJECTED = {
         {"final_states": zeros(1, 4, 3, 5)},
         "final_states must have shape (S, H, P, N) = (2, 4, 3, 5), got (1, 4, 3, 5)",
     ),
+    "final_states_overlap": (
+        {"final_states": overlapping(zeros(60), (2, 4, 3, 5), (0, 60, 20, 4))},
+        "final_states must not overlap itself, got stride 0 along axis 0",
+    ),
 }
 GRADIENTS_REJECTED = {
     **CHECKPOINTS_REJECTED,
@@ -147,6 +151,10 @@ GRADIENTS_REJECTED = {
     "dinitial_states_shape": (
         {"dinitial_states": zeros(2, 4, 4, 5)},
         "dinitial_states must have shape (S, H, P, N) = (2, 4, 3, 5), got (2, 4, 4, 5)",
+    ),
+    "dinitial_states_overlap": (
+        {"dinitial_states": overlapping(zeros(60), (2, 4, 3, 5), (0, 60, 20, 4))},
+        "dinitial_states must not overlap itself, got stride 0 along axis 0",
     ),
     "dy_missing": ({"dy": None}, "dy must be given, got None"),
     "dX_shape": ({"dX": zeros(2, 6, 4, 4)}, f"dX must have shape {HEADS}, got (2, 6, 4, 4)"),
@@ -161,6 +169,7 @@ GRADIENTS_REJECTED = {
         "dC must have shape (B, L, G, N) = (2, 6, 2, 5), got (2, 6, 4, 5)",
     ),
     "dD_missing": ({"dD": None}, "dD must be given, got None"),
+    "dD_per_channel_missing": ({"D": zeros(4, 3), "dD": None}, "dD must be given, got None"),
     "dD_form": ({"dD": zeros(4, 3)}, "dD must have shape (H,) = (4,), got (4, 3)"),
     "dz_missing": ({"dz": None}, "dz must be given, got None"),
     "ddt_bias_missing": ({"ddt_bias": None}, "ddt_bias must be given, got None"),

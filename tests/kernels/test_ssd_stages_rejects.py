@@ -52,10 +52,23 @@ REJECTED = [
     ),
     (
         "ssd_chunk_cumsum",
+        "dt_limit",
+        lambda a: (0.0, float("nan")),
+        "dt_limit must be (low, high), got (0.0, nan)",
+    ),
+    (
+        "ssd_chunk_cumsum",
         "dt_out",
         lambda a: np.empty((2, 4, 1, 4), "float32"),
         "dt_out must have ceil(L / Q) chunks for L = 6 and Q = 4, got 1",
     ),
+    (
+        "ssd_chunk_cumsum",
+        "dt_out",
+        lambda a: np.empty((2, 4, 3, 4), "float32"),
+        "dt_out must have ceil(L / Q) chunks for L = 6 and Q = 4, got 3",
+    ),
+    ("ssd_chunk_cumsum", "dt_out", lambda a: a, None),
     (
         "ssd_chunk_cumsum",
         "dA_cumsum",
