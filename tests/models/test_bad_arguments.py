@@ -167,6 +167,9 @@ WRONG_VALUES = {
         1, -1
     ),
     "generate: seed must fit in 64 bits": lambda: generate(seed=2**64),
+    "MambaLMHeadModel: position_ids must have shape (B, L) = (1, 3), got (1, 2)": lambda: model()(
+        IDS, IDS[:, :2]
+    ),
     "State: indices must have shape (R,), got ()": lambda: state().gather(3),
     "mamba_chunk_scan_combined: x must have shape (B, L, H, P)": lambda: combined(x=ONE),
     "mamba_split_conv1d_scan_combined: D must have shape (H)": lambda: split(D=torch.tensor(1.0)),

@@ -63,6 +63,10 @@ DAMAGED = {
     "oversized": (lambda data: data + b"\0" * 3, "3 bytes behind the last tensor"),
     "no JSON": (lambda data: data[:8] + b"x" + data[9:], "a damaged header"),
     "a list": (with_header(lambda header: [1]), "a header that is no JSON object"),
+    "nested": (
+        lambda data: struct.pack("<Q", 100000) + b"[" * 100000,
+        "a damaged header .maximum recursion depth",
+    ),
     "a twin": (
         lambda data: data.replace(b"backbone.layers.0.", b"backbone.layers.1."),
         "a name stands there twice",
@@ -127,6 +131,13 @@ def surplus(path):
     save_file({**load_file(shard), "stray": torch.zeros(2)}, shard)
 
 
+def twice(path):
+    """Put a tensor into two shards, of which the index names the right one."""
+    first, second = (next(path.glob(f"model-0000{n}-*")) for n in (1, 2))
+    name, tensor = next(iter(load_file(second).items()))
+    save_file({**load_file(first), name: tensor + 1}, first)
+
+
 NORM = "backbone.norm_f.weight"
 SHARDED = {
     "parent": (in_index(**{NORM: "../other.safetensors"}), ValueError, NORM),
@@ -141,6 +152,17 @@ SHARDED = {
     "unknown": (in_index(ghost="model-00001-of-00004.safetensors"), ValueError, "must hold ghost"),
     "removed": (removed, FileNotFoundError, "model-00002-of-00004.safetensors, which"),
     "surplus": (surplus, ValueError, "must name every tensor of model-00001.* got none for stray"),
+    "twice": (twice, ValueError, "must name every tensor of model-00001.* got none for backbone"),
+    "a list of names": (
+        lambda path: (path / INDEX).write_text('{"weight_map": ["a"]}'),
+        ValueError,
+        "JSON index with a weight_map, got TypeError",
+    ),
+    "no name": (
+        lambda path: (path / INDEX).write_text('{"weight_map": {}}'),
+        ValueError,
+        "JSON index with a weight_map, got TypeError",
+    ),
     "no map": (
         lambda path: (path / INDEX).write_text("{}"),
         ValueError,

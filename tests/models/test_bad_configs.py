@@ -4,6 +4,7 @@ Judge: the sentence that each fault must give.
 """
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,7 +107,36 @@ def test_every_case_is_understood_without_transformers(case):
 def test_other_families_are_refused_by_name(tmp_path, name):
     model().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": name}))
-    refused(tmp_path, rf"model_type must .* got {name!r}")
+    rule = "do without .*, which are not here" if name in dialects.REFUSED else "be one of mamba,"
+    refused(tmp_path, rf"model_type must {rule}.* got {name!r}")
+
+
+def test_what_no_family_can_say_is_not_written(tmp_path):
+    mixed = MambaLMHeadModel(
+        MambaConfig(
+            d_model=8, n_layer=2, vocab_size=16, attn_layer_idx=[0], attn_cfg={"num_heads": 2}
+        )
+    )
+    with pytest.raises(ValueError, match="format hf must have a family for the config") as error:
+        mixed.save_pretrained(tmp_path, format="hf")
+    for family in dialects.FAMILIES:
+        assert f"{family}: " in str(error.value)
+    with pytest.raises(ValueError, match=r"format mamba must be able to say .* attn_cfg") as error:
+        mixed.save_pretrained(tmp_path, format="mamba")
+    assert "family for the config" not in str(error.value)
+    with pytest.raises(ValueError, match=r"format bamba must be .* got another ssm_cfg\.layer$"):
+        mixed.save_pretrained(tmp_path, format="bamba")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("case", ["bamba", "falcon_h1"])
+def test_a_head_size_that_is_worked_out(case):
+    values = {**config_of(case), "mamba_d_head": "auto"}
+    worked_out, said = (
+        read_values(dialects.find(given), given, dialects.GENERIC)
+        for given in (values, config_of(case))
+    )
+    assert worked_out == replace(said, foreign=worked_out.foreign)
 
 
 @pytest.mark.parametrize(

@@ -155,8 +155,10 @@ def test_modules_take_upstreams_arguments():
             parts.append(block(part, inference_params=memory))
             memory.seqlen_offset += part.shape[1]
         torch.testing.assert_close(torch.cat(parts, 1), block(u))
+    memory.lengths_per_sample = torch.tensor([6])
     memory.reset(9, 1)
     assert (memory.max_seqlen, memory.seqlen_offset) == (9, 0)
+    assert memory.lengths_per_sample.tolist() == [0]
     mamba = mamba_ssm.Mamba(16, 8, 4, 2, 3, dtype=torch.float64)
     assert mamba.dt_rank == 3
     assert mamba(u.double()).dtype == torch.float64

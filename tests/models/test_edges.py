@@ -130,8 +130,31 @@ def test_norm_of_many_axes(backend):
     with use_backend(backend):
         y, s = ops.fused_layer_norm(x, weight, None, residual=x)
         flat, _ = ops.fused_layer_norm(x.view(-1, 5), weight, None, residual=x.view(-1, 5))
-    torch.testing.assert_close(y, flat.view(x.shape))
-    torch.testing.assert_close(s, 2 * x)
+        torch.testing.assert_close(y, flat.view(x.shape))
+        torch.testing.assert_close(s, 2 * x)
+        # Every option reaches what is computed.
+        low, options = x.bfloat16(), {"is_rms": True, "eps": 0.5, "residual_in_fp32": False}
+        y, s = ops.fused_layer_norm(low, weight, None, residual=low, **options)
+        assert s.dtype == torch.bfloat16
+        flat, _ = ops.fused_layer_norm(low.view(-1, 5), weight, None, low.view(-1, 5), **options)
+        assert torch.equal(y, flat.view(x.shape))
+        gate = {"is_rms": False, "eps": 0.5, "norm_before_gate": False}
+        y = ops.gated_norm(x, weight, None, x, **gate)
+        flat = ops.gated_norm(x.view(-1, 5), weight, None, x.view(-1, 5), **gate)
+        assert torch.equal(y, flat.view(x.shape))
+
+
+class Marked(torch.Tensor):
+    """A subclass, which torch hands on from the arguments to the results."""
+
+
+@BACKENDS
+def test_subclasses_stay_what_they_are(backend):
+    gate = torch.randn(2, 6)
+    with use_backend(backend):
+        y = ops.swiglu(gate.as_subclass(Marked))
+        assert type(y) is Marked
+        assert torch.equal(y.as_subclass(torch.Tensor), ops.swiglu(gate))
 
 
 def test_overlapping_state_is_refused():

@@ -317,6 +317,17 @@ def test_a_full_state_is_refused_before_any_layer_moves():
         with pytest.raises(ValueError, match="MHA: state must have room for 6 tokens per row, got"):
             m(ids, inference_params=params)
         assert not params.key_value_memory_dict
+        # From offset 0 on nothing is held, whatever lies in the memory.
+        fits = {"inference_params": params, "attention_mask": keep}
+        keep[1, 0] = 0
+        want = m(ids, **fits).logits
+        close(m(ids, **fits).logits, want)
+        # And each sequence of cu_seqlens has room of its own.
+        packed = m.allocate_state(2, max_seqlen=4)
+        ends = torch.tensor([0, 2, 6])
+        m(ids[:1], state=packed, cu_seqlens=ends)
+        with pytest.raises(ValueError, match="MHA: state must have room for 8 tokens per row, got"):
+            m(ids[:1], state=packed, cu_seqlens=ends)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from ssm.models.config import MambaConfig
 from ssm.models.lm import MambaLMHeadModel
+from ssm.utils.safetensors_file import SafetensorsFile
 
 LARGE = MambaConfig(d_model=512, n_layer=8, vocab_size=4096, ssm_cfg={"layer": "Mamba2"})
 
@@ -42,6 +43,19 @@ def test_shards(tmp_path, format):
         assert torch.equal(again.state_dict()[name], value)
     model.save_pretrained(tmp_path, format=format)
     assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
+
+
+def test_parts_of_a_file_and_tensors_without_elements(tmp_path):
+    held = {"a": torch.arange(12.0).view(4, 3), "none": torch.zeros(0, 3), "one": torch.tensor(2.0)}
+    save_file(held, tmp_path / "file")
+    file = SafetensorsFile(tmp_path / "file")
+    assert torch.equal(file.read("a", 1, 3), held["a"][1:3])
+    assert torch.equal(file.read("a", 3, 9, dtype=torch.float64), held["a"][3:].double())
+    for name in ("none", "one"):
+        for dtype in (torch.float32, torch.bfloat16):
+            found = file.read(name, dtype=dtype)
+            assert found.dtype == dtype
+            assert torch.equal(found, held[name].to(dtype))
 
 
 def test_dtype_auto_goes_back_as_it_was_stored(tmp_path):

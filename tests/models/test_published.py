@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ssm.models.config import MambaConfig
 from ssm.models.lm import MambaLMHeadModel
@@ -176,6 +176,33 @@ def test_codestral_as_mistral_published_it(tmp_path):
     assert json.loads((tmp_path / "hf/config.json").read_text())["model_type"] == "mamba2"
     ids = torch.arange(9)[None]
     assert torch.equal(load(tmp_path / "hf")(ids).logits, model(ids).logits)
+
+
+# Case of FAMILIES -> a name that some writers store and no model has.
+STORED_BESIDE = {
+    "falcon_mamba": "backbone.layers.0.mixer.b_layernorm.weight",
+    "bamba": "model.layers.1.self_attn.rotary_emb.inv_freq",
+    "falcon_h1": "model.layers.1.self_attn.rotary_emb.inv_freq",
+    "nemotron_h": "mtp.layers.0.norm.weight",
+}
+
+
+@pytest.mark.parametrize("case", STORED_BESIDE)
+def test_buffers_that_some_writers_store_are_passed_over(case, tmp_path):
+    name, fields = FAMILIES[case]
+    values = {"model_type": name, **fields}
+    model = MambaLMHeadModel(read_values(dialects.find(values), values, dialects.GENERIC))
+    model.save_pretrained(tmp_path, format="hf")
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    assert STORED_BESIDE[case] not in tensors
+    save_file({**tensors, STORED_BESIDE[case]: torch.ones(3)}, path)
+    again = load(tmp_path)
+    for key, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+    save_file({**tensors, "model.layers.0.stray.weight": torch.ones(3)}, path)
+    with pytest.raises(ValueError, match=r"unexpected .*stray\.weight"):
+        load(tmp_path)
 
 
 def test_pickles_in_shards(tmp_path):

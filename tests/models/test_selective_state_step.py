@@ -99,8 +99,9 @@ def test_step_equals_scan():
     assert_close("state", state, last, TOLERANCES[OP, "float64"])
 
 
-def test_gradients_come_from_the_reference():
-    arguments = make_tensors(BY_NAME["tokens"], dtype=torch.float64)
+@pytest.mark.parametrize("softplus", [True, False])
+def test_gradients_come_from_the_reference(softplus):
+    arguments = {**make_tensors(BY_NAME["tokens"], dtype=torch.float64), "softplus": softplus}
     arguments["A"].requires_grad_()
     arguments["x"].requires_grad_()
     results = []

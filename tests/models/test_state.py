@@ -41,7 +41,9 @@ def test_detach_and_clone_treat_gradients_as_promised():
     state = State({0: (leaf * 2,)}, 2)
     state.clone().key_value_memory_dict[0][0].sum().backward()
     assert (leaf.grad == 2).all()
+    pointer = state.key_value_memory_dict[0][0].data_ptr()
     assert not state.detach().key_value_memory_dict[0][0].requires_grad
+    assert state.key_value_memory_dict[0][0].data_ptr() == pointer
 
 
 def test_to_casts_every_tensor():
@@ -189,6 +191,7 @@ def test_save_and_load_are_bitwise(tmp_path, limit):
 
 
 def test_empty_states_can_be_saved(tmp_path):
+    assert len(State(max_batch_size=2)) == 2
     for state in (State(max_batch_size=2), counted().fork(0)):
         state.save(tmp_path / "state")
         loaded = State.load(tmp_path / "state")

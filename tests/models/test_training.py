@@ -3,6 +3,7 @@
 Judge: the uninterrupted run, and the formulas of loss and schedule.
 """
 
+import json
 import math
 import sys
 from types import SimpleNamespace
@@ -157,6 +158,7 @@ def test_schedule():
     assert learning_rate(10, options) == pytest.approx(1.0)
     assert learning_rate(60, options) == pytest.approx(0.55)
     assert learning_rate(110, options) == pytest.approx(0.1)
+    assert learning_rate(150, options) == pytest.approx(0.1)
 
 
 def test_batches_are_windows_that_depend_on_the_step():
@@ -257,7 +259,7 @@ class FakeTokenizer:
         return 8
 
     def token_to_id(self, token):
-        return 7 if token == "<|endoftext|>" else None
+        return {"<|endoftext|>": 7, "</s>": 6}.get(token)
 
     def encode(self, text):
         return SimpleNamespace(ids=[int(c) for c in text])
@@ -281,6 +283,10 @@ def test_tokenizer_file_is_read_by_tokenizers(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", module)
     vocabulary = load_vocabulary(tmp_path, 8)
     assert (vocabulary.vocab_size, vocabulary.eos_token_id) == (8, 7)
+    for named in ("</s>", {"content": "</s>", "lstrip": False}):
+        settings = {"bos_token": "<s>", "eos_token": named}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        assert load_vocabulary(tmp_path, 8).eos_token_id == 6
     tokens = vocabulary.encode("101323")
     decoder = vocabulary.decoder()
     pieces = [decoder.push(t) for t in tokens.tolist()] + [decoder.flush()]

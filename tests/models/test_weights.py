@@ -168,10 +168,11 @@ def test_hub_name_needs_huggingface_hub(monkeypatch):
 
 def test_hub_name_is_downloaded_by_huggingface_hub(saved, monkeypatch):
     path, m = saved
-    asked = []
+    asked, given = [], []
 
     def snapshot_download(name, **where):
         asked.append((name, where["revision"], "model.safetensors" in where["allow_patterns"]))
+        given.append(where)
         if name == "some/gone":
             raise OSError("404")
         return str(path)
@@ -180,6 +181,23 @@ def test_hub_name_is_downloaded_by_huggingface_hub(saved, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     assert equal(load("some/model", revision="v2"), m)
     assert asked == [("some/model", "v2", True)]
+    settings = {"cache_dir": str(path), "token": "secret", "local_files_only": True}
+    load("some/model", **settings)
+    assert {key: given[-1][key] for key in settings} == settings
+    for value, offline in (("1", True), (" Yes ", True), ("on", True), ("0", False), ("", False)):
+        monkeypatch.setenv("HF_HUB_OFFLINE", value)
+        load("some/model")
+        assert given[-1]["local_files_only"] is offline
+    # A kind of weights is asked for where there is none of those before it.
+    m.save_pretrained(path, format="mamba_ssm")
+    given.clear()
+    assert equal(load("some/model"), m)
+    patterns = [where["allow_patterns"] for where in given]
+    assert len(patterns) == 3
+    assert not any("pytorch_model.bin" in found for found in patterns[:-1])
+    (path / "pytorch_model.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"must hold model\.safetensors or pytorch_model"):
+        load("some/model")
     with pytest.raises(RuntimeError, match="some/gone cannot be downloaded: 404"):
         load("some/gone")
 
