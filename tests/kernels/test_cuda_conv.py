@@ -89,6 +89,20 @@ def test_lanes_take_several_packs():
             assert_close(f"d{name}", found, want[name], TOLERANCES[f"{OP}_bwd", "float64"])
 
 
+@pytest.mark.parametrize("layout", ["channel_last", "time_last", "spread"])
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+def test_a_nan_reaches_the_steps_that_see_it(width, layout):
+    """The taps that a short filter lacks are not taps of 0, which would hand a NaN on."""
+    arguments = typed(make(ConvCase("short", 1, 8, 24, width)), "float32")
+    given = with_gradients(arguments)
+    seen, seeing = np.zeros((2, *arguments["x"].shape), bool)
+    seeing[0, 3, 10 : 10 + width] = seen[0, 3, 11 - width : 11] = True
+    given["dy"][0, 3, 10] = np.nan
+    np.testing.assert_array_equal(np.isnan(run_backward(arguments, given, layout)["x"]), seen)
+    arguments["x"][0, 3, 10] = np.nan
+    np.testing.assert_array_equal(np.isnan(run(arguments, layout)[0]), seeing)
+
+
 @pytest.mark.parametrize("is_time_last", [False, True])
 def test_packs_need_little_working_memory(is_time_last):
     x = np.zeros((2, 512, 64), "float32").transpose(0, 2, 1)  # (B, D, L), channels adjacent

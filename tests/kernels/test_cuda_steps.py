@@ -84,6 +84,19 @@ def test_few_and_many_blocks_agree(dstate):
         np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.parametrize("state_dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dstate", [1, 5, 13, 37])
+def test_an_infinite_input_is_infinite_in_y(dstate, state_dtype):
+    """States that only fill a pack up add nothing: infinity times their 0 is no number."""
+    inputs = {k: np.abs(v).astype("float32") for k, v in state_inputs(1, 2, 3, dstate).items()}
+    inputs.update(state=inputs["state"].astype(state_dtype), A=-inputs["A"])
+    inputs["x"][0, 0, 1] = np.inf
+    y, state = step(inputs)
+    assert np.isposinf(y[0, :, 1]).all()
+    assert np.isposinf(state[0, 1]).all()
+    assert np.isfinite(y[0, :, [0, 2]]).all()
+
+
 def window_inputs(tokens: int, dtype: str) -> dict:
     """Arguments of dw_causal_conv_step with a window of four inputs, the usual one."""
     make = np.random.default_rng(tokens).standard_normal
@@ -99,12 +112,14 @@ def window_inputs(tokens: int, dtype: str) -> dict:
 @pytest.mark.parametrize("tokens", [1, 3, 9])
 def test_windows_moved_as_one_and_by_elements_agree(tokens, width, dtype):
     inputs = window_inputs(tokens, dtype)
+    inputs["conv_state"][..., : 5 - width] = np.nan  # no tap meets these
     weight = np.random.default_rng(width).standard_normal((150, width)).astype(dtype)
     found = []
     for state in (inputs["conv_state"].copy(), apart(inputs["conv_state"])):
         y = np.full_like(inputs["x"], np.nan)
         given = {**inputs, "conv_state": state, "weight": weight}
         ssm_kernels.dw_causal_conv_step_fwd(**given, y=y, silu=True)
+        assert np.isfinite(y).all()
         found.append((y, state))
     for packed, strided in zip(*found, strict=True):
         np.testing.assert_array_equal(packed, strided)
