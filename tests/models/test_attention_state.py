@@ -393,7 +393,9 @@ def test_lengths_per_sample_say_what_each_row_holds():
         params.lengths_per_sample = torch.tensor([2, 5, 1])
         with pytest.raises(ValueError, match=r"lengths_per_sample must have shape \(2,\), got"):
             m(x[:, 6:], params)
-        params.lengths_per_sample = torch.tensor([2, -1])
+        params.seqlen_offset, params.lengths_per_sample = 0, torch.tensor([2, 5])
+        close(m(x, params), m(x))  # a start from nothing, whatever the lengths say
+        params.seqlen_offset, params.lengths_per_sample = 5, torch.tensor([2, -1])
         with pytest.raises(ValueError, match="lengths_per_sample must not be negative, got -1"):
             m(x[:, 6:], params)
 

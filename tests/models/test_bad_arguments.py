@@ -77,6 +77,9 @@ WRONG_TYPES = {
     "Mamba1: dt_max must be a number, got 'x'": lambda: Mamba1(8, dt_max="x"),
     "Mamba1: dt_scale must be a number, got [1]": lambda: Mamba1(8, dt_scale=[1]),
     "Mamba1: dt_rank must be an int, got 'half'": lambda: Mamba1(8, dt_rank="half"),
+    "Mamba2: multipliers must be five numbers, got [1, 1, 1, 1, 1, 1]": lambda: Mamba2(
+        8, headdim=4, multipliers=[1] * 6
+    ),
     "MHA: softmax_scale must be a number, got 'x'": lambda: MHA(8, 2, softmax_scale="x"),
     "MHA: rotary_emb_base must be a number, got None": lambda: MHA(8, 2, rotary_emb_base=None),
     "MHA: max_seqlen must be an int, got 1.5": lambda: MHA(8, 2).allocate_inference_cache(1, 1.5),
@@ -148,6 +151,9 @@ WRONG_VALUES = {
         cu_seqlens=torch.tensor([0, 4], device="meta")
     ),
     "Mamba1: dt_max must be positive, got nan": lambda: Mamba1(8, dt_max=float("nan")),
+    "Mamba2: multipliers must be finite, got (1.0, 1.0, 1.0, 1.0, inf)": lambda: Mamba2(
+        8, headdim=4, multipliers=(1.0, 1.0, 1.0, 1.0, float("inf"))
+    ),
     "MHA: softmax_scale must be positive, got inf": lambda: MHA(8, 2, softmax_scale=float("inf")),
     "GatedMLP: x must have shape (..., 8), got (2, 3)": lambda: GatedMLP(8)(ONE),
     "GatedMLP: x must have shape (..., 8), got ()": lambda: GatedMLP(8)(torch.tensor(1.0)),
@@ -249,11 +255,12 @@ def test_what_is_right_passes():
     "make",
     [
         lambda **kwargs: Mamba1(8, **kwargs),
+        lambda **kwargs: Mamba1(8, bcdt_norm="weightless", **kwargs),
         lambda **kwargs: Mamba2(8, headdim=4, **kwargs),
         lambda **kwargs: MHA(8, 2, **kwargs),
         lambda **kwargs: GatedMLP(8, **kwargs),
     ],
-    ids=["mamba1", "mamba2", "mha", "mlp"],
+    ids=["mamba1", "mamba1-normed", "mamba2", "mha", "mlp"],
 )
 def test_modules_run_without_data(make):
     """Shapes are worked out on the device type "meta", which has no autocast to ask about."""

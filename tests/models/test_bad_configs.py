@@ -79,6 +79,11 @@ CONFIGS = [
     ("granitemoehybrid", {"layer_types": ["mamba"]}, "layer_types of another number"),
     ("granitemoehybrid", {"layer_types": ["mamba", "mamba", "x"]}, "layer types must be of .*'x'"),
     ("granitemoehybrid", {"residual_multiplier": 0.0}, "residual_multiplier must be positive"),
+    (
+        "jamba",
+        {"mamba_inner_layernorms": False},
+        "mamba_inner_layernorms must be True, got False",
+    ),
     ("jamba", {"num_experts": 16}, "jamba: config must do without experts .num_experts"),
     ("nemotron_h", {"hybrid_override_pattern": "ME*-"}, "without experts .blocks of type moe"),
     ("nemotron_h", {"num_hidden_layers": 4}, "num_hidden_layers must be 5 by the other fields"),
@@ -127,6 +132,25 @@ def test_what_no_family_can_say_is_not_written(tmp_path):
     with pytest.raises(ValueError, match=r"format bamba must be .* got another ssm_cfg\.layer$"):
         mixed.save_pretrained(tmp_path, format="bamba")
     assert not list(tmp_path.iterdir())
+
+
+# Case of FAMILIES -> the field of its eps, and the argument that follows it inside of the blocks.
+EPS = {
+    "mamba2": ("layer_norm_epsilon", "norm_eps"),
+    "bamba": ("rms_norm_eps", "norm_eps"),
+    "granitemoehybrid": ("rms_norm_eps", "norm_eps"),
+    "jamba": ("rms_norm_eps", "bcdt_norm_eps"),
+    "nemotron_h": ("layer_norm_epsilon", "norm_eps"),
+    "falcon_h1": ("rms_norm_eps", "norm_eps"),
+}
+
+
+@pytest.mark.parametrize("case", EPS)
+def test_one_eps_is_that_of_every_norm(case):
+    field, inner = EPS[case]
+    values = {**config_of(case), field: 3e-4}
+    config = read_values(dialects.find(values), values, dialects.GENERIC)
+    assert (config.norm_epsilon, config.ssm_cfg[inner]) == (3e-4, 3e-4)
 
 
 @pytest.mark.parametrize("case", ["bamba", "falcon_h1"])

@@ -82,6 +82,22 @@ def test_dtypes_of_the_stream(norm_cls, residual_in_fp32, dtype):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("residual_in_fp32", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stream_of_another_dtype_than_the_weights(residual_in_fp32, dtype):
+    """Weights stay float32, as norms do where a model is lowered but for them."""
+    x, given = torch.randn(2, 3, DIM).bfloat16(), torch.randn(2, 3, DIM).to(dtype)
+    found = [
+        Block(DIM, Twice, nn.Identity, RMSNorm, fused, residual_in_fp32)(x, given)
+        for fused in (False, True)
+    ]
+    for hidden, residual in found:
+        assert hidden.dtype == torch.bfloat16
+        assert residual.dtype == (torch.float32 if residual_in_fp32 else dtype)
+    assert torch.equal(found[0][1], found[1][1])
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=2**-6, atol=2**-6)
+
+
 def test_arguments_reach_the_mixer():
     block = Block(DIM, Twice)
     block(torch.zeros(1, 1, DIM), inference_params="params", seq_idx="ids")
@@ -107,3 +123,8 @@ def test_keys_are_those_of_state_spaces():
 def test_rejects_a_norm_that_cannot_be_fused():
     with pytest.raises(ValueError, match=r"Block: norm_cls must give an RMSNorm or a LayerNorm"):
         Block(DIM, Twice, norm_cls=nn.BatchNorm1d, fused_add_norm=True)
+    plain = partial(nn.LayerNorm, elementwise_affine=False)
+    with pytest.raises(ValueError, match=r"Block: norm_cls must give .* got LayerNorm$"):
+        Block(DIM, Twice, norm_cls=plain, fused_add_norm=True)
+    with pytest.raises(ValueError, match=r"Block: norm_cls must give .* got LayerNorm$"):
+        Block(DIM, Twice, norm_cls=lambda dim: nn.LayerNorm((3, dim)), fused_add_norm=True)

@@ -180,6 +180,12 @@ def test_use_backend_is_per_thread(monkeypatch):
     assert found == [f"compiled {OP}"]
 
 
+def test_an_empty_environment_forces_nothing(monkeypatch):
+    install(monkeypatch)
+    monkeypatch.setenv("SSM_BACKEND", "")
+    assert call() == f"compiled {OP}"
+
+
 def test_environment_forces(monkeypatch):
     install(monkeypatch)
     monkeypatch.setenv("SSM_BACKEND", "python")

@@ -265,6 +265,21 @@ def test_filters_keep_the_right_tokens(settings, want):
     assert set(frequency.nonzero()[:, 0].tolist()) == want
 
 
+def test_a_filter_stops_where_the_mass_is_reached():
+    # Four times a quarter, exactly: the second reaches a half, and ties keep their order.
+    assert set(support([0.25] * 4, top_k=0, top_p=0.5).nonzero()[:, 0].tolist()) == {0, 1}
+
+
+def test_low_precision_is_filtered_in_float32():
+    logits = torch.randn(200, 50).bfloat16()
+    settings = Sampling(top_k=0, top_p=0.9, temperature=0.7)
+    draws = [
+        sample(given, settings, torch.Generator().manual_seed(0))
+        for given in (logits, logits.float())
+    ]
+    assert torch.equal(*draws)
+
+
 def test_temperature_changes_frequencies():
     flat = support([0.9, 0.1], 4000, top_k=0, temperature=2.0)
     # 0.9^(1/2) against 0.1^(1/2): 3 to 1. Four standard deviations of 4000 draws are 0.027.
@@ -310,6 +325,10 @@ def test_nothing_to_generate(model):
         (
             {"max_length": 9, "attention_mask": torch.zeros(3, 4)},
             r"keep a token in every row.*row 0",
+        ),
+        (
+            {"max_length": 9, "attention_mask": torch.tensor([[1] * 4, [0] * 4, [1] * 4])},
+            r"keep a token in every row.*row 1",
         ),
         (
             {"max_length": 9, "teacher_outputs": torch.zeros(2, 4)},

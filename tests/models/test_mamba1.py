@@ -122,6 +122,20 @@ def test_inference_params_of_mamba_ssm():
                 parts.append(m(x[:, t : t + 1], params))
             close(torch.cat(parts, 1), want)
     assert list(params.key_value_memory_dict) == [3]
+    # In place where no graph holds the states, else beside them.
+    params.seqlen_offset, held = 0, params.key_value_memory_dict[3]
+    with torch.no_grad():
+        m(x, params)
+    assert all(a is b for a, b in zip(params.key_value_memory_dict[3], held, strict=True))
+    first = m(x, params)
+    (m(x, params) + first).sum().backward()
+    assert all(p.grad.isfinite().all() for p in m.parameters())
+
+
+def test_states_are_of_the_dtype_asked_for():
+    for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        held = mixer(torch.float32).allocate_state(2, dtype).key_value_memory_dict[0]
+        assert [t.dtype for t in held] == [dtype, wide]
 
 
 def test_gradients_flow_through_the_state():

@@ -188,6 +188,10 @@ def test_save_and_load_are_bitwise(tmp_path, limit):
             torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
     assert loaded.lengths_per_sample.tolist() == [5, 6, 7]
     assert [p.name for p in tmp_path.iterdir()] == ["state"]
+    moved = State.load(path, device="meta")
+    assert {t.device.type for held in moved.key_value_memory_dict.values() for t in held} == {
+        "meta"
+    }
 
 
 def test_empty_states_can_be_saved(tmp_path):
@@ -244,6 +248,10 @@ def test_load_refuses_what_is_no_whole_state(tmp_path):
         metadata = file.metadata()
     save_file({"0.0": torch.ones(3, 4)}, path, metadata)
     with pytest.raises(ValueError, match=r"got tensors 0.0 float32 \(4,\) for 0.0 float64 \(4,\)"):
+        State.load(path)
+    later = {**metadata, "format": "ssm_state 2"}
+    save_file({"0.0": torch.ones(3, 4, dtype=torch.float64)}, path, later)
+    with pytest.raises(ValueError, match=r"whole state file, got format 'ssm_state 2'$"):
         State.load(path)
     save_file({"0.0": torch.ones(3, 4)}, path, {"format": metadata["format"]})
     with pytest.raises(ValueError, match=r"must be a whole state file, got 'seqlen_offset'$"):

@@ -90,6 +90,25 @@ def test_checkpoint_holds_tensors_and_plain_values_only(tmp_path):
     assert written.backbone.embedding.weight.dtype == torch.bfloat16
 
 
+def test_a_failed_checkpoint_leaves_the_old_one(tmp_path, monkeypatch):
+    m, options = model(), TrainOptions(**OPTIONS, checkpoint_every=3)
+    before = {}
+
+    def half(values, target):
+        target.write_bytes(b"half")
+        raise OSError("disk full")
+
+    def fail_after_the_first(progress):
+        if progress.step == 4:
+            before.update({p.name: p.read_bytes() for p in tmp_path.iterdir()})
+            monkeypatch.setattr(torch, "save", half)
+
+    with pytest.raises(OSError, match="disk full"):
+        train(m, TEXT, options, out=tmp_path, report=fail_after_the_first)
+    assert "training.pt" in before
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
 def test_resume_refuses_another_run(tmp_path):
     options = TrainOptions(**OPTIONS)
     with pytest.raises(ValueError, match="train: out must be given to resume, got None"):
