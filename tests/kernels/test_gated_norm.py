@@ -266,6 +266,9 @@ def test_threads_agree(shape, norm_before_gate):
         ("float32", 2080, 26, False),  # groups that are no whole vectors
         ("float16", 2048, None, False),
         ("bfloat16", 2048, 512, True),
+        # Rows and groups at a vector of 16-bit elements, but not at two.
+        ("bfloat16", 2056, None, False),
+        ("bfloat16", 2064, 688, True),
     ],
 )
 def test_large_outputs_past_the_caches(dtype, dim, group_size, norm_before_gate):

@@ -21,7 +21,7 @@ struct GroupShape : RowShape {
         : RowShape(args.x), size(args.group_size), groups(size == dim ? 1 : dim / size) {}
     template <class T, class E>
     bool streams(const TensorView& out) const {
-        return size % kLanes<T> == 0 && RowShape::streams<T, E>(out);
+        return size % kStreamed<T, E> == 0 && RowShape::streams<T, E>(out);
     }
 };
 

@@ -50,6 +50,9 @@ SSM_INLINE Pack<T, 1> take(const E* from, Part part) {
 // Whether two vectors are narrowed together.
 template <class T, class E, int kCount>
 constexpr bool kPairs = kHasLanes<T, E> && std::is_same_v<E, BFloat16> && kCount % 2 == 0;
+// Elements of the widest store of put_past(): what it writes past the caches begins at a multiple.
+template <class T, class E>
+constexpr int kStreamed = kPairs<T, E, 2> ? 2 * kLanes<T> : kLanes<T>;
 
 template <class T, class E, int kCount>
 SSM_INLINE void put(E* to, const Pack<T, kCount>& p, Whole<kCount>) {

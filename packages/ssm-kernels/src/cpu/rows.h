@@ -171,12 +171,13 @@ struct RowShape {
     template <class T, class E = T>
     bool streams(const TensorView& out) const {
         constexpr int bytes = kLanes<T> * static_cast<int>(sizeof(E));
+        constexpr int unit = kStreamed<T, E> * static_cast<int>(sizeof(E));
         bool aligned = sizeof(T) == 4 && bytes >= 16 && out.ndim >= 0 && out.dtype == kElement<E> &&
                        out.stride[out.ndim - 1] == 1 && dim % kLanes<T> == 0 &&
-                       reinterpret_cast<std::uintptr_t>(out.data) % bytes == 0 &&
+                       reinterpret_cast<std::uintptr_t>(out.data) % unit == 0 &&
                        rows * dim * static_cast<std::int64_t>(sizeof(E)) >= kStreamBytes;
         for (int axis = 0; axis + 1 < out.ndim; ++axis)
-            aligned = aligned && out.stride[axis] % kLanes<T> == 0;
+            aligned = aligned && out.stride[axis] % kStreamed<T, E> == 0;
         return aligned;
     }
 };
