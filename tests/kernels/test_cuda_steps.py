@@ -97,6 +97,13 @@ def test_an_infinite_input_is_infinite_in_y(dstate, state_dtype):
     assert np.isfinite(y[0, :, [0, 2]]).all()
 
 
+def test_rates_end_inside_a_pack_of_the_state(guarded):
+    inputs = {k: v.astype("float32") for k, v in state_inputs(1, 1, 5, 12).items()}
+    inputs["state"] = inputs["state"].astype("float16")  # eight to a pack, of A there are four
+    for got, want in zip(step({**inputs, "A": guarded(inputs["A"])}), step(inputs), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
 def window_inputs(tokens: int, dtype: str) -> dict:
     """Arguments of dw_causal_conv_step with a window of four inputs, the usual one."""
     make = np.random.default_rng(tokens).standard_normal
