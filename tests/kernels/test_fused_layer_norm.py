@@ -351,7 +351,7 @@ def test_large_outputs_past_the_caches(dtype, sum_dtype):
     assert all(value.any() for value in want.values())
     times = 16 * 2**20 // few[0].nbytes + 1
     many = [np.tile(value, (times, 1)) for value in few]
-    for places in ((0, 1, 0), (1, 0, 0)):
+    for places in ((0, 1, 0), (1, 0, 0), (8, 16, 8), (16, 8, 16)):
         for name, got in both(*many, places).items():
             assert (got.reshape(times, 41, 2048) == want[name]).all(), name
 

@@ -269,9 +269,11 @@ def test_threads_agree(shape, norm_before_gate):
         ("float32", 2080, 26, False),  # groups that are no whole vectors
         ("float16", 2048, None, False),
         ("bfloat16", 2048, 512, True),
-        # Rows and groups at a vector of 16-bit elements, but not at two.
+        # Whole vectors, but no pair of them: rows, and groups of 16 and of 8 elements.
         ("bfloat16", 2056, None, False),
-        ("bfloat16", 2064, 688, True),
+        ("bfloat16", 2064, None, True),
+        ("bfloat16", 2080, 80, True),
+        ("bfloat16", 2080, 40, False),
     ],
 )
 def test_large_outputs_past_the_caches(dtype, dim, group_size, norm_before_gate):
@@ -296,7 +298,7 @@ def test_large_outputs_past_the_caches(dtype, dim, group_size, norm_before_gate)
     assert all(value.any() for value in want.values())
     times = 16 * 2**20 // few[0].nbytes + 1
     many = [np.tile(value, (times, 1)) for value in few]
-    for places in ((0, 0, 1), (0, 1, 0)):
+    for places in ((0, 0, 1), (0, 1, 0), (8, 16, 8), (16, 8, 16)):
         for name, got in both(*many, places).items():
             assert (got.reshape(times, 41, dim) == want[name]).all(), name
 

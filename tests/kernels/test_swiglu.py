@@ -285,7 +285,8 @@ def test_large_outputs_past_the_caches(dtype):
     many = [np.tile(value, (times, 1)) for value in few]
     # A gap of 8 or 16 puts every second row elsewhere in its cache line, where stores of one vector
     # are aligned, but not those of two.
-    for places, gap in (((0, 0, 1), 0), ((0, 1, 0), 0), ((0, 0, 0), 8), ((0, 0, 0), 16)):
+    cases = [((0, 0, 1), 0), ((0, 1, 0), 0), ((0, 0, 0), 8), ((0, 0, 0), 16)]
+    for places, gap in (*cases, ((8, 16, 8), 0), ((16, 8, 16), 0)):
         for name, got in both(*many, places, gap).items():
             assert (got.reshape(times, 41, 2048) == want[name]).all(), name
 

@@ -360,6 +360,19 @@ SSM_INLINE void narrow_row(E* __restrict to, const T* __restrict from, std::int6
     for (; i < count; ++i) narrow(to + i, from[i]);
 }
 
+/// Calls square(row, column) for every square of vectors of a rectangle whose rows are adjacent
+/// elements of type E, and returns how many rows these cover. A line of cache is done with before
+/// the next one comes: where columns lie pages apart, few of their lines fit side by side.
+template <class T, class E, class Square>
+SSM_INLINE std::int64_t for_squares(std::int64_t rows, std::int64_t columns, Square&& square) {
+    constexpr std::int64_t n = kLanes<T>, kLine = 64 / sizeof(E) > n ? 64 / sizeof(E) : n;
+    const std::int64_t end = rows / n * n;
+    for (std::int64_t line = 0; line < end; line += kLine)
+        for (std::int64_t c = 0; c + n <= columns; c += n)
+            for (std::int64_t r = line; r < min(line + kLine, end); r += n) square(r, c);
+    return end;
+}
+
 /// tile[row * pitch + column] = plane(row, column), as T.
 template <class T>
 static inline void load_tile(T* tile, std::int64_t pitch, const Plane& plane, std::int64_t rows,
@@ -374,20 +387,17 @@ static inline void load_tile(T* tile, std::int64_t pitch, const Plane& plane, st
         }
         std::int64_t done = 0;
         if (row_stride == 1) {
-            Vec<T> square[n];
-            for (; done + n <= rows; done += n) {
-                std::int64_t c = 0;
-                for (; c + n <= columns; c += n) {
-                    for (int i = 0; i < n; ++i)
-                        square[i] = widen_vector<T>(data + done + (c + i) * column_stride);
-                    transpose_square<T>(square);
-                    for (int r = 0; r < n; ++r) store<T>(tile + (done + r) * pitch + c, square[r]);
-                }
-                for (; c < columns; ++c)
-                    for (int r = 0; r < n; ++r)
-                        tile[(done + r) * pitch + c] =
-                            static_cast<T>(widen(data[done + r + c * column_stride]));
-            }
+            using Element = std::remove_cvref_t<decltype(*data)>;
+            done = for_squares<T, Element>(rows, columns, [&](std::int64_t row, std::int64_t c) {
+                Vec<T> square[n];
+                for (int i = 0; i < n; ++i)
+                    square[i] = widen_vector<T>(data + row + (c + i) * column_stride);
+                transpose_square<T>(square);
+                for (int r = 0; r < n; ++r) store<T>(tile + (row + r) * pitch + c, square[r]);
+            });
+            for (std::int64_t c = columns / n * n; c < columns; ++c)
+                for (std::int64_t r = 0; r < done; ++r)
+                    tile[r * pitch + c] = static_cast<T>(widen(data[r + c * column_stride]));
         }
         for (std::int64_t r = done; r < rows; ++r)
             for (std::int64_t c = 0; c < columns; ++c)
@@ -433,19 +443,17 @@ static inline void store_tile(const Plane& plane, const T* tile, std::int64_t pi
         }
         std::int64_t done = 0;
         if (row_stride == 1) {
-            Vec<T> square[n];
-            for (; done + n <= rows; done += n) {
-                std::int64_t c = 0;
-                for (; c + n <= columns; c += n) {
-                    for (int r = 0; r < n; ++r) square[r] = load<T>(tile + (done + r) * pitch + c);
-                    transpose_square<T>(square);
-                    for (int i = 0; i < n; ++i)
-                        narrow_vector<T>(data + done + (c + i) * column_stride, square[i]);
-                }
-                for (; c < columns; ++c)
-                    for (int r = 0; r < n; ++r)
-                        narrow(data + done + r + c * column_stride, tile[(done + r) * pitch + c]);
-            }
+            using Element = std::remove_cvref_t<decltype(*data)>;
+            done = for_squares<T, Element>(rows, columns, [&](std::int64_t row, std::int64_t c) {
+                Vec<T> square[n];
+                for (int r = 0; r < n; ++r) square[r] = load<T>(tile + (row + r) * pitch + c);
+                transpose_square<T>(square);
+                for (int i = 0; i < n; ++i)
+                    narrow_vector<T>(data + row + (c + i) * column_stride, square[i]);
+            });
+            for (std::int64_t c = columns / n * n; c < columns; ++c)
+                for (std::int64_t r = 0; r < done; ++r)
+                    narrow(data + r + c * column_stride, tile[r * pitch + c]);
         }
         for (std::int64_t r = done; r < rows; ++r)
             for (std::int64_t c = 0; c < columns; ++c)
