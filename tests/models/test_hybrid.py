@@ -328,6 +328,10 @@ def test_a_full_state_is_refused_before_any_layer_moves():
         m(ids[:1], state=packed, cu_seqlens=ends)
         with pytest.raises(ValueError, match="MHA: state must have room for 8 tokens per row, got"):
             m(ids[:1], state=packed, cu_seqlens=ends)
+        params = State(max_batch_size=2, max_seqlen=4)
+        with pytest.raises(ValueError, match="MHA: state must have room for 5 tokens per row, got"):
+            m(ids[:1], inference_params=params, cu_seqlens=torch.tensor([0, 1, 6]))
+        assert not params.key_value_memory_dict
 
 
 @pytest.mark.parametrize(
