@@ -93,6 +93,21 @@ def test_fused_layouts_give_the_same_bits(dim, dtype, side):
         np.testing.assert_array_equal(value, want[name], err_msg=name)
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_vector_may_lie_apart_beside_packs(name):
+    arguments, dy, ds = draw(3, 520, "float16", "float32")
+    want = run_fused(arguments, dy, ds)
+    for which, value in run_fused({**arguments, name: apart(arguments[name])}, dy, ds).items():
+        np.testing.assert_array_equal(value, want[which], err_msg=which)
+    arguments = gated.draw((3, 48), dtype="float16", norm_before_gate=True)
+    dy, saved = gated.upstream(arguments), gated.forward(arguments)
+    want = saved | gated.backward(arguments, saved, dy)
+    arguments[name] = apart(arguments[name])
+    found = gated.forward(arguments)
+    for which, value in (found | gated.backward(arguments, found, dy)).items():
+        np.testing.assert_array_equal(value, want[which], err_msg=which)
+
+
 @pytest.mark.parametrize("is_rms", [True, False])
 @pytest.mark.parametrize(("dtype", "side"), TYPES)
 @pytest.mark.parametrize(
