@@ -42,6 +42,7 @@ def compare(name: str, batch: int, device: str) -> dict:
 
     from ssm.models.config import MambaConfig
     from ssm.models.lm import MambaLMHeadModel
+    from ssm.state import CACHE_AXES
     from ssm.utils.decoding_graph import release, why_not
     from tools.gpu_peers import difference
 
@@ -66,8 +67,8 @@ def compare(name: str, batch: int, device: str) -> dict:
             ids, max_new_tokens=new, cg=graphs, teacher_outputs=tokens, **options
         )
         held = [t for each in state.key_value_memory_dict.values() for t in each]
-        # Of the cache of an attention (B, T, 2, Hkv, P) what holds tokens.
-        held = [t[:, : PROMPT + new - 1] if t.dim() == 5 else t for t in held]
+        # Of the cache of an attention what holds tokens.
+        held = [t[:, : PROMPT + new - 1] if t.dim() == CACHE_AXES else t for t in held]
         return [found.sequences, torch.stack(found.scores, 1), *held]
 
     # Twice the first text: the second and third call reuse the graph of the first.

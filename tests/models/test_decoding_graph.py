@@ -14,7 +14,7 @@ import torch
 
 from ssm.models.config import MambaConfig
 from ssm.models.lm import CausalLMOutput, MambaLMHeadModel
-from ssm.state import State
+from ssm.state import CACHE_AXES, State
 from ssm.utils import decoding_graph, dispatch
 from ssm.utils.decoding_graph import record_cuda, release, why_not
 from tests.recorded_graph import Recorder
@@ -282,7 +282,7 @@ def assert_same_state(plain, graphed):
     for layer, held in plain.key_value_memory_dict.items():
         lengths = held[-1] if held[-1].dim() == 1 else None
         for want, got in zip(held, graphed.key_value_memory_dict[layer], strict=True):
-            if want.dim() == 5:
+            if want.dim() == CACHE_AXES:
                 inside = torch.arange(lengths.max()) < lengths[:, None]
                 want, got = (t[:, : lengths.max()][inside] for t in (want, got))
             torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
