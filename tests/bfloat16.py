@@ -1,6 +1,7 @@
-"""Arrays of bfloat16, which NumPy has not."""
+"""Arrays of bfloat16, which NumPy has not, and of mixed dtypes."""
 
 import ctypes
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -47,3 +48,35 @@ def stored(values: np.ndarray, dtype: str) -> np.ndarray:
 def argument(values: np.ndarray):
     """Return what stored() made as an argument of a kernel."""
     return Bfloat16.of(values) if values.dtype == np.uint16 else values
+
+
+def assert_values_decide(
+    run: Callable[[dict], None],
+    arrays: dict[str, np.ndarray],
+    outputs: Sequence[str],
+    main: str,
+    alone: str,
+    arithmetic: str,
+) -> None:
+    """Compare what kernels write into arrays of main and one of another dtype with float32 alone.
+
+    Args:
+        run: calls the kernels with the arrays by name.
+        arrays: float32, with numbers that every dtype holds; outputs included.
+        outputs: names of those that are written and compared.
+        main: dtype of all but one.
+        alone: name of the one that is float32, float16 or float64 instead.
+        arithmetic: name of the one whose dtype is that of the arithmetic; it is no float64.
+    """
+
+    def call(dtypes: dict[str, str]) -> dict:
+        held = {n: stored(value, dtypes[n]) for n, value in arrays.items()}
+        run({n: argument(value) for n, value in held.items()})
+        return {n: held[n] for n in outputs}
+
+    plain = call(dict.fromkeys(arrays, "float32"))
+    for other in ("float32", "float16", *(["float64"] if alone != arithmetic else [])):
+        dtypes = dict.fromkeys(arrays, main) | {alone: other}
+        for n, got in call(dtypes).items():
+            want = stored(plain[n], dtypes[n])
+            np.testing.assert_array_equal(got, want, err_msg=f"{n} {other}")

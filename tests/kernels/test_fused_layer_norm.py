@@ -9,7 +9,7 @@ import pytest
 import ssm_kernels
 
 from tests import judge
-from tests.bfloat16 import argument, stored
+from tests.bfloat16 import argument, assert_values_decide, stored
 from tests.cases import CASES, make
 from tests.guard import far_apart, guarded, in_line
 from tests.tolerances import TOLERANCES, assert_close
@@ -257,24 +257,15 @@ def test_each_array_alone_in_another_dtype(name, main):
     arrays |= {n: np.zeros(shape, "f4") for n in outputs}
     arrays |= {n: arrays[n][0] for n in ("weight", "bias", "dweight", "dbias")}
 
-    def call(dtypes):
-        held = {n: stored(value, dtypes[n]) for n, value in arrays.items()}
-        views = {n: argument(value) for n, value in held.items()}
+    def run(views):
         inputs = {n: views[n] for n in ("x", "weight", "residual")}
         statistics = {n: np.zeros(3, "f4") for n in ("mean", "rstd")}
         sums = {n: views[n] for n in ("bias", "y", "residual_out")}
         ssm_kernels.fused_layer_norm_fwd(**inputs, **sums, **statistics)
         gradients = {n: views[n] for n in ("dy", "dresidual_out", *outputs[2:])}
         ssm_kernels.fused_layer_norm_bwd(**inputs, **statistics, **gradients)
-        return {n: held[n] for n in outputs}
 
-    plain = call(dict.fromkeys(arrays, "float32"))
-    # The dtype of x is that of the arithmetic.
-    for other in ("float32", "float16", *(["float64"] if name != "x" else [])):
-        dtypes = dict.fromkeys(arrays, main) | {name: other}
-        for n, got in call(dtypes).items():
-            want = stored(plain[n], dtypes[n])
-            np.testing.assert_array_equal(got, want, err_msg=f"{n} {other}")
+    assert_values_decide(run, arrays, outputs, main, name, arithmetic="x")
 
 
 def test_eps_of_float64():

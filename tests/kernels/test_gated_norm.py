@@ -8,7 +8,7 @@ import pytest
 import ssm_kernels
 
 from tests import judge
-from tests.bfloat16 import argument, stored
+from tests.bfloat16 import argument, assert_values_decide, stored
 from tests.cases import CASES, GatedNormCase, make
 from tests.guard import far_apart, guarded, in_line
 from tests.tolerances import TOLERANCES, assert_close
@@ -229,23 +229,14 @@ def test_each_array_alone_in_another_dtype(name, main):
     outputs = {"y": shape, "dx": shape, "dz": shape, "dweight": (dim,), "dbias": (dim,)}
     arrays |= {n: np.zeros(s, "f4") for n, s in outputs.items()}
 
-    def call(dtypes):
-        held = {n: stored(value, dtypes[n]) for n, value in arrays.items()}
-        views = {n: argument(value) for n, value in held.items()}
+    def run(views):
         inputs = {n: views[n] for n in ("x", "z", "weight", "bias")} | {"is_rms": False}
         statistics = {n: np.zeros(3, "f4") for n in ("mean", "rstd")}
         ssm_kernels.gated_norm_fwd(**inputs, **statistics, y=views["y"])
         gradients = {n: views[n] for n in ("dy", "dx", "dz", "dweight", "dbias")}
         ssm_kernels.gated_norm_bwd(**inputs, **statistics, **gradients)
-        return {n: held[n] for n in outputs}
 
-    plain = call(dict.fromkeys(arrays, "float32"))
-    # The dtype of x is that of the arithmetic.
-    for other in ("float32", "float16", *(["float64"] if name != "x" else [])):
-        dtypes = dict.fromkeys(arrays, main) | {name: other}
-        for n, got in call(dtypes).items():
-            want = stored(plain[n], dtypes[n])
-            np.testing.assert_array_equal(got, want, err_msg=f"{n} {other}")
+    assert_values_decide(run, arrays, list(outputs), main, name, arithmetic="x")
 
 
 @pytest.mark.parametrize("norm_before_gate", [True, False])

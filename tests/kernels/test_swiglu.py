@@ -7,7 +7,7 @@ import pytest
 import ssm_kernels
 
 from tests import judge
-from tests.bfloat16 import argument, stored
+from tests.bfloat16 import argument, assert_values_decide, stored
 from tests.cases import CASES, make
 from tests.guard import far_apart, guarded, in_line
 from tests.tolerances import TOLERANCES, assert_close
@@ -219,20 +219,12 @@ def test_each_array_alone_in_another_dtype(name, main):
     arrays = {n: np.float32(rng.integers(-8, 9, (3, 69)) / 4) for n in ("gate", "up", "dy")}
     arrays |= {n: np.zeros((3, 69), "f4") for n in ("y", "dgate", "dup")}
 
-    def call(dtypes):
-        held = {n: stored(value, dtypes[n]) for n, value in arrays.items()}
-        inputs = {n: argument(held[n]) for n in ("gate", "up")}
-        ssm_kernels.swiglu_fwd(**inputs, y=argument(held["y"]))
-        gradients = {n: argument(held[n]) for n in ("dy", "dgate", "dup")}
-        ssm_kernels.swiglu_bwd(**inputs, **gradients)
-        return [held[n] for n in ("y", "dgate", "dup")]
+    def run(views):
+        inputs = {n: views[n] for n in ("gate", "up")}
+        ssm_kernels.swiglu_fwd(**inputs, y=views["y"])
+        ssm_kernels.swiglu_bwd(**inputs, **{n: views[n] for n in ("dy", "dgate", "dup")})
 
-    plain = call(dict.fromkeys(arrays, "float32"))
-    # The dtype of the gate is that of the arithmetic.
-    for other in ("float32", "float16", *(["float64"] if name != "gate" else [])):
-        dtypes = dict.fromkeys(arrays, main) | {name: other}
-        for n, got, want in zip(("y", "dgate", "dup"), call(dtypes), plain, strict=True):
-            np.testing.assert_array_equal(got, stored(want, dtypes[n]), err_msg=f"{n} {other}")
+    assert_values_decide(run, arrays, ("y", "dgate", "dup"), main, name, arithmetic="gate")
 
 
 @pytest.mark.parametrize("shape", [(300, 257), (3, 40000), (1031, 64), (70001,)])
