@@ -135,6 +135,15 @@ def test_nan_stays_nan(function):
         assert np.isnan(apply(function, np.array([np.nan, -np.nan], dtype))).all(), dtype
 
 
+@pytest.mark.parametrize("function", JUDGES)
+def test_nan_stays_nan_whatever_its_bits(function):
+    """A power of two is made from the bits of a number: those of a NaN must not become one."""
+    low_bits = np.arange(1, 512, dtype=np.uint32)
+    for sign_and_quiet in (0x7F800000, 0x7FC00000, 0xFF800000, 0xFFC00000):
+        x = (low_bits | np.uint32(sign_and_quiet)).view(np.float32)
+        assert np.isnan(apply(function, x)).all()
+
+
 def test_is_the_same_in_every_lane():
     """Values at every place of a vector, and of a last vector that is not full."""
     for function in JUDGES:

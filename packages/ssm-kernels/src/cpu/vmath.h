@@ -66,11 +66,12 @@ SSM_INLINE Vec<float> scale_by_power(Vec<float> p, Vec<float> n) {
     return (Vec<float>)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
     typedef std::int32_t Bits __attribute__((vector_size(kVectorBytes)));
-    // NaN converts to an integer without low bits, which leaves the NaN in p as it is.
 #if defined(__AVX2__)
+    // NaN converts to an integer without low bits, which leaves the NaN in p as it is.
     const Bits integer = (Bits)_mm256_cvtps_epi32((__m256)n);
 #else
-    const Bits integer = (Bits)(n + 12582912.0f) - 0x4b400000;
+    // The low bits of the sum hold n; those of a NaN may hold anything, and are left out.
+    const Bits integer = (Bits)(n + 12582912.0f) & (n == n);
 #endif
     return (Vec<float>)((Bits)p + (integer << 23));
 #endif
