@@ -107,8 +107,8 @@ struct StreamOf {
 /// aligned to what a vector of T takes as E.
 template <class T, class E>
 SSM_INLINE void stream(E* to, Vec<T> v) {
-    constexpr int bytes = kLanes<T> * static_cast<int>(sizeof(E));
 #if defined(__x86_64__)
+    constexpr int bytes = kLanes<T> * static_cast<int>(sizeof(E));
     if constexpr (bytes >= 16) {
         E lanes[kLanes<T>];
         narrow_vector<T>(lanes, v);
