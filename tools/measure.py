@@ -182,14 +182,25 @@ def facts(threads: int) -> dict:
     }
 
 
+def processor_name(cpuinfo: str) -> str:
+    """Return what /proc/cpuinfo calls the first processor; on Arm it has numbers for a name."""
+    fields: dict[str, str] = {}
+    for line in cpuinfo.splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    if "model name" in fields:
+        return fields["model name"]
+    numbers = [
+        f"{name[4:]} {fields[name]}" for name in ("CPU implementer", "CPU part") if name in fields
+    ]
+    return ", ".join([platform.processor() or platform.machine(), *numbers])
+
+
 def _processor() -> str:
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        return processor_name(Path("/proc/cpuinfo").read_text())
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        return processor_name("")
 
 
 def _git(*words: str) -> str | None:

@@ -170,6 +170,16 @@ def test_rejects_options(monkeypatch, capsys, options, sentence):
     assert sentence in capsys.readouterr().err
 
 
+def test_processor_has_a_name_on_any_architecture():
+    assert (
+        measure.processor_name("processor\t: 0\nmodel name\t: A chip\n\nmodel name\t: B\n")
+        == "A chip"
+    )
+    numbers = "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n\nCPU part\t: 0xd41\n"
+    assert measure.processor_name(numbers).endswith(", implementer 0x41, part 0xd40")
+    assert measure.processor_name("") not in ("", "unknown")
+
+
 def test_interleaving_takes_turns():
     order = []
     calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}

@@ -7,8 +7,13 @@ namespace ssm::cpu::SSM_ISA {
 
 namespace {
 
-// Enough chains for two units of latency 4, few enough to stay in the 16 registers of AVX2.
+// Enough chains for the units of latency 4, few enough to stay in registers: two units and the 16
+// registers of AVX2, up to four units and 32 registers on 64-bit Arm.
+#if defined(__aarch64__)
+constexpr int kChains = 24;
+#else
 constexpr int kChains = 12;
+#endif
 constexpr std::int64_t kExpElements = 2048;  // read and written within the first-level cache
 
 // Keeps a value that nothing reads, and hides it from the optimiser where something does.
@@ -22,13 +27,13 @@ SSM_INLINE void keep(V& value) {
 }
 
 void multiply_add(std::int64_t rounds) {
-    Vec<float> x[kChains], factor = broadcast(0.5f), term = broadcast(0.25f);
+    Vec<float> x[kChains], factor = broadcast(1e-9f);
     keep(factor);
-    keep(term);
     for (int i = 0; i < kChains; ++i) x[i] = broadcast(static_cast<float>(i));
+    // The term is x itself: Arm's instruction overwrites its term, another one would be copied.
     for (std::int64_t round = 0; round < rounds; ++round)
-#pragma GCC unroll 12
-        for (int i = 0; i < kChains; ++i) x[i] = x[i] * factor + term;
+#pragma GCC unroll 24
+        for (int i = 0; i < kChains; ++i) x[i] = x[i] * factor + x[i];
     for (int i = 0; i < kChains; ++i) keep(x[i]);
 }
 
