@@ -39,7 +39,7 @@ JUNIT = BUILD / "junit"
 REQUIREMENTS = (
     ("torch==2.13.0",),
     (
-        "meson>=1.3",
+        "meson>=1.6",
         "meson-python>=0.16",
         "nanobind>=3.0,<4",
         "ninja",
@@ -78,6 +78,10 @@ print(json.dumps({
 """
 
 
+# What a compiler says of itself, and the first version that can translate the kernels.
+OLDEST_COMPILERS = {"Free Software Foundation": 11, "Apple clang": 15, "clang": 16}
+
+
 class Fault(Exception):
     """A reason to stop that the user can remove; its text is the whole message."""
 
@@ -90,16 +94,18 @@ def compiler_fault() -> str:
     ]
     if not found:
         return (
-            "a C++ compiler must be on PATH, got none: install g++ 12 or later "
+            "a C++ compiler must be on PATH, got none: install g++ 11 or later "
             "(Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++)"
         )
     banner = subprocess.run([found[0], "--version"], capture_output=True, text=True).stdout
     dump = subprocess.run([found[0], "-dumpversion"], capture_output=True, text=True).stdout
     major = dump.split(".")[0].strip()
-    if "Free Software Foundation" in banner and major.isdigit() and int(major) < 12:
-        return (
-            f"{found[0]} must be version 12 or later, got {dump.strip()}: name a newer one in CXX"
-        )
+    for maker, oldest in OLDEST_COMPILERS.items():
+        if maker in banner:
+            if major.isdigit() and int(major) < oldest:
+                rule = f"must be version {oldest} or later, got {dump.strip()}"
+                return f"{found[0]} {rule}: name a newer one in CXX"
+            break
     return ""
 
 

@@ -1,6 +1,6 @@
 """Builds the packages for tools/gpu_check.py on a machine that may have no network.
 
-Needed besides torch with CUDA: nvcc, g++ 12 or later with the headers of this Python, and the
+Needed besides torch with CUDA: nvcc, g++ 11 or later with the headers of this Python, and the
 Python packages numpy, meson, ninja and nanobind. With safetensors models are checked as well, with
 nvidia-cutlass matrices are multiplied on tensor cores. Those that are missing are taken from a
 folder of wheels, which `pip download` fills on another machine. No virtual environment is made and

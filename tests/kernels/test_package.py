@@ -288,6 +288,7 @@ def test_set_num_threads():
         ssm_kernels.set_num_threads(before)
 
 
+@pytest.mark.skipif(not ssm_kernels.info()["openmp"], reason="built without OpenMP")
 def test_threads_start_as_openmp_says():
     program = "import ssm_kernels; print(ssm_kernels.get_num_threads())"
     assert python(program, OMP_NUM_THREADS="3").stdout == "3\n"

@@ -31,7 +31,8 @@ SSM_API Isa active_isa();
 SSM_API const char* isa_name(Isa isa);
 SSM_API bool isa_available(Isa isa);
 
-/// Threads used by calls that do not name a number. Starts as OpenMP's default.
+/// Threads used by calls that do not name a number. Starts as OpenMP's default; a build
+/// without OpenMP takes one, whatever is asked for.
 SSM_API int num_threads();
 /// Throws std::invalid_argument when `count` is below 1.
 SSM_API void set_num_threads(int count);

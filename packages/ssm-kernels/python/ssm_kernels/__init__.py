@@ -161,6 +161,7 @@ def info() -> dict:
         "available_isas": list(available_isas()),
         "num_threads": get_num_threads(),
         "operators": _build.OPERATORS,
+        "openmp": _build.OPENMP,
         "cuda": _build.CUDA,
         "cutlass": _build.CUTLASS,
         "compiler": _build.COMPILER,

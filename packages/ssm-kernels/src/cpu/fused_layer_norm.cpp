@@ -76,7 +76,8 @@ void norm_rows(const FusedLayerNormArgs& args, int wanted_threads) {
         const RowLines<S> sum(args.residual_out, lines(4), dim);
         const std::int64_t end = min(shape.rows, (task + 1) * rows_per_task);
         for (std::int64_t row = task * rows_per_task; row < end; ++row) {
-            const Ahead next_x(x, row + 1, end), next_residual(residual, row + 1, end);
+            const Ahead next_x(x, row + 1, end);
+            const Ahead next_residual(residual, row + 1, end);
             const E* const from = x.read(row);
             E* const out = y.place(row);
             T mean = 0, rstd = 0;

@@ -1,11 +1,15 @@
 // Work sharing. The only file with an OpenMP directive.
 #pragma once
 
-#include <omp.h>
-
 #include "simd.h"
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 namespace ssm::cpu::SSM_ISA {
+
+constexpr int kMostThreads = 256;
 
 /// Tasks that one thread begins with. On a line of its own: its thread takes from it all the time.
 struct alignas(64) Share {
@@ -17,20 +21,12 @@ SSM_INLINE std::int64_t take(Share& share) {
     return __atomic_fetch_add(&share.next, 1, __ATOMIC_RELAXED);
 }
 
-/// Calls body(task, thread) for each task in [0, tasks), thread in [0, threads).
-/// How tasks are cut may not depend on `threads`: then results do not depend on it either.
+#if defined(_OPENMP)
 /// Each thread does its share of neighbouring tasks, the same one in every call, since its cache
 /// may still hold what they read or wrote; whoever is done helps the others.
 /// The thread count is a clause of this region; the process-wide setting belongs to others.
 template <class Body>
-static inline void parallel_for(std::int64_t tasks, int threads, const Body& body) {
-    constexpr int kMostThreads = 256;
-    if (threads > tasks) threads = static_cast<int>(tasks);
-    if (threads > kMostThreads) threads = kMostThreads;
-    if (threads <= 1) {
-        for (std::int64_t task = 0; task < tasks; ++task) body(task, 0);
-        return;
-    }
+static inline void share_out(std::int64_t tasks, int threads, const Body& body) {
     Share shares[kMostThreads];
     const std::int64_t each = tasks / threads, more = tasks % threads;
     for (std::int64_t i = 0, begin = 0; i < threads; ++i) {
@@ -46,6 +42,20 @@ static inline void parallel_for(std::int64_t tasks, int threads, const Body& bod
                 body(task, own);
         }
     }
+}
+#endif
+
+/// Calls body(task, thread) for each task in [0, tasks), thread in [0, threads).
+/// How tasks are cut may not depend on `threads`: then results do not depend on it either.
+/// Without OpenMP the caller does them all.
+template <class Body>
+static inline void parallel_for(std::int64_t tasks, int threads, const Body& body) {
+    if (threads > tasks) threads = static_cast<int>(tasks);
+    if (threads > kMostThreads) threads = kMostThreads;
+#if defined(_OPENMP)
+    if (threads > 1) return share_out(tasks, threads, body);
+#endif
+    for (std::int64_t task = 0; task < tasks; ++task) body(task, 0);
 }
 
 }  // namespace ssm::cpu::SSM_ISA

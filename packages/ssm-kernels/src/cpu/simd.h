@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -69,6 +70,17 @@ SSM_INLINE Vec<T> lane_numbers(std::int64_t first) {
 template <class T, class Mask>
 SSM_INLINE Vec<T> select(Mask mask, Vec<T> yes, Vec<T> no) {
     return mask ? yes : no;
+}
+
+/// Lanes of two vectors: indices count through `a`, then through `b`.
+template <class T, int... kIndex>
+SSM_INLINE Vec<T> shuffle(Vec<T> a, Vec<T> b) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, kIndex...);
+#else  // GCC 11 knows no other
+    using Index = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
+    return __builtin_shuffle(a, b, Vec<Index>{kIndex...});
+#endif
 }
 
 /// Sum of the lanes in a fixed order (halves, quarters, ...).

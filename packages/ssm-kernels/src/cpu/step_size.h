@@ -19,7 +19,7 @@ template <class T>
 SSM_INLINE Vec<T> step_size_gradient(Vec<T> raw, Vec<T> dsize, bool is_soft, T low, T high) {
     const Vec<T> s = is_soft ? softplus<T>(raw) : raw;
     const Vec<T> slope = is_soft ? sigmoid<T>(raw) : broadcast(T(1));
-    return (s >= low) & (s <= high) ? dsize * slope : zero<T>();
+    return ((s >= low) & (s <= high)) ? dsize * slope : zero<T>();
 }
 
 /// 2^x for the logarithm of any decay, minus infinity included, which exp2 does not take.

@@ -155,10 +155,8 @@ SSM_INLINE void transpose_round(Vec<T>* rows, std::integer_sequence<int, kIndex.
     for (int i = 0; i < n; ++i) {
         if ((i & kBlock) != 0) continue;
         const Vec<T> a = rows[i], b = rows[i + kBlock];
-        rows[i] =
-            __builtin_shufflevector(a, b, ((kIndex & kBlock) ? n + kIndex - kBlock : kIndex)...);
-        rows[i + kBlock] =
-            __builtin_shufflevector(a, b, ((kIndex & kBlock) ? n + kIndex : kIndex + kBlock)...);
+        rows[i] = shuffle<T, ((kIndex & kBlock) ? n + kIndex - kBlock : kIndex)...>(a, b);
+        rows[i + kBlock] = shuffle<T, ((kIndex & kBlock) ? n + kIndex : kIndex + kBlock)...>(a, b);
     }
 }
 
@@ -178,8 +176,8 @@ SSM_INLINE void transpose_square(Vec<T>* rows) {
 template <class T, int kBlock, int... kIndex>
 SSM_INLINE Vec<T> fold_lanes(Vec<T> a, Vec<T> b, std::integer_sequence<int, kIndex...>) {
     constexpr int n = kLanes<T>;
-    return __builtin_shufflevector(a, b, ((kIndex & kBlock) ? n + kIndex - kBlock : kIndex)...) +
-           __builtin_shufflevector(a, b, ((kIndex & kBlock) ? n + kIndex : kIndex + kBlock)...);
+    return shuffle<T, ((kIndex & kBlock) ? n + kIndex - kBlock : kIndex)...>(a, b) +
+           shuffle<T, ((kIndex & kBlock) ? n + kIndex : kIndex + kBlock)...>(a, b);
 }
 
 /// A vector of the sums over the lanes of kLanes rows: lane i is that of rows[i]. Uses up `rows`.
@@ -213,11 +211,11 @@ typedef std::uint32_t Words __attribute__((vector_size(kVectorBytes)));
 
 // Whether a vector of T is made of adjacent elements of E by widen_lanes(), and back.
 template <class T, class E>
-constexpr bool kHasLanes = false;
+inline constexpr bool kHasLanes = false;
 
 #if defined(__x86_64__)
 template <>
-constexpr bool kHasLanes<float, BFloat16> = true;
+inline constexpr bool kHasLanes<float, BFloat16> = true;
 
 #if defined(__AVX512F__)
 typedef __m256i Halves;  // as many 16-bit elements as a vector has lanes
@@ -293,7 +291,7 @@ SSM_INLINE void narrow_lanes(BFloat16* to, Vec<float> v) {
 
 #if defined(__AVX2__)
 template <>
-constexpr bool kHasLanes<float, Float16> = true;
+inline constexpr bool kHasLanes<float, Float16> = true;
 
 SSM_INLINE Vec<float> widen_lanes(const Float16* from) {
     Halves halves;

@@ -12,7 +12,6 @@ namespace {
 /// A kernel that does wrong, in one of the ways that the host must see.
 struct Wrong {
     static constexpr int kThreads = 32;
-    static constexpr int kBlocksPerUnit = 1;
     struct Registers {};
     enum Kind { kNothing, kReadRace, kWriteRace, kUnwritten, kOutside } kind;
 
@@ -34,7 +33,6 @@ struct Wrong {
 /// The same for the memory of matrices.
 struct WrongMatrix {
     static constexpr int kThreads = 64;
-    static constexpr int kBlocksPerUnit = 1;
     using Element = Bf16;
     struct Registers {};
     enum Kind { kNothing, kOddRow, kOneBank, kNotCopied, kTouched, kUnwritten, kVote } kind;
@@ -64,7 +62,6 @@ struct WrongMatrix {
 template <class Matter>
 struct Product {
     static constexpr int kThreads = kWarp;
-    static constexpr int kBlocksPerUnit = 1;
     using Element = Matter;
     struct Registers {};
 
@@ -113,7 +110,6 @@ struct Product {
 template <class Matter, int kDepth, int kColumns, bool kRowsAreK, bool kLeftInRegisters>
 struct WarpgroupProduct {
     static constexpr int kThreads = 2 * kWarpgroup;
-    static constexpr int kBlocksPerUnit = 1;
     using HasProducts = void;
     using Element = Matter;
     struct Registers {

@@ -1,5 +1,4 @@
 // Process-wide choices: instruction set, threads, working memory.
-#include <omp.h>
 #include <ssm/device.h>
 
 #include <atomic>
@@ -11,6 +10,10 @@
 
 #include "huge_pages.h"
 #include "scratch.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 
 namespace ssm {
 
@@ -50,13 +53,18 @@ thread_local KeptBlock kept;
 
 }  // namespace
 
+// x86-64-v4 and -v3, as far as compilers before GCC 12 and Clang 18 know the names of their parts:
+// no processor has these without the rest (F16C, LZCNT, MOVBE).
 bool isa_available(Isa isa) {
 #if defined(__x86_64__)
     switch (isa) {
         case Isa::avx512:
-            return __builtin_cpu_supports("x86-64-v4");
+            return isa_available(Isa::avx2) && __builtin_cpu_supports("avx512f") &&
+                   __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
         case Isa::avx2:
-            return __builtin_cpu_supports("x86-64-v3");
+            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                   __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
         case Isa::baseline:
             return true;
     }
@@ -83,7 +91,11 @@ Isa active_isa() {
 
 int num_threads() {
     const int count = thread_setting.load(std::memory_order_relaxed);
+#if defined(_OPENMP)
     return count > 0 ? count : omp_get_max_threads();
+#else
+    return count > 0 ? count : 1;
+#endif
 }
 
 void set_num_threads(int count) {
@@ -95,7 +107,7 @@ void set_num_threads(int count) {
 
 const char* version() { return SSM_VERSION; }
 
-Scratch::Scratch(std::size_t bytes) : data_(nullptr), bytes_(bytes) {
+Scratch::Scratch(std::size_t bytes) : data_(nullptr) {
     if (bytes == 0) return;
     if (kept.lent || bytes >= kFreshBytes) {
         data_ = ::operator new(bytes, kAlignment);

@@ -17,7 +17,6 @@ class Scratch {
 
   private:
     void* data_;
-    std::size_t bytes_;
 };
 
 }  // namespace ssm
