@@ -10,6 +10,26 @@ namespace {
 
 constexpr std::int64_t kMaxSplits = 8;
 
+// Sums over channels stay apart by lane until a tile is done. The lanes of so many states share a
+// vector: lane i is of state i % kFolded. States that are left over have a vector each.
+template <class T>
+constexpr int kFolded = kLanes<T> < 4 ? kLanes<T> : 4;
+
+template <class T>
+SSM_INLINE std::int64_t lane_sums(std::int64_t dstate) {
+    return dstate / kFolded<T> + dstate % kFolded<T>;
+}
+// The vector of the kStates states from `first` on.
+template <class T, int kStates>
+SSM_INLINE std::int64_t lane_sum(std::int64_t first, std::int64_t dstate) {
+    return kStates > 1 ? first / kFolded<T> : first - dstate / kFolded<T> * (kFolded<T> - 1);
+}
+// Adds kStates vectors to the one that they share. Uses up `rows`.
+template <class T, int kStates>
+SSM_INLINE void add_lanes(T* sum, Vec<T>* rows) {
+    store<T>(sum, load<T>(sum) + sum_lanes<T, kStates>(rows));
+}
+
 // Gradients of one tile, and sums over channels that stay apart by lane until the tile is done.
 template <class T>
 struct GradTile {
@@ -18,12 +38,12 @@ struct GradTile {
     T* ddt;      // [step][channel]   through the decay, in units of log2
     T* ddtu;     // [step][channel]   through the input dt u
     T* entry;    // [segment][state][channel]   state before each stretch of the tile
-    T* lane_dB;  // [state][step][lane]
-    T* lane_dC;  // [state][step][lane]
+    T* lane_dB;  // [lane sum][step][lane]
+    T* lane_dC;  // [lane sum][step][lane]
 
     static std::int64_t elements(std::int64_t dstate) {
         return 4 * ScanTile<T>::kArea + kScanSteps * dstate * kScanChannels +
-               2 * dstate * kScanSteps * kLanes<T>;
+               2 * lane_sums<T>(dstate) * kScanSteps * kLanes<T>;
     }
     GradTile(T* memory, std::int64_t dstate) {
         constexpr std::int64_t area = ScanTile<T>::kArea;
@@ -33,7 +53,7 @@ struct GradTile {
         ddtu = ddt + area;
         entry = ddtu + area;
         lane_dB = entry + kScanSteps * dstate * kScanChannels;
-        lane_dC = lane_dB + dstate * kScanSteps * kLanes<T>;
+        lane_dC = lane_dB + lane_sums<T>(dstate) * kScanSteps * kLanes<T>;
     }
 };
 
@@ -63,7 +83,7 @@ struct BackwardPlan {
     ScanShape shape;
     std::int64_t splits;  // parts of a group's channels, each with its own partial dB and dC
     T* sums;              // [row][block] of BlockSums
-    T* partial_dB;        // [split][row][group][state][step]
+    T* partial_dB;        // [split][row][group][step][state]
     T* partial_dC;
 
     explicit BackwardPlan(const SelectiveScanArgs& args)
@@ -90,117 +110,85 @@ struct BackwardPlan {
     }
 };
 
-// Forward and backward over the steps [begin, end) for kStates states of kVectors vectors of
-// channels. Several vectors share each visit to the sums of dB and dC, which do not fit in the
-// first-level cache.
-template <class T, int kStates, int kVectors, bool kConstB, bool kConstC>
+// Forward and backward over the steps [begin, end) for kStates states of one vector of channels.
+// The inputs of a vector, and what is kept of four states, fit in the first-level cache together.
+template <class T, int kStates, bool kConstB, bool kConstC>
 SSM_INLINE void differentiate_states(const ScanTile<T>& tile, const GradTile<T>& grad,
                                      const BlockSums<T>& sums, const T* entry, const NextTile& next,
                                      std::int64_t dstate, std::int64_t first, std::int64_t lane,
-                                     std::int64_t begin, std::int64_t end) {
-    constexpr int lanes = kLanes<T>, kPairs = kStates * kVectors;
-    alignas(64) T decays[kScanSteps * kPairs * lanes];
-    alignas(64) T before[kScanSteps * kPairs * lanes];
-    // Pair p is state p / kVectors of vector p % kVectors.
-    const auto at = [&](int p) {
-        return (first + p / kVectors) * kScanChannels + lane + p % kVectors * lanes;
-    };
-    Vec<T> h[kPairs], sum_c[kPairs];
-    for (int p = 0; p < kPairs; ++p) {
-        h[p] = load<T>(entry + at(p));
-        sum_c[p] = zero<T>();
+                                     std::int64_t pass, std::int64_t passes, std::int64_t begin,
+                                     std::int64_t end) {
+    constexpr int lanes = kLanes<T>;
+    alignas(64) T decays[kScanSteps * kStates * lanes];
+    alignas(64) T before[kScanSteps * kStates * lanes];
+    const std::int64_t at = first * kScanChannels + lane;
+    T* const lane_dB = grad.lane_dB + lane_sum<T, kStates>(first, dstate) * kScanSteps * lanes;
+    T* const lane_dC = grad.lane_dC + lane_sum<T, kStates>(first, dstate) * kScanSteps * lanes;
+    // Every pass over the steps asks for some of what the next tile needs.
+    const int first_plane = static_cast<int>(pass * next.count / passes);
+    const int end_plane = static_cast<int>((pass + 1) * next.count / passes);
+    Vec<T> h[kStates], rate[kStates], sum_c[kStates];
+    for (int n = 0; n < kStates; ++n) {
+        h[n] = load<T>(entry + at + n * kScanChannels);
+        rate[n] = load<T>(tile.A + at + n * kScanChannels);
+        sum_c[n] = zero<T>();
     }
     for (std::int64_t t = begin; t < end; ++t) {
-        if (lane == 0) NextTile::request(next, static_cast<int>(first / kStates), t);
+        for (int i = first_plane; i < end_plane; ++i) NextTile::request(next, i, t);
         const std::int64_t i = t * kScanChannels + lane;
-        Vec<T> a[kPairs], y[kVectors], dtu[kVectors], dy[kVectors];
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
-            y[v] = load<T>(tile.y + i + v * lanes);
-            dtu[v] = load<T>(tile.dtu + i + v * lanes);
-            dy[v] = load<T>(grad.dy + i + v * lanes);
-        }
-#pragma GCC unroll 4
-        for (int p = 0; p < kPairs; ++p)
-            a[p] = load<T>(tile.dt + i + p % kVectors * lanes) * load<T>(tile.A + at(p));
-        exp2<kPairs>(a);
+        const Vec<T> dt = load<T>(tile.dt + i), dtu = load<T>(tile.dtu + i),
+                     dy = load<T>(grad.dy + i);
+        Vec<T> y = load<T>(tile.y + i), a[kStates], dC[kStates];
+        for (int n = 0; n < kStates; ++n) a[n] = dt * rate[n];
+        exp2<kStates>(a);
 #pragma GCC unroll 4
         for (int n = 0; n < kStates; ++n) {
-            Vec<T> dC = zero<T>();
-#pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) {
-                const int p = n * kVectors + v;
-                const std::int64_t column = lane + v * lanes;
-                store<T>(decays + (t * kPairs + p) * lanes, a[p]);
-                store<T>(before + (t * kPairs + p) * lanes, h[p]);
-                h[p] = a[p] * h[p] +
-                       dtu[v] * input_vector<kConstB>(tile.B, dstate, t, first + n, column);
-                y[v] += h[p] * input_vector<kConstC>(tile.C, dstate, t, first + n, column);
-                if constexpr (kConstC)
-                    sum_c[p] += dy[v] * h[p];
-                else
-                    dC += dy[v] * h[p];
-            }
-            if constexpr (!kConstC) {
-                T* const sum = grad.lane_dC + ((first + n) * kScanSteps + t) * lanes;
-                store<T>(sum, load<T>(sum) + dC);
-            }
+            store<T>(decays + (t * kStates + n) * lanes, a[n]);
+            store<T>(before + (t * kStates + n) * lanes, h[n]);
+            h[n] = a[n] * h[n] + dtu * input_vector<kConstB>(tile.B, dstate, t, first + n, lane);
+            y += h[n] * input_vector<kConstC>(tile.C, dstate, t, first + n, lane);
+            if constexpr (kConstC)
+                sum_c[n] += dy * h[n];
+            else
+                dC[n] = dy * h[n];
         }
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) store<T>(tile.y + i + v * lanes, y[v]);
+        if constexpr (!kConstC) add_lanes<T, kStates>(lane_dC + t * lanes, dC);
+        store<T>(tile.y + i, y);
     }
-    Vec<T> dh[kPairs], sum_a[kPairs], sum_b[kPairs];
-    for (int p = 0; p < kPairs; ++p) {
-        dh[p] = load<T>(sums.dh + at(p));
-        sum_a[p] = zero<T>();
-        sum_b[p] = zero<T>();
+    Vec<T> dh[kStates], sum_a[kStates], sum_b[kStates];
+    for (int n = 0; n < kStates; ++n) {
+        dh[n] = load<T>(sums.dh + at + n * kScanChannels);
+        sum_a[n] = zero<T>();
+        sum_b[n] = zero<T>();
     }
     for (std::int64_t t = end - 1; t >= begin; --t) {
         const std::int64_t i = t * kScanChannels + lane;
-        Vec<T> ddt[kVectors], ddtu[kVectors], dt[kVectors], dtu[kVectors], dy[kVectors];
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
-            dt[v] = load<T>(tile.dt + i + v * lanes);
-            dtu[v] = load<T>(tile.dtu + i + v * lanes);
-            dy[v] = load<T>(grad.dy + i + v * lanes);
-            ddt[v] = load<T>(grad.ddt + i + v * lanes);
-            ddtu[v] = load<T>(grad.ddtu + i + v * lanes);
-        }
+        const Vec<T> dt = load<T>(tile.dt + i), dtu = load<T>(tile.dtu + i),
+                     dy = load<T>(grad.dy + i);
+        Vec<T> ddt = load<T>(grad.ddt + i), ddtu = load<T>(grad.ddtu + i), dB[kStates];
 #pragma GCC unroll 4
         for (int n = 0; n < kStates; ++n) {
-            Vec<T> dB = zero<T>();
-#pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) {
-                const int p = n * kVectors + v;
-                const std::int64_t column = lane + v * lanes;
-                dh[p] += dy[v] * input_vector<kConstC>(tile.C, dstate, t, first + n, column);
-                ddtu[v] += dh[p] * input_vector<kConstB>(tile.B, dstate, t, first + n, column);
-                if constexpr (kConstB)
-                    sum_b[p] += dh[p] * dtu[v];
-                else
-                    dB += dh[p] * dtu[v];
-                dh[p] *= load<T>(decays + (t * kPairs + p) * lanes);
-                const Vec<T> through_decay = dh[p] * load<T>(before + (t * kPairs + p) * lanes);
-                ddt[v] += through_decay * load<T>(tile.A + at(p));
-                sum_a[p] += through_decay * dt[v];
-            }
-            if constexpr (!kConstB) {
-                T* const sum = grad.lane_dB + ((first + n) * kScanSteps + t) * lanes;
-                store<T>(sum, load<T>(sum) + dB);
-            }
+            dh[n] += dy * input_vector<kConstC>(tile.C, dstate, t, first + n, lane);
+            ddtu += dh[n] * input_vector<kConstB>(tile.B, dstate, t, first + n, lane);
+            if constexpr (kConstB)
+                sum_b[n] += dh[n] * dtu;
+            else
+                dB[n] = dh[n] * dtu;
+            dh[n] *= load<T>(decays + (t * kStates + n) * lanes);
+            const Vec<T> through_decay = dh[n] * load<T>(before + (t * kStates + n) * lanes);
+            ddt += through_decay * rate[n];
+            sum_a[n] += through_decay * dt;
         }
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
-            store<T>(grad.ddt + i + v * lanes, ddt[v]);
-            store<T>(grad.ddtu + i + v * lanes, ddtu[v]);
-        }
+        if constexpr (!kConstB) add_lanes<T, kStates>(lane_dB + t * lanes, dB);
+        store<T>(grad.ddt + i, ddt);
+        store<T>(grad.ddtu + i, ddtu);
     }
-    for (int p = 0; p < kPairs; ++p) {
-        const std::int64_t i = at(p);
-        store<T>(sums.dh + i, dh[p]);
-        store<T>(sums.dA + i, load<T>(sums.dA + i) + sum_a[p]);
-        if constexpr (kConstB) store<T>(sums.dB + i, load<T>(sums.dB + i) + sum_b[p]);
-        if constexpr (kConstC) store<T>(sums.dC + i, load<T>(sums.dC + i) + sum_c[p]);
+    for (int n = 0; n < kStates; ++n) {
+        const std::int64_t i = at + n * kScanChannels;
+        store<T>(sums.dh + i, dh[n]);
+        store<T>(sums.dA + i, load<T>(sums.dA + i) + sum_a[n]);
+        if constexpr (kConstB) store<T>(sums.dB + i, load<T>(sums.dB + i) + sum_b[n]);
+        if constexpr (kConstC) store<T>(sums.dC + i, load<T>(sums.dC + i) + sum_c[n]);
     }
 }
 
@@ -209,18 +197,17 @@ void differentiate_segment(const ScanTile<T>& tile, const GradTile<T>& grad,
                            const BlockSums<T>& sums, const T* entry, const NextTile& next,
                            std::int64_t dstate, std::int64_t width, std::int64_t begin,
                            std::int64_t end) {
-    // Four pairs: their decays and states over 32 steps stay in the first-level cache.
-    const auto run = [&]<int kStates, int kVectors>(std::int64_t n, std::int64_t lane)
-                         __attribute__((always_inline)) {
-                             for (; n + kStates <= dstate; n += kStates)
-                                 differentiate_states<T, kStates, kVectors, kConstB, kConstC>(
-                                     tile, grad, sums, entry, next, dstate, n, lane, begin, end);
-                             return n;
-                         };
-    std::int64_t lane = 0;
-    for (; lane + 2 * kLanes<T> <= width; lane += 2 * kLanes<T>)
-        run.template operator()<1, 2>(run.template operator()<2, 2>(0, lane), lane);
-    if (lane < width) run.template operator()<1, 1>(run.template operator()<4, 1>(0, lane), lane);
+    const std::int64_t passes = width / kLanes<T> * lane_sums<T>(dstate);
+    std::int64_t pass = 0;
+    for (std::int64_t lane = 0; lane < width; lane += kLanes<T>) {
+        std::int64_t n = 0;
+        for (; n + kFolded<T> <= dstate; n += kFolded<T>)
+            differentiate_states<T, kFolded<T>, kConstB, kConstC>(
+                tile, grad, sums, entry, next, dstate, n, lane, pass++, passes, begin, end);
+        for (; n < dstate; ++n)
+            differentiate_states<T, 1, kConstB, kConstC>(tile, grad, sums, entry, next, dstate, n,
+                                                         lane, pass++, passes, begin, end);
+    }
 }
 
 // Moves tile.h over [begin, end) without outputs: the entry of the next segment of the same tile.
@@ -364,17 +351,30 @@ void differentiate_tile(const SelectiveScanArgs& args, const SelectiveScanGrads&
     }
 }
 
-// partial[state][t0 + step] = sum over the lanes, for one tile.
+// partial[step][state] = sum over the lanes, for one tile.
 template <class T>
-void reduce_lanes(T* partial, const T* lane_sums, std::int64_t dstate, std::int64_t seqlen,
-                  std::int64_t t0, std::int64_t steps) {
-    constexpr int lanes = kLanes<T>;
-    for (std::int64_t n = 0; n < dstate; ++n)
+void reduce_lanes(T* partial, const T* lane_sums, std::int64_t dstate, std::int64_t steps) {
+    constexpr int lanes = kLanes<T>, fold = kFolded<T>;
+    constexpr std::int64_t pitch = kScanSteps * lanes;
+    const std::int64_t folded = dstate / fold * fold;
+    T line[lanes];
+    for (std::int64_t n = 0; n < folded; n += lanes) {
+        const auto bytes = sizeof(T) * static_cast<std::size_t>(min(lanes, folded - n));
+        for (std::int64_t t = 0; t < steps; ++t) {
+            Vec<T> rows[lanes];
+            for (int i = 0; i < lanes; i += fold)
+                rows[i] = n + i < folded ? load<T>(lane_sums + (n + i) / fold * pitch + t * lanes)
+                                         : zero<T>();
+            store<T>(line, sum_lanes<T, lanes, fold>(rows));
+            std::memcpy(partial + t * dstate + n, line, bytes);
+        }
+    }
+    for (std::int64_t n = folded; n < dstate; ++n)
         for (std::int64_t t = 0; t < steps; t += lanes) {
-            T line[lanes];
-            store<T>(line, sum_lanes_of(lane_sums + (n * kScanSteps + t) * lanes));
-            std::memcpy(partial + n * seqlen + t0 + t, line,
-                        sizeof(T) * static_cast<std::size_t>(min(lanes, steps - t)));
+            const T* const from = lane_sums + lane_sum<T, 1>(n, dstate) * pitch + t * lanes;
+            store<T>(line, sum_lanes_of(from));
+            for (std::int64_t i = 0; i < min(lanes, steps - t); ++i)
+                partial[(t + i) * dstate + n] = line[i];
         }
 }
 
@@ -384,18 +384,24 @@ void differentiate_split(const SelectiveScanArgs& args, const SelectiveScanGrads
                          const Runs& runs, const BackwardPlan<T>& plan, std::int64_t row,
                          std::int64_t group, std::int64_t split, T* memory) {
     const ScanShape& shape = plan.shape;
-    const ScanTile<T> tile(memory, shape.dstate, Keep::inputs);
+    ScanTile<T> tile(memory, shape.dstate, Keep::inputs);
     const GradTile<T> grad(tile.end, shape.dstate);
     tile.clear();
+    T* const parameters = tile.end + GradTile<T>::elements(shape.dstate);
+    const std::int64_t each = ScanTile<T>::parameter_elements(shape.dstate);
     const std::int64_t first =
         group * shape.blocks_per_group + split * shape.blocks_per_group / plan.splits;
     const std::int64_t last =
         group * shape.blocks_per_group + (split + 1) * shape.blocks_per_group / plan.splits;
-    for (std::int64_t index = first; index < last; ++index)
+    std::memset(parameters, 0, sizeof(T) * static_cast<std::size_t>((last - first) * each));
+    for (std::int64_t index = first; index < last; ++index) {
         std::memset(plan.block_sums(row, index).dh, 0,
                     sizeof(T) * static_cast<std::size_t>(BlockSums<T>::elements(shape.dstate)));
+        tile.place_parameters(args, parameters + (index - first) * each, shape.dstate);
+        tile.load_parameters(args, shape, shape.block(row, index, kLanes<T>));
+    }
     const auto lane_bytes =
-        sizeof(T) * static_cast<std::size_t>(shape.dstate * kScanSteps * kLanes<T>);
+        sizeof(T) * static_cast<std::size_t>(lane_sums<T>(shape.dstate) * kScanSteps * kLanes<T>);
     const Run* after = runs.runs + runs.row_begin[row + 1];
     const Run* const first_run = runs.runs + runs.row_begin[row];
     for (std::int64_t t0 = (shape.seqlen - 1) / kScanSteps * kScanSteps;
@@ -409,12 +415,12 @@ void differentiate_split(const SelectiveScanArgs& args, const SelectiveScanGrads
             // The lanes beyond a narrow block's width enter the sums of dB and dC: they must be
             // zero.
             if (block.width < block.padded_width) {
-                std::memset(tile.begin, 0,
-                            sizeof(T) * static_cast<std::size_t>(tile.B - tile.begin));
+                const T* const end = tile.h + shape.dstate * kScanChannels;
+                std::memset(tile.begin, 0, sizeof(T) * static_cast<std::size_t>(end - tile.begin));
                 std::memset(grad.dy, 0, sizeof(T) * static_cast<std::size_t>(ScanTile<T>::kArea));
             }
             if (index == first) tile.load_groups(args, shape, block, t0, steps);
-            tile.load_parameters(args, shape, block);
+            tile.place_parameters(args, parameters + (index - first) * each, shape.dstate);
             tile.load_inputs(args, block, t0, steps);
             load_output_gradient(args, grads, tile, grad, block, t0, steps);
             const NextTile next(
@@ -431,40 +437,36 @@ void differentiate_split(const SelectiveScanArgs& args, const SelectiveScanGrads
                            block.width);
         }
         if (args.B.ndim == 4)
-            reduce_lanes(plan.partial(plan.partial_dB, split, row, group), grad.lane_dB,
-                         shape.dstate, shape.seqlen, t0, steps);
+            reduce_lanes(plan.partial(plan.partial_dB, split, row, group) + t0 * shape.dstate,
+                         grad.lane_dB, shape.dstate, steps);
         if (args.C.ndim == 4)
-            reduce_lanes(plan.partial(plan.partial_dC, split, row, group), grad.lane_dC,
-                         shape.dstate, shape.seqlen, t0, steps);
+            reduce_lanes(plan.partial(plan.partial_dC, split, row, group) + t0 * shape.dstate,
+                         grad.lane_dC, shape.dstate, steps);
     }
 }
 
 // dB or dC (B, G, N, L) from the partial sums, in the order of groups and splits.
 template <class T>
-void reduce_partials(const BackwardPlan<T>& plan, T* partials, const TensorView& out, int threads) {
+void reduce_partials(const BackwardPlan<T>& plan, T* partials, const TensorView& out, T* local,
+                     std::int64_t per_thread, int threads) {
     const ScanShape& shape = plan.shape;
-    const std::int64_t merged =
-        shape.groups / out.shape[1];  // groups of channels per group of `out`
-    parallel_for(shape.batch * out.shape[1] * shape.dstate, threads, [&](std::int64_t task, int) {
-        const std::int64_t n = task % shape.dstate, group = task / shape.dstate % out.shape[1];
-        const std::int64_t row = task / shape.dstate / out.shape[1];
-        constexpr std::int64_t kLine = 256;
-        T line[kLine];
-        for (std::int64_t t0 = 0; t0 < shape.seqlen; t0 += kLine) {
-            const std::int64_t steps = min(kLine, shape.seqlen - t0);
-            std::memset(line, 0, sizeof line);
-            for (std::int64_t part = 0; part < merged * plan.splits; ++part) {
-                const T* const from = plan.partial(partials, part % plan.splits, row,
-                                                   group * merged + part / plan.splits) +
-                                      n * shape.seqlen + t0;
-                for (std::int64_t t = 0; t < steps; ++t) line[t] += from[t];
-            }
-            store_tile(plane_at(out,
-                                row * out.stride[0] + group * out.stride[1] + n * out.stride[2] +
-                                    t0 * out.stride[3],
-                                0, out.stride[3]),
-                       line, 0, 1, steps);
+    const std::int64_t groups = out.shape[1], dstate = shape.dstate;
+    const std::int64_t merged = shape.groups / groups;  // groups of channels per group of `out`
+    const std::int64_t tiles = (shape.seqlen + kScanSteps - 1) / kScanSteps;
+    parallel_for(shape.batch * groups * tiles, threads, [&](std::int64_t task, int thread) {
+        const std::int64_t t0 = task % tiles * kScanSteps, group = task / tiles % groups;
+        const std::int64_t row = task / tiles / groups, steps = min(kScanSteps, shape.seqlen - t0);
+        T* const total = local + per_thread * thread;
+        std::memset(total, 0, sizeof(T) * static_cast<std::size_t>(steps * dstate));
+        for (std::int64_t part = 0; part < merged * plan.splits; ++part) {
+            const T* const from = plan.partial(partials, part % plan.splits, row,
+                                               group * merged + part / plan.splits) +
+                                  t0 * dstate;
+            for (std::int64_t i = 0; i < steps * dstate; ++i) total[i] += from[i];
         }
+        store_tile(plane_at(out, row * out.stride[0] + group * out.stride[1] + t0 * out.stride[3],
+                            out.stride[3], out.stride[2]),
+                   total, dstate, steps, dstate);
     });
 }
 
@@ -503,8 +505,10 @@ void differentiate_rows(const SelectiveScanArgs& args, const SelectiveScanGrads&
     const ScanShape& shape = plan.shape;
     const std::int64_t partial_b = args.B.ndim == 4 ? plan.partial_elements() : 0;
     const std::int64_t partial_c = args.C.ndim == 4 ? plan.partial_elements() : 0;
-    const std::int64_t per_thread =
-        ScanTile<T>::elements(shape.dstate, Keep::inputs) + GradTile<T>::elements(shape.dstate);
+    const std::int64_t most = (shape.blocks_per_group + plan.splits - 1) / max(1, plan.splits);
+    const std::int64_t per_thread = ScanTile<T>::elements(shape.dstate, Keep::inputs) +
+                                    GradTile<T>::elements(shape.dstate) +
+                                    most * ScanTile<T>::parameter_elements(shape.dstate);
     const Scratch scratch(sizeof(T) * static_cast<std::size_t>(plan.sum_elements() + partial_b +
                                                                partial_c + per_thread * threads));
     plan.sums = static_cast<T*>(scratch.data());
@@ -519,8 +523,10 @@ void differentiate_rows(const SelectiveScanArgs& args, const SelectiveScanGrads&
                                 task / plan.splits % shape.groups, task % plan.splits,
                                 local + per_thread * thread);
         });
-    if (args.B.ndim == 4) reduce_partials(plan, plan.partial_dB, grads.dB, threads);
-    if (args.C.ndim == 4) reduce_partials(plan, plan.partial_dC, grads.dC, threads);
+    if (args.B.ndim == 4)
+        reduce_partials(plan, plan.partial_dB, grads.dB, local, per_thread, threads);
+    if (args.C.ndim == 4)
+        reduce_partials(plan, plan.partial_dC, grads.dC, local, per_thread, threads);
     parallel_for(shape.blocks_per_row(), threads, [&](std::int64_t index, int thread) {
         reduce_rows(args, grads, plan, index, local + per_thread * thread);
     });

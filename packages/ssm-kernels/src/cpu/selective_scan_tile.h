@@ -196,6 +196,20 @@ struct ScanTile {
         if (args.C.ndim == 4) C = other.C;
     }
 
+    /// What load_parameters writes, in memory of its own: then it stays while other blocks come.
+    static std::int64_t parameter_elements(std::int64_t dstate) {
+        return 3 * (dstate + 1) * kScanChannels;
+    }
+    void place_parameters(const SelectiveScanArgs& args, T* memory, std::int64_t dstate) {
+        const std::int64_t states = dstate * kScanChannels;
+        A = memory;
+        if (args.B.ndim == 2) B = A + states;
+        if (args.C.ndim == 2) C = A + 2 * states;
+        D = A + 3 * states;
+        bias = D + kScanChannels;
+        limit = bias + kScanChannels;
+    }
+
     void load_parameters(const SelectiveScanArgs& args, const ScanShape& shape,
                          const ScanBlock& block) const {
         load_tile(A, kScanChannels, channel_state_plane(args.A, 0, block.channel), shape.dstate,

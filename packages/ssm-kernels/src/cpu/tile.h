@@ -172,25 +172,28 @@ SSM_INLINE void transpose_square(Vec<T>* rows) {
 }
 
 // One round of the sum below: lanes of a where bit kBlock is 0, of b where it is 1, each plus its
-// partner across that bit.
+// partner across that bit. Two blends and one permutation: there are more units for a blend.
 template <class T, int kBlock, int... kIndex>
 SSM_INLINE Vec<T> fold_lanes(Vec<T> a, Vec<T> b, std::integer_sequence<int, kIndex...>) {
     constexpr int n = kLanes<T>;
-    return shuffle<T, ((kIndex & kBlock) ? n + kIndex - kBlock : kIndex)...>(a, b) +
-           shuffle<T, ((kIndex & kBlock) ? n + kIndex : kIndex + kBlock)...>(a, b);
+    const Vec<T> own = shuffle<T, ((kIndex & kBlock) ? n + kIndex : kIndex)...>(a, b);
+    const Vec<T> other = shuffle<T, ((kIndex & kBlock) ? kIndex : n + kIndex)...>(a, b);
+    return own + shuffle<T, (kIndex ^ kBlock)...>(other, other);
 }
 
-/// A vector of the sums over the lanes of kLanes rows: lane i is that of rows[i]. Uses up `rows`.
-template <class T, int kBlock = 1>
+/// Sums over lanes of kRows rows in one vector: lane i is part of the sum of rows[i % kRows], and
+/// all of it if there are as many rows as lanes. Uses up `rows`. Rows that this has made of kBlock
+/// rows each, in every kBlock-th place, are summed on.
+template <class T, int kRows = kLanes<T>, int kBlock = 1>
 SSM_INLINE Vec<T> sum_lanes(Vec<T>* rows) {
-    if constexpr (kBlock == kLanes<T>) {
+    if constexpr (kBlock == kRows) {
         return rows[0];
     } else {
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes<T>; i += 2 * kBlock)
+        for (int i = 0; i < kRows; i += 2 * kBlock)
             rows[i] = fold_lanes<T, kBlock>(rows[i], rows[i + kBlock],
                                             std::make_integer_sequence<int, kLanes<T>>{});
-        return sum_lanes<T, 2 * kBlock>(rows);
+        return sum_lanes<T, kRows, 2 * kBlock>(rows);
     }
 }
 template <class T>
