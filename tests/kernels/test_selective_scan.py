@@ -562,6 +562,24 @@ def test_nan_is_not_hidden(name):
             assert np.isnan(got["last_state"][0, 0]).any()
 
 
+def test_a_nan_does_not_hide_a_large_step():
+    """Exponents beyond the range of exp2 are bounded in a tile in which a later step is NaN."""
+    dim = 16
+    one = np.ones((1, dim, 3), "f4")
+    arguments = {
+        "u": one,
+        "delta": one * np.array([1e4, np.nan, 0.1], "f4"),
+        "A": -np.linspace(1.0, 2.0, dim, dtype="f4")[:, None],
+        "B": one[:, :1],
+        "C": one[:, :1],
+        "initial_state": np.full((1, dim, 1), 1e3, "f4"),
+        "seq_meta": None,
+    }
+    y = forward(arguments)["y"]
+    np.testing.assert_array_equal(y[0, :, 0], np.full(dim, 1e4, "f4"))
+    assert np.isnan(y[0, :, 1:]).all()
+
+
 def test_infinite_inputs_stay_in_their_channel():
     arguments = arguments_of(named("odd"), "float32")
     want = forward(arguments)["y"]

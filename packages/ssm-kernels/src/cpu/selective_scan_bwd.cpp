@@ -112,7 +112,7 @@ struct BackwardPlan {
 
 // Forward and backward over the steps [begin, end) for kStates states of one vector of channels.
 // The inputs of a vector, and what is kept of four states, fit in the first-level cache together.
-template <class T, int kStates, bool kConstB, bool kConstC>
+template <class T, int kStates, bool kConstB, bool kConstC, bool kInRange>
 SSM_INLINE void differentiate_states(const ScanTile<T>& tile, const GradTile<T>& grad,
                                      const BlockSums<T>& sums, const T* entry, const NextTile& next,
                                      std::int64_t dstate, std::int64_t first, std::int64_t lane,
@@ -140,7 +140,7 @@ SSM_INLINE void differentiate_states(const ScanTile<T>& tile, const GradTile<T>&
                      dy = load<T>(grad.dy + i);
         Vec<T> y = load<T>(tile.y + i), a[kStates], dC[kStates];
         for (int n = 0; n < kStates; ++n) a[n] = dt * rate[n];
-        exp2<kStates>(a);
+        decay<T, kInRange, kStates>(a);
 #pragma GCC unroll 4
         for (int n = 0; n < kStates; ++n) {
             store<T>(decays + (t * kStates + n) * lanes, a[n]);
@@ -192,7 +192,7 @@ SSM_INLINE void differentiate_states(const ScanTile<T>& tile, const GradTile<T>&
     }
 }
 
-template <class T, bool kConstB, bool kConstC>
+template <class T, bool kConstB, bool kConstC, bool kInRange>
 void differentiate_segment(const ScanTile<T>& tile, const GradTile<T>& grad,
                            const BlockSums<T>& sums, const T* entry, const NextTile& next,
                            std::int64_t dstate, std::int64_t width, std::int64_t begin,
@@ -202,12 +202,21 @@ void differentiate_segment(const ScanTile<T>& tile, const GradTile<T>& grad,
     for (std::int64_t lane = 0; lane < width; lane += kLanes<T>) {
         std::int64_t n = 0;
         for (; n + kFolded<T> <= dstate; n += kFolded<T>)
-            differentiate_states<T, kFolded<T>, kConstB, kConstC>(
+            differentiate_states<T, kFolded<T>, kConstB, kConstC, kInRange>(
                 tile, grad, sums, entry, next, dstate, n, lane, pass++, passes, begin, end);
         for (; n < dstate; ++n)
-            differentiate_states<T, 1, kConstB, kConstC>(tile, grad, sums, entry, next, dstate, n,
-                                                         lane, pass++, passes, begin, end);
+            differentiate_states<T, 1, kConstB, kConstC, kInRange>(
+                tile, grad, sums, entry, next, dstate, n, lane, pass++, passes, begin, end);
     }
+}
+
+template <class T, bool kInRange>
+auto differentiate_of(const SelectiveScanArgs& args) {
+    return args.B.ndim == 2
+               ? (args.C.ndim == 2 ? &differentiate_segment<T, true, true, kInRange>
+                                   : &differentiate_segment<T, true, false, kInRange>)
+               : (args.C.ndim == 2 ? &differentiate_segment<T, false, true, kInRange>
+                                   : &differentiate_segment<T, false, false, kInRange>);
 }
 
 // Moves tile.h over [begin, end) without outputs: the entry of the next segment of the same tile.
@@ -306,16 +315,15 @@ template <class T>
 void differentiate_tile(const SelectiveScanArgs& args, const SelectiveScanGrads& grads,
                         const Runs& runs, const ScanShape& shape, const ScanBlock& block,
                         const ScanTile<T>& tile, const GradTile<T>& grad, const BlockSums<T>& sums,
-                        const NextTile& next, std::int64_t t0, std::int64_t steps,
+                        const NextTile& next, std::int64_t t0, std::int64_t steps, bool in_range,
                         const Run* after) {
     const Run* const first_run = runs.runs + runs.row_begin[block.row];
     const Run* const end_run = runs.runs + runs.row_begin[block.row + 1];
     const std::int64_t dstate = shape.dstate, states = dstate * kScanChannels;
-    const bool const_b = args.B.ndim == 2, const_c = args.C.ndim == 2;
-    const auto differentiate = const_b ? (const_c ? &differentiate_segment<T, true, true>
-                                                  : &differentiate_segment<T, true, false>)
-                                       : (const_c ? &differentiate_segment<T, false, true>
-                                                  : &differentiate_segment<T, false, false>);
+    const bool const_b = args.B.ndim == 2;
+    auto differentiate = differentiate_of<T, false>(args);
+    if constexpr (kBoundsExp2<T>)
+        if (in_range) differentiate = differentiate_of<T, true>(args);
     load_tile(tile.h, kScanChannels, checkpoint_plane(args.checkpoints, block, t0), dstate,
               block.width);
     const Run* begin_run = after;
@@ -421,13 +429,13 @@ void differentiate_split(const SelectiveScanArgs& args, const SelectiveScanGrads
             }
             if (index == first) tile.load_groups(args, shape, block, t0, steps);
             tile.place_parameters(args, parameters + (index - first) * each, shape.dstate);
-            tile.load_inputs(args, block, t0, steps);
+            const bool in_range = tile.load_inputs(args, block, t0, steps);
             load_output_gradient(args, grads, tile, grad, block, t0, steps);
             const NextTile next(
                 {&args.u, &args.delta, &grads.dy, &grads.du, &grads.ddelta, &args.z, &grads.dz},
                 block, t0 - kScanSteps, shape.seqlen);
             differentiate_tile(args, grads, runs, shape, block, tile, grad,
-                               plan.block_sums(row, index), next, t0, steps, after);
+                               plan.block_sums(row, index), next, t0, steps, in_range, after);
             store_tile(sequence_plane(grads.du, block, t0), grad.ddtu, kScanChannels, steps,
                        block.width);
             store_tile(sequence_plane(grads.ddelta, block, t0), grad.ddt, kScanChannels, steps,

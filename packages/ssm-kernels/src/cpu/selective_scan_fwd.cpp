@@ -11,7 +11,7 @@ namespace {
 
 // Advances kStates states of one vector of channels over the steps [begin, end) of a tile and adds
 // their part of the output.
-template <class T, int kStates, bool kConstB, bool kConstC>
+template <class T, int kStates, bool kConstB, bool kConstC, bool kInRange>
 SSM_INLINE void scan_states(const ScanTile<T>& tile, const NextTile& next, std::int64_t dstate,
                             std::int64_t first, std::int64_t lane, std::int64_t begin,
                             std::int64_t end) {
@@ -32,7 +32,7 @@ SSM_INLINE void scan_states(const ScanTile<T>& tile, const NextTile& next, std::
             Vec<T> a[kGroup];
 #pragma GCC unroll 4
             for (int i = 0; i < kGroup; ++i) a[i] = dt * load<T>(rate + (m + i) * kScanChannels);
-            exp2<kGroup>(a);
+            decay<T, kInRange, kGroup>(a);
 #pragma GCC unroll 4
             for (int i = 0; i < kGroup; ++i) {
                 const int n = m + i;
@@ -47,21 +47,30 @@ SSM_INLINE void scan_states(const ScanTile<T>& tile, const NextTile& next, std::
     for (int n = 0; n < kStates; ++n) store<T>(state + n * kScanChannels, h[n]);
 }
 
-template <class T, bool kConstB, bool kConstC>
+template <class T, bool kConstB, bool kConstC, bool kInRange>
 void scan_run(const ScanTile<T>& tile, const NextTile& next, std::int64_t dstate,
               std::int64_t width, std::int64_t begin, std::int64_t end) {
     for (std::int64_t lane = 0; lane < width; lane += kLanes<T>) {
         std::int64_t n = 0;
-        // Sixteen states fill 32 registers, four fill 16. A constant B or C is rare and stays
-        // small.
-        if constexpr (kVectorBytes == 64 && !kConstB && !kConstC)
+        // Sixteen states fill 32 registers. Where there are 16, states that lie in memory cost less
+        // than more passes over the steps. A constant B or C is rare and stays small.
+        if constexpr (!kConstB && !kConstC)
             for (; n + 16 <= dstate; n += 16)
-                scan_states<T, 16, kConstB, kConstC>(tile, next, dstate, n, lane, begin, end);
+                scan_states<T, 16, kConstB, kConstC, kInRange>(tile, next, dstate, n, lane, begin,
+                                                               end);
         for (; n + 4 <= dstate; n += 4)
-            scan_states<T, 4, kConstB, kConstC>(tile, next, dstate, n, lane, begin, end);
+            scan_states<T, 4, kConstB, kConstC, kInRange>(tile, next, dstate, n, lane, begin, end);
         for (; n < dstate; ++n)
-            scan_states<T, 1, kConstB, kConstC>(tile, next, dstate, n, lane, begin, end);
+            scan_states<T, 1, kConstB, kConstC, kInRange>(tile, next, dstate, n, lane, begin, end);
     }
+}
+
+template <class T, bool kInRange>
+auto scan_of(const SelectiveScanArgs& args) {
+    return args.B.ndim == 2 ? (args.C.ndim == 2 ? &scan_run<T, true, true, kInRange>
+                                                : &scan_run<T, true, false, kInRange>)
+                            : (args.C.ndim == 2 ? &scan_run<T, false, true, kInRange>
+                                                : &scan_run<T, false, false, kInRange>);
 }
 
 // Multiplies by silu(z); the result goes to `out`, which may be the tile itself.
@@ -110,13 +119,12 @@ template <class T>
 void scan_tile(const SelectiveScanArgs& args, const Runs& runs, const ScanShape& shape,
                const ScanBlock& block, const ScanTile<T>& tile, const NextTile& next,
                const Run* run, std::int64_t t0, std::int64_t steps) {
-    const auto scan =
-        args.B.ndim == 2
-            ? (args.C.ndim == 2 ? &scan_run<T, true, true> : &scan_run<T, true, false>)
-            : (args.C.ndim == 2 ? &scan_run<T, false, true> : &scan_run<T, false, false>);
     const Run* const first_run = run;
     const Run* const end_run = runs.runs + runs.row_begin[block.row + 1];
-    tile.load_inputs(args, block, t0, steps);
+    const bool in_range = tile.load_inputs(args, block, t0, steps);
+    auto scan = scan_of<T, false>(args);
+    if constexpr (kBoundsExp2<T>)
+        if (in_range) scan = scan_of<T, true>(args);
     if (args.checkpoints.ndim >= 0)
         store_tile(checkpoint_plane(args.checkpoints, block, t0), tile.h, kScanChannels,
                    shape.dstate, block.width);

@@ -125,6 +125,15 @@ SSM_INLINE Vec<T> input_vector(const T* tile, std::int64_t dstate, std::int64_t 
         return broadcast(tile[t * dstate + n]);
 }
 
+/// Decays of one step, in place of their exponents. kInRange: load_inputs said so.
+template <class T, bool kInRange, int kCount>
+SSM_INLINE void decay(Vec<T>* exponents) {
+    if constexpr (kInRange)
+        exp2_bounded<kCount>(exponents);
+    else
+        exp2<kCount>(exponents);
+}
+
 /// What a tile keeps beside the scan itself: the backward needs all inputs again, the forward lets
 /// an array serve twice, so that the whole tile stays in the first-level cache.
 enum class Keep { outputs, inputs };
@@ -251,26 +260,27 @@ struct ScanTile {
             load_tile(C, shape.dstate, group_plane(args.C, shape, block, t0), steps, shape.dstate);
     }
 
-    /// u and delta from t0 on, the step sizes, and the skip term D u as the output so far.
-    void load_inputs(const SelectiveScanArgs& args, const ScanBlock& block, std::int64_t t0,
+    /// u and delta from t0 on, the step sizes, and the skip term D u as the output so far. Returns
+    /// whether every exponent dt A is in the range of exp2_bounded, if that is of any use.
+    bool load_inputs(const SelectiveScanArgs& args, const ScanBlock& block, std::int64_t t0,
                      std::int64_t steps) const {
         const Rows<const T> in =
             rows_of(sequence_plane(args.u, block, t0), u, kScanChannels, steps, block.width);
         const Rows<const T> delta =
             rows_of(sequence_plane(args.delta, block, t0), raw, kScanChannels, steps, block.width);
-        if (args.softplus)
-            prepare<true>(in, delta, block.padded_width, steps);
-        else
-            prepare<false>(in, delta, block.padded_width, steps);
+        return args.softplus ? prepare<true>(in, delta, block.padded_width, steps)
+                             : prepare<false>(in, delta, block.padded_width, steps);
     }
 
     template <bool kSoftplus>
-    void prepare(const Rows<const T>& in, const Rows<const T>& delta, std::int64_t width,
+    bool prepare(const Rows<const T>& in, const Rows<const T>& delta, std::int64_t width,
                  std::int64_t steps) const {
         const bool keep = u != y;
+        Vec<T> excess = zero<T>();
         for (std::int64_t lane = 0; lane < width; lane += kLanes<T>) {
             const Vec<T> offset = load<T>(bias + lane), skip = load<T>(D + lane),
                          high = load<T>(limit + lane);
+            Vec<T> largest = zero<T>();
             const auto at = [&]<int kCount>(std::int64_t t) __attribute__((always_inline)) {
                 Vec<T> x[kCount], size[kCount];
 #pragma GCC unroll 4
@@ -285,6 +295,8 @@ struct ScanTile {
                         store<T>(u + to, input);
                         store<T>(raw + to, x[i]);
                     }
+                    // This way round, a NaN leaves the largest one as it is.
+                    if constexpr (kBoundsExp2<T>) largest = at_least(largest, absolute(size[i]));
                     store<T>(dt + to, at_least(at_most(size[i], high), -high));
                     store<T>(dtu + to, size[i] * input);
                     store<T>(y + to, skip * input);
@@ -293,7 +305,15 @@ struct ScanTile {
             std::int64_t t = 0;
             for (; t + 4 <= steps; t += 4) at.template operator()<4>(t);
             for (; t < steps; ++t) at.template operator()<1>(t);
+            // `limit` times the largest |A| of a channel is 3e38.
+            if constexpr (kBoundsExp2<T>)
+                excess = at_least(excess, largest - high * (T(125) / T(3e38)));
         }
+        T lanes[kLanes<T>];
+        store<T>(lanes, excess);
+        bool in_range = kBoundsExp2<T>;
+        for (const T lane : lanes) in_range = in_range && !(lane > 0);
+        return in_range;
     }
 
     /// The state with which a run begins.

@@ -123,13 +123,17 @@ SSM_INLINE Vec<float> exp2_fraction(Vec<float> f) {
     return f;
 }
 
-/// 2^x, in place. With AVX-512 the table leaves |f| <= 1/64, where a polynomial of degree 2 has a
-/// relative error of 5.3e-8: three fused operations less than in |f| <= 1/2, and for these the scan
-/// waits. Results underflow gradually; the scaling instruction takes the floor and makes 0 of
-/// -infinity. Without it results end at 2^-126; 2^128 is infinity: exponent field 255 and no
-/// mantissa bits.
+/// Whether exp2 has to bound its argument, so that exp2_bounded is cheaper.
+template <class T>
+constexpr bool kBoundsExp2 = sizeof(T) == sizeof(float) && kVectorBytes < 64;
+
+/// 2^x for -126 <= x <= 128, in place; NaN stays NaN. With AVX-512 x may be any finite number, and
+/// the table leaves |f| <= 1/64, where a polynomial of degree 2 has a relative error of 5.3e-8:
+/// three fused operations less than in |f| <= 1/2, and for these the scan waits. Results underflow
+/// gradually; the scaling instruction takes the floor and makes 0 of -infinity. Without it results
+/// end at 2^-126; 2^128 is infinity: exponent field 255 and no mantissa bits.
 template <int kCount>
-SSM_INLINE void exp2(Vec<float>* x) {
+SSM_INLINE void exp2_bounded(Vec<float>* x) {
     Vec<float> n[kCount];
 #if defined(__AVX512F__)
     Vec<float> power[kCount], q[kCount];
@@ -140,12 +144,20 @@ SSM_INLINE void exp2(Vec<float>* x) {
     SSM_EACH(i) x[i] *= power[i];
     SSM_EACH(i) x[i] = x[i] * q[i] + power[i];
 #else
-    SSM_EACH(i) x[i] = at_least(at_most(x[i], broadcast(128.0f)), broadcast(-126.0f));
     SSM_EACH(i) n[i] = round_even(x[i]);
     SSM_EACH(i) x[i] -= n[i];
     exp2_fraction<kCount>(x);
 #endif
     SSM_EACH(i) x[i] = scale_by_power(x[i], n[i]);
+}
+
+/// 2^x, in place.
+template <int kCount>
+SSM_INLINE void exp2(Vec<float>* x) {
+    if constexpr (kBoundsExp2<float>) {
+        SSM_EACH(i) x[i] = at_least(at_most(x[i], broadcast(128.0f)), broadcast(-126.0f));
+    }
+    exp2_bounded<kCount>(x);
 }
 template <int kCount>
 SSM_INLINE void exp2(Vec<double>* x) {
