@@ -431,9 +431,11 @@ void differentiate_split(const SelectiveScanArgs& args, const SelectiveScanGrads
             tile.place_parameters(args, parameters + (index - first) * each, shape.dstate);
             const bool in_range = tile.load_inputs(args, block, t0, steps);
             load_output_gradient(args, grads, tile, grad, block, t0, steps);
-            const NextTile next(
+            NextTile next(
                 {&args.u, &args.delta, &grads.dy, &grads.du, &grads.ddelta, &args.z, &grads.dz},
                 block, t0 - kScanSteps, shape.seqlen);
+            if (t0 > 0)
+                next.add(checkpoint_plane(args.checkpoints, block, t0 - kScanSteps), shape.dstate);
             differentiate_tile(args, grads, runs, shape, block, tile, grad,
                                plan.block_sums(row, index), next, t0, steps, in_range, after);
             store_tile(sequence_plane(grads.du, block, t0), grad.ddtu, kScanChannels, steps,

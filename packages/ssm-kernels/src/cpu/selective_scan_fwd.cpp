@@ -170,8 +170,10 @@ void scan_blocks(const SelectiveScanArgs& args, const Runs& runs, const ScanShap
         const std::int64_t steps = min(kScanSteps, shape.seqlen - t0);
         for (std::int64_t i = 0; i < count; ++i) {
             if (i == 0) tiles[i].load_groups(args, shape, blocks[i], t0, steps);
-            const NextTile next({&args.u, &args.delta, &args.z, &args.y}, blocks[i], t0 + steps,
-                                shape.seqlen);
+            NextTile next({&args.u, &args.delta, &args.z, &args.y}, blocks[i], t0 + steps,
+                          shape.seqlen);
+            if (args.checkpoints.ndim >= 0 && t0 + steps < shape.seqlen)
+                next.add(checkpoint_plane(args.checkpoints, blocks[i], t0 + steps), shape.dstate);
             scan_tile(args, runs, shape, blocks[i], tiles[i], next, run, t0, steps);
         }
         while (run < end_run && run->end <= t0 + steps) ++run;

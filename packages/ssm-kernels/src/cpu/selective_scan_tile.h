@@ -69,19 +69,26 @@ SSM_INLINE Plane sequence_plane(const TensorView& view, const ScanBlock& block, 
 /// lines per step.
 struct NextTile {
     Plane planes[8];
+    std::int64_t rows[8];
     int count = 0;
-    std::int64_t steps, width;
+    std::int64_t width;
 
     /// The steps from t0 on of the tensors that are given; none if that is outside [0, seqlen).
     NextTile(std::initializer_list<const TensorView*> views, const ScanBlock& block,
              std::int64_t t0, std::int64_t seqlen)
-        : steps(t0 < 0 ? 0 : min(kScanSteps, seqlen - t0)), width(block.width) {
+        : width(block.width) {
+        const std::int64_t steps = t0 < 0 ? 0 : min(kScanSteps, seqlen - t0);
         for (const TensorView* view : views)
-            if (view->ndim >= 0 && steps > 0) planes[count++] = sequence_plane(*view, block, t0);
+            if (view->ndim >= 0 && steps > 0) add(sequence_plane(*view, block, t0), steps);
+    }
+    void add(const Plane& plane, std::int64_t height) {
+        planes[count] = plane;
+        rows[count++] = height;
     }
 
     SSM_INLINE void request(const NextTile& next, int plane, std::int64_t line) {
-        if (plane < next.count) request_line(next.planes[plane], line, next.steps, next.width);
+        if (plane < next.count)
+            request_line(next.planes[plane], line, next.rows[plane], next.width);
     }
 };
 
