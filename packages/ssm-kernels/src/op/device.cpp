@@ -14,6 +14,9 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace ssm {
 
@@ -51,10 +54,19 @@ struct KeptBlock {
 };
 thread_local KeptBlock kept;
 
+#if defined(__x86_64__)
+// Parts of x86-64-v3 that __builtin_cpu_supports does not know everywhere.
+bool has_f16c_movbe_lzcnt() {
+    constexpr unsigned kF16c = 1u << 29, kMovbe = 1u << 22, kLzcnt = 1u << 5;
+    unsigned a, b, basic, extended, d;
+    return __get_cpuid(1, &a, &b, &basic, &d) && __get_cpuid(0x80000001, &a, &b, &extended, &d) &&
+           (basic & kF16c) != 0 && (basic & kMovbe) != 0 && (extended & kLzcnt) != 0;
+}
+#endif
+
 }  // namespace
 
-// x86-64-v4 and -v3, as far as compilers before GCC 12 and Clang 18 know the names of their parts:
-// no processor has these without the rest (F16C, LZCNT, MOVBE).
+// x86-64-v4 and -v3 by their parts: compilers before GCC 12 and Clang 18 do not know the levels.
 bool isa_available(Isa isa) {
 #if defined(__x86_64__)
     switch (isa) {
@@ -64,7 +76,8 @@ bool isa_available(Isa isa) {
                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
         case Isa::avx2:
             return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                   __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+                   __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+                   has_f16c_movbe_lzcnt();
         case Isa::baseline:
             return true;
     }
