@@ -100,12 +100,10 @@ def compiler_fault() -> str:
     banner = subprocess.run([found[0], "--version"], capture_output=True, text=True).stdout
     dump = subprocess.run([found[0], "-dumpversion"], capture_output=True, text=True).stdout
     major = dump.split(".")[0].strip()
-    for maker, oldest in OLDEST_COMPILERS.items():
-        if maker in banner:
-            if major.isdigit() and int(major) < oldest:
-                rule = f"must be version {oldest} or later, got {dump.strip()}"
-                return f"{found[0]} {rule}: name a newer one in CXX"
-            break
+    oldest = next((first for maker, first in OLDEST_COMPILERS.items() if maker in banner), 0)
+    if major.isdigit() and int(major) < oldest:
+        rule = f"must be version {oldest} or later, got {dump.strip()}"
+        return f"{found[0]} {rule}: name a newer one in CXX"
     return ""
 
 
