@@ -33,7 +33,7 @@ def positions(seq_meta, batch: int, seqlen: int) -> tuple[np.ndarray, bool, int]
             flat[cu_seqlens[s] : cu_seqlens[s + 1]] = s
         ids = flat.reshape(batch, seqlen)
     elif seq_meta.get("seq_idx") is not None:
-        ids = np.array(seq_meta["seq_idx"], np.int32)
+        ids = np.asarray(seq_meta["seq_idx"], np.int32)
     if seq_meta.get("mask") is not None:
         ids = np.where(seq_meta["mask"], ids, -1).astype(np.int32)
     return ids, per_sequence, nstates
