@@ -21,7 +21,7 @@ HALF = ("bfloat16", "float16")
 
 
 def inputs(batch, seqlen, heads, headdim, dstate, groups=(1, 1), seed=0, dtype="f8") -> dict:
-    """Arguments of all kinds."""
+    """Arguments of all kinds; states in float32 at least, as a GPU has them beside 16 bits."""
     rng = np.random.default_rng(seed)
     make = rng.standard_normal
     found = {
@@ -35,7 +35,9 @@ def inputs(batch, seqlen, heads, headdim, dstate, groups=(1, 1), seed=0, dtype="
         "dt_bias": make(heads),
         "initial_states": make((batch, heads, headdim, dstate)),
     }
-    return {name: value.astype(dtype) for name, value in found.items()}
+    found = {name: value.astype(dtype) for name, value in found.items()}
+    states = found["initial_states"]
+    return {**found, "initial_states": states.astype(np.promote_types(dtype, "f4"))}
 
 
 def run(arguments: dict, seq_meta=None, y=None, **how) -> tuple[np.ndarray, np.ndarray]:
@@ -208,6 +210,57 @@ def test_sequences_do_not_see_each_other(dtype):
     y[:, 10:30], states[1] = want_y[:, 10:30], want_states[1]
     np.testing.assert_array_equal(y, want_y)
     np.testing.assert_array_equal(states, want_states)
+
+
+@pytest.mark.parametrize("sequences", ["rows", "packed"])
+def test_sequences_start_at_every_step_of_a_tile(sequences):
+    """Row r has a sequence of one step at its step r, behind one that is skipped."""
+    rows, seqlen = 64, 80
+    row, step = np.arange(rows)[:, None], np.arange(seqlen)
+    seq_meta = {"mask": step != row - 1}
+    if sequences == "packed":
+        starts = [seqlen * r + start for r in range(rows) for start in (0, r, r + 1)]
+        seq_meta["cu_seqlens"] = np.array([*starts, rows * seqlen])
+    else:
+        seq_meta["seq_idx"] = (step >= row).astype(int) + (step > row)
+    arguments = with_states(inputs(rows, seqlen, 2, 5, 3, dtype="f4"), seq_meta)
+    assert_as_good_as_rounding({**arguments, "seq_meta": seq_meta, "softplus": True}, "float16")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
+def test_states_that_are_not_there(dtype):
+    """Of sequences whose numbers have no state nothing is seen, as of skipped ones."""
+    seq_meta = meta("packed", 2, 150)
+    arguments = with_states(inputs(2, 150, 4, 5, 4, dtype=dtype), seq_meta)
+    ids, _, num_states = judge.positions(seq_meta, 2, 150)
+    found = []
+    for number in (-1, num_states, 2**31 - 1):
+        given = {**arguments, "seq_idx": np.where(ids % 5 == 1, number, ids).astype("i4")}
+        y = np.full(given["X"].shape, np.nan, dtype)
+        states = np.full_like(given["initial_states"], np.nan)
+        ssm_kernels.ssd_chunk_scan_fwd(
+            **given, state_per_sequence=True, y=y, final_states=states, softplus=True
+        )
+        found.append((y, states))
+    want = found[0]
+    np.testing.assert_array_equal(want[1][1::5], arguments["initial_states"][1::5])
+    assert not want[0][ids % 5 == 1].any()
+    for got in found[1:]:
+        np.testing.assert_array_equal(got[0], want[0])
+        np.testing.assert_array_equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
+def test_states_that_nobody_asks_for(dtype):
+    seq_meta = meta("packed", 2, 150)
+    arguments = with_states(inputs(2, 150, 4, 5, 4, dtype=dtype), seq_meta)
+    arguments["initial_states"][...] = 0
+    want = run(arguments, seq_meta)[0]
+    y = np.full_like(want, np.nan)
+    ids = judge.positions(seq_meta, 2, 150)[0]
+    how = {"seq_idx": ids, "state_per_sequence": True, "softplus": True}
+    ssm_kernels.ssd_chunk_scan_fwd(**{**arguments, "initial_states": None}, **how, y=y)
+    np.testing.assert_array_equal(y, want)
 
 
 @pytest.mark.parametrize("sequences", ["rows", "packed"])

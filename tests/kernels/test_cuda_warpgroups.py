@@ -125,8 +125,9 @@ def blocks_of(sequences="none", states="f4", **sizes) -> int:
         (2 * 2 * 2, {"groups": (2, 1), "headdim": 65}),
         (0, {"dtype": "f4"}),
         (0, {"states": "f2"}),
-        (0, {"sequences": "rows"}),
-        (0, {"sequences": "packed"}),
+        (2 * 3, {"sequences": "rows"}),
+        (2 * 3, {"sequences": "packed"}),
+        (0, {"sequences": "packed", "states": "f2"}),
         (0, {"dstate": 129}),
         (0, {"seqlen": 600}),  # cut into segments
     ],

@@ -340,6 +340,12 @@ class Block {
         return static_cast<std::uint32_t>(__cvta_generic_to_shared(matrices_ + place));
     }
 
+    /// Begins to bring what a pointer points to nearer, for a read to come.
+    template <class Value>
+    SSM_DEVICE void touch(const Value* from) {
+        asm volatile("prefetch.global.L1 [%0];" ::"l"(from));
+    }
+
     /// Begins to copy 16 bytes of elements, both ends aligned, or zeros where they do not exist.
     /// They are there when this thread has waited, and for others after the next barrier.
     SSM_DEVICE void copy(int place, const ElementType* from, bool exists) {

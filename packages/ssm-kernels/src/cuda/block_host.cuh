@@ -418,6 +418,11 @@ class Block {
         return static_cast<std::uint32_t>(place * sizeof(ElementType));
     }
 
+    template <class Value>
+    void touch(const Value* from) {
+        static_cast<void>(*static_cast<const volatile Value*>(from));
+    }
+
     void copy(int place, const ElementType* from, bool exists) {
         constexpr int kCount = 16 / sizeof(ElementType);
         if (place % kCount != 0 || reinterpret_cast<std::uintptr_t>(from) % 16 != 0)

@@ -26,12 +26,19 @@ inline Segments cut_segments(std::int64_t seqlen, std::int64_t tile, std::int64_
     return {(tiles + segment_tiles - 1) / segment_tiles, segment_tiles * tile};
 }
 
+/// Where the number of the sequence of a step lies.
+template <class Inputs>
+SSM_DEVICE const std::int32_t* sequence_place(const Inputs& in, std::int64_t row,
+                                              std::int64_t step) {
+    return static_cast<const std::int32_t*>(in.seq_idx.data) +
+           (row * in.seq_idx.stride[0] + step * in.seq_idx.stride[1]);
+}
+
 /// The sequence of a step, or -1 where it is skipped.
 template <class Inputs>
 SSM_DEVICE std::int32_t sequence_at(const Inputs& in, std::int64_t row, std::int64_t step) {
     if (!in.seq_idx) return 0;
-    const std::int32_t id = static_cast<const std::int32_t*>(
-        in.seq_idx.data)[row * in.seq_idx.stride[0] + step * in.seq_idx.stride[1]];
+    const std::int32_t id = *sequence_place(in, row, step);
     // The values were not looked at before the launch: one without a state is no sequence.
     const bool has_state = !in.state_per_sequence || in.num_states < 0 || id < in.num_states;
     return id >= 0 && has_state ? id : -1;

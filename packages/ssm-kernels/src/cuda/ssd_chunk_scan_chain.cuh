@@ -70,13 +70,19 @@ struct SsdChain {
             });
     }
 
-    /// Ends a sequence, if there was one in the row, and begins the next.
+    /// Ends the sequence before a piece that begins one, if there was one in the row.
     template <class Registers>
-    SSM_DEVICE void begin_sequence(const SsdPart& part, const SsdPiece& piece, int thread,
-                                   Registers& r) const {
+    SSM_DEVICE void end_sequence(const SsdPart& part, const SsdPiece& piece, int thread,
+                                 const Registers& r) const {
         if (!only_ends && piece.before >= 0 && in.state_per_sequence)
             put_state<Real, kOwnStates, kAtOnce, Only>(in, part, final_states, piece.before, thread,
                                                        r.h);
+    }
+
+    /// Begins the sequence that a piece begins.
+    template <class Registers>
+    SSM_DEVICE void begin_sequence(const SsdPart& part, const SsdPiece& piece, int thread,
+                                   Registers& r) const {
         r.time = -static_cast<Real>(INFINITY);
         take_state<Real, kOwnStates, kAtOnce, Only>(
             in, part, in.state_per_sequence ? in.initial_states : Plane<4>{}, piece.sequence,

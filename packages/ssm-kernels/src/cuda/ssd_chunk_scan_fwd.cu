@@ -128,7 +128,10 @@ struct Forward : SsdChain<Real, kStates / kForwardGroups<Matter, kStates>> {
     SSM_DEVICE void walk(Block& block, const SsdPart& part, const SsdPiece& piece,
                          int stage) const {
         block.each([&](int thread, Registers& r) {
-            if (piece.starts) this->begin_sequence(part, piece, thread, r);
+            if (piece.starts) {
+                this->end_sequence(part, piece, thread, r);
+                this->begin_sequence(part, piece, thread, r);
+            }
             if (!only_ends) publish(block, thread, 0, r);
         });
         block.each_warp([&](auto& warp) {

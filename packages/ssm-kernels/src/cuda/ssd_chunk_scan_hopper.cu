@@ -29,12 +29,31 @@ struct Share {
           blocks((slabs + kGroups - 1) / kGroups) {}
 };
 
-template <class Matter, int kStates>
+/// The steps of a row that is one sequence, cut into tiles: what SsdPieces makes of other rows, for
+/// fewer registers.
+class Tiles {
+  public:
+    SSM_DEVICE Tiles(const SsdInputs&, int, std::int64_t begin, std::int64_t end)
+        : step_(begin), end_(end) {}
+
+    template <class Block>
+    SSM_DEVICE SsdPiece next(Block&, const SsdInputs&) {
+        const std::int64_t begin = step_, left = end_ - begin;
+        step_ += kSsdTile;
+        return {begin, static_cast<int>(left < kSsdTile ? left : kSsdTile), 0, false, -1, -1};
+    }
+
+  private:
+    std::int64_t step_, end_;
+};
+
+template <class Matter, int kStates, bool kPacked>
 struct ForwardOnHopper : SsdChain<float, kStates, 1, float> {
     using Real = float;
     using Element = Matter;
     using Chain = SsdChain<Real, kStates, 1, float>;
     using Chain::in, Chain::y;
+    using Pieces = std::conditional_t<kPacked, SsdPieces, Tiles>;
 
     using HasProducts = void;
     static constexpr int kThreads = kGroups * kWarpgroup;
@@ -44,7 +63,8 @@ struct ForwardOnHopper : SsdChain<float, kStates, 1, float> {
     // each.
     static constexpr int kWide = kStates / 64 * Swizzled::kSlab;
     static constexpr int kStage = 2 * kWide + kGroups * Swizzled::kSlab;
-    // In the other memory, for each warpgroup: decays, those from the begin of a piece, and D.
+    // In the other memory, for each warpgroup: decays, those from the begin of a piece (below 0:
+    // no step, where rows are packed), and D.
     static constexpr int kUpto = SsdDecays::kSize, kD = kUpto + kSsdTile;
     static constexpr int kDecays = kD + kSsdChannels;
 
@@ -107,7 +127,8 @@ struct ForwardOnHopper : SsdChain<float, kStates, 1, float> {
         block.each_warpgroup(
             [&](auto& group) { parts(group.index) = part_of(index, fresh(group.index)); });
         block.each_warpgroup([&](auto& group) { forget(block, parts(group.index)); });
-        SsdPiece piece = tile_at(0);
+        Pieces pieces(in, parts(0).row, 0, in.seqlen);
+        SsdPiece piece = pieces.next(block, in);
         fetch(block, parts, piece, 0);
         block.each_warpgroup([&](auto& group) {
             const SsdPart& part = parts(group.index);
@@ -123,7 +144,7 @@ struct ForwardOnHopper : SsdChain<float, kStates, 1, float> {
             });
             block.barrier();
             // The memory of the piece before is free: the next one comes while this is multiplied.
-            const SsdPiece coming = tile_at(piece.begin + kSsdTile);
+            const SsdPiece coming = pieces.next(block, in);
             if (coming.steps > 0) fetch(block, parts, coming, 1 - stage);
             block.each_warpgroup([&](auto& group) {
                 SsdPart& part = parts(group.index);
@@ -135,15 +156,9 @@ struct ForwardOnHopper : SsdChain<float, kStates, 1, float> {
         block.each_warpgroup([&](auto& group) {
             const SsdPart& part = parts(group.index);
             if (part.channels == 0) return;
-            group.each([&](int thread, Registers& r) { this->leave(part, -1, thread, r); });
+            group.each(
+                [&](int thread, Registers& r) { this->leave(part, piece.sequence, thread, r); });
         });
-    }
-
-    /// The steps of a row are one sequence, cut into tiles: those from `begin` on, if there are
-    /// any.
-    SSM_DEVICE SsdPiece tile_at(std::int64_t begin) const {
-        const std::int64_t left = in.seqlen - begin;
-        return {begin, static_cast<int>(left < kSsdTile ? left : kSsdTile), 0, false, -1, -1};
     }
 
     /// What depends on these is worked out again where it is used.
@@ -159,6 +174,10 @@ struct ForwardOnHopper : SsdChain<float, kStates, 1, float> {
         block.each([&](int thread, Registers&) {
             const int group = thread / kWarpgroup;
             const SsdPart& part = parts(group);
+            // All of the block will wait for these numbers, to cut the next tile.
+            const std::int64_t later = piece.begin + kSsdTile + thread;
+            if (kPacked && thread < kSsdTile && later < in.seqlen)
+                block.touch(sequence_place(in, part.row, later));
             fetch_rows<Element, kStates, kThreads>(block, thread, C_of(stage), in.C, in.copies_C,
                                                    part.row, quotient(part.head, in.group_heads_C),
                                                    0, in.dstate, piece);
@@ -185,6 +204,14 @@ struct ForwardOnHopper : SsdChain<float, kStates, 1, float> {
         const auto states = [&](int thread) -> auto& { return group.registers(thread).h; };
         const auto sums = [&](int thread) -> auto& { return group.registers(thread).s; };
         const int decays = group.index * kDecays;
+        if (piece.starts) {
+            group.each(
+                [&](int thread, Registers& r) { this->end_sequence(part, piece, thread, r); });
+            forget(block, part);  // places of one state in memory are not kept for the other
+            group.each(
+                [&](int thread, Registers& r) { this->begin_sequence(part, piece, thread, r); });
+            forget(block, part);
+        }
         begin_product<kStates, false>(group, false, sums, C_of(stage), B_of(stage));
         group.each_warp([&](auto& warp) {
             if (warp.index % 4 == 0) {
@@ -194,10 +221,12 @@ struct ForwardOnHopper : SsdChain<float, kStates, 1, float> {
                 warp.each([&](int lane, Registers& r) {
                     fetch_steps(in, part.row, part.head, coming, lane, r.raw);
                     SSM_UNROLL
-                    for (int step = 2 * lane; step < 2 * lane + 2; ++step)
+                    for (int step = 2 * lane; step < 2 * lane + 2; ++step) {
+                        const Real upto = exp2_of(block.read(decays + SsdDecays::kHigh + step) +
+                                                  block.read(decays + SsdDecays::kLow + step));
                         block.write(decays + kUpto + step,
-                                    exp2_of(block.read(decays + SsdDecays::kHigh + step) +
-                                            block.read(decays + SsdDecays::kLow + step)));
+                                    kPacked && !piece.has(step) ? Real(-1) : upto);
+                    }
                 });
             }
         });
@@ -325,6 +354,7 @@ struct ForwardOnHopper : SsdChain<float, kStates, 1, float> {
                 each_output(part, piece, in.z, thread, [&](int n, int i, std::int64_t offset) {
                     r.s[n][i] *= silu(in.z.template load<Real>(offset));
                 });
+            if (kPacked) clear_skipped(block, group.index * kDecays, thread, r);
             if (!stages_y)
                 each_output(part, piece, y, thread,
                             [&](int n, int i, std::int64_t offset) { y.store(offset, r.s[n][i]); });
@@ -369,6 +399,19 @@ struct ForwardOnHopper : SsdChain<float, kStates, 1, float> {
         });
     }
 
+    /// y = 0 where a step is skipped, whatever D and z made of it.
+    template <class Block>
+    SSM_DEVICE void clear_skipped(Block& block, int decays, int thread, Registers& r) const {
+        SSM_UNROLL
+        for (int n = 0; n < kSsdTile / 8; ++n) {
+            Real upto[2];
+            block.read2(decays + kUpto + 8 * n + step_of(thread), upto);
+            SSM_UNROLL
+            for (int i = 0; i < 4; ++i)
+                if (upto[i % 2] < 0) r.s[n][i] = 0;
+        }
+    }
+
     /// Calls use(n, i, offset) for the elements of a tensor (B, L, H, P) that belong to the
     /// accumulators [n][i] of Y^T of a thread and exist.
     template <class Use>
@@ -393,17 +436,19 @@ struct ForwardOnHopper : SsdChain<float, kStates, 1, float> {
 template <class Element, int kStates>
 void start(const SsdInputs& in, const Share& share, std::int64_t blocks,
            const SsdChunkScanArgs& args, const Exec& exec) {
-    ForwardOnHopper<Element, kStates> kernel{{}, share};
-    kernel.chain(in, args, exec);
-    kernel.stages_y = args.y.dtype == args.X.dtype && in_packs(args.y, 3, 8);
-    run_ssd_chain<float>(kernel, args, blocks, exec);
+    const auto run = [&](auto packed) {
+        ForwardOnHopper<Element, kStates, packed()> kernel{{}, share};
+        kernel.chain(in, args, exec);
+        kernel.stages_y = args.y.dtype == args.X.dtype && in_packs(args.y, 3, 8);
+        run_ssd_chain<float>(kernel, args, blocks, exec);
+    };
+    in.seq_idx.data ? run(std::true_type{}) : run(std::false_type{});
 }
 
 }  // namespace
 
 bool starts_on_hopper(const SsdInputs& in, const SsdChunkScanArgs& args, const Exec& exec) {
-    const bool is_one_sequence = in.seq_idx.data == nullptr && !in.state_per_sequence;
-    if (!is_one_sequence || in.segments > 1 || in.dstate > 128) return false;
+    if (in.segments > 1 || in.dstate > 128) return false;
     if (in.heads * in.headdim * in.seqlen == 0) return false;
     for (const TensorView* states : {&args.initial_states, &args.final_states})
         if (states->ndim != kAbsent && states->dtype != DType::f32) return false;
