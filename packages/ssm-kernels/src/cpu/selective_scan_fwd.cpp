@@ -67,10 +67,9 @@ void scan_run(const ScanTile<T>& tile, const NextTile& next, std::int64_t dstate
 
 template <class T, bool kInRange>
 auto scan_of(const SelectiveScanArgs& args) {
-    return args.B.ndim == 2 ? (args.C.ndim == 2 ? &scan_run<T, true, true, kInRange>
-                                                : &scan_run<T, true, false, kInRange>)
-                            : (args.C.ndim == 2 ? &scan_run<T, false, true, kInRange>
-                                                : &scan_run<T, false, false, kInRange>);
+    return by_inputs(args, []<bool kConstB, bool kConstC>() {
+        return &scan_run<T, kConstB, kConstC, kInRange>;
+    });
 }
 
 // Multiplies by silu(z); the result goes to `out`, which may be the tile itself.
@@ -122,9 +121,7 @@ void scan_tile(const SelectiveScanArgs& args, const Runs& runs, const ScanShape&
     const Run* const first_run = run;
     const Run* const end_run = runs.runs + runs.row_begin[block.row + 1];
     const bool in_range = tile.load_inputs(args, block, t0, steps);
-    auto scan = scan_of<T, false>(args);
-    if constexpr (kBoundsExp2<T>)
-        if (in_range) scan = scan_of<T, true>(args);
+    const auto scan = in_range ? scan_of<T, kBoundsExp2<T>>(args) : scan_of<T, false>(args);
     if (args.checkpoints.ndim >= 0)
         store_tile(checkpoint_plane(args.checkpoints, block, t0), tile.h, kScanChannels,
                    shape.dstate, block.width);

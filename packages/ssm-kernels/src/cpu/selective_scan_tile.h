@@ -132,6 +132,15 @@ SSM_INLINE Vec<T> input_vector(const T* tile, std::int64_t dstate, std::int64_t 
         return broadcast(tile[t * dstate + n]);
 }
 
+/// choose<is B constant over time, is C>() for the B and C of a call.
+template <class Choose>
+auto by_inputs(const SelectiveScanArgs& args, const Choose& choose) {
+    return args.B.ndim == 2 ? (args.C.ndim == 2 ? choose.template operator()<true, true>()
+                                                : choose.template operator()<true, false>())
+                            : (args.C.ndim == 2 ? choose.template operator()<false, true>()
+                                                : choose.template operator()<false, false>());
+}
+
 /// Decays of one step, in place of their exponents. kInRange: load_inputs said so.
 template <class T, bool kInRange, int kCount>
 SSM_INLINE void decay(Vec<T>* exponents) {

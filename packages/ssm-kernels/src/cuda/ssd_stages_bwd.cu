@@ -1,7 +1,7 @@
 // The five stages of the state-space dual scan on the device, backward. A block owns one tile of
 // one gradient. docs/ops/ssd_stages.md#backward
 #include "kernels.h"
-#include "ssd_stages_adjoint.cuh"
+#include "ssd_stages_gradients.cuh"
 #include "ssd_stages_states.cuh"
 #include "ssd_stages_sums.cuh"
 
