@@ -11,6 +11,9 @@
 
 namespace ssm {
 
+/// OpenMP ends the process when the system refuses a thread: no call asks for more than these.
+inline constexpr int kMostThreads = 256;
+
 /// How one call runs. `num_threads` 0 means the process-wide setting and is not used on a GPU;
 /// `stream` is a CUDA stream handle as an integer, 0 the legacy default stream, and is not used on
 /// the CPU. `workspace` is memory of the tensors' device, aligned to 16 bytes, that the kernel may

@@ -21,20 +21,6 @@ SSM_INLINE Vec<float> clamp(Vec<float> x, float low, float high) {
 #endif
 }
 
-#if defined(__FMA__)
-/// a * b + c, rounded once: written out where the product is wanted elsewhere as well, since a
-/// compiler may then round it first.
-SSM_INLINE Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) {
-#if defined(__AVX512F__)
-    return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__AVX2__)
-    return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-    return (Vec<float>)_mm_fmadd_ps((__m128)a, (__m128)b, (__m128)c);
-#endif
-}
-#endif
-
 /// 1 + e^-x, infinite where that overflows: then a quotient by it is 0, as it should be. For
 /// several vectors at once, one stage after the other: in a single chain of operations each would
 /// wait for the one before, and the processor does not look far enough ahead to fill the gaps.

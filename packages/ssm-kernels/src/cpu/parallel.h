@@ -1,6 +1,8 @@
 // Work sharing. The only file with an OpenMP directive.
 #pragma once
 
+#include <ssm/device.h>
+
 #include "simd.h"
 
 #if defined(_OPENMP)
@@ -8,8 +10,6 @@
 #endif
 
 namespace ssm::cpu::SSM_ISA {
-
-constexpr int kMostThreads = 256;
 
 /// Tasks that one thread begins with. On a line of its own: its thread takes from it all the time.
 struct alignas(64) Share {

@@ -66,6 +66,20 @@ SSM_INLINE Vec<T> lane_numbers(std::int64_t first) {
     return load<T>(numbers);
 }
 
+#if defined(__FMA__)
+/// a * b + c, rounded once: written out where the product is wanted elsewhere as well, since a
+/// compiler may then round it first.
+SSM_INLINE Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if defined(__AVX512F__)
+    return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+    return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return (Vec<float>)_mm_fmadd_ps((__m128)a, (__m128)b, (__m128)c);
+#endif
+}
+#endif
+
 /// Lane-wise choice; the mask is the result of a comparison.
 template <class T, class Mask>
 SSM_INLINE Vec<T> select(Mask mask, Vec<T> yes, Vec<T> no) {

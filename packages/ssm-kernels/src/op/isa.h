@@ -6,9 +6,6 @@
 
 namespace ssm {
 
-/// OpenMP ends the process when the system refuses a thread: no call asks for more than these.
-inline constexpr int kMostThreads = 256;
-
 inline int thread_count(const Exec& exec) {
     const int wanted = exec.num_threads > 0 ? exec.num_threads : num_threads();
     return wanted < kMostThreads ? wanted : kMostThreads;
