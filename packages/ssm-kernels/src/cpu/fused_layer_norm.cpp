@@ -41,11 +41,12 @@ T squared_deviations(const S* s, T mean, std::int64_t dim, const Ahead<R>& next)
 }
 
 /// y = (s - mean) rstd weight + bias; bias may be null.
-template <class T, class S, class E>
+template <class T, class S, class E, class R>
 void scale_row(const S* s, T mean, T rstd, const T* weight, const T* bias, E* y, std::int64_t dim,
-               bool past_caches, const Ahead<E>& next) {
+               bool past_caches, const Ahead<E>& next_x, const Ahead<R>& next_residual) {
     sweep<T, kStores>(dim, [&](std::int64_t i, auto piece) __attribute__((always_inline)) {
-        next.template fetch<T>(i, piece);
+        next_x.template fetch<T>(i, piece);
+        next_residual.template fetch<T>(i, piece);
         auto v = (take<T>(s + i, piece) - mean) * rstd * take<T>(weight + i, piece);
         if (bias != nullptr) v = v + take<T>(bias + i, piece);
         put_past<T>(y + i, v, piece, past_caches);
@@ -77,7 +78,7 @@ void norm_rows(const FusedLayerNormArgs& args, int wanted_threads) {
         const std::int64_t end = min(shape.rows, (task + 1) * rows_per_task);
         for (std::int64_t row = task * rows_per_task; row < end; ++row) {
             const Ahead next_x(x, row + 1, end);
-            const Ahead next_residual(residual, row + 1, end);
+            const Ahead next_residual(residual, row + 1, end), nothing(residual, end, end);
             const E* const from = x.read(row);
             E* const out = y.place(row);
             T mean = 0, rstd = 0;
@@ -86,7 +87,8 @@ void norm_rows(const FusedLayerNormArgs& args, int wanted_threads) {
                 const T squares =
                     args.is_rms ? total : squared_deviations<T>(s, mean, dim, next_residual);
                 rstd = T(1) / std::sqrt(squares / count + eps);
-                scale_row(s, mean, rstd, weight, bias, out, dim, stream_y, next_x);
+                scale_row(s, mean, rstd, weight, bias, out, dim, stream_y, next_x,
+                          args.is_rms ? next_residual : nothing);
             };
             if (residual.given() || sum.given()) {
                 // s is read again: unrounded, and not from where it was streamed to.

@@ -196,7 +196,7 @@ SSM_INLINE Pack<T, kCount> project(const GroupGrad<T, E>& at, std::int64_t i, Pi
 
 /// y = (xhat weight + bias) silu(z), or y = xhat weight + bias without z.
 template <bool kGate, class T, class E>
-void grad_norm_first(const GroupGrad<T, E>& given, const Ahead<E>& next_x,
+void grad_norm_first(const GroupGrad<T, E>& given, const Ahead<E>& next_x, const Ahead<E>& next_z,
                      const Ahead<E>& next_dy) {
     // A copy that nothing can point to: stores do not make it be read again.
     const GroupGrad<T, E> at = given;
@@ -220,6 +220,7 @@ void grad_norm_first(const GroupGrad<T, E>& given, const Ahead<E>& next_x,
     const Line<T> line = line_of(at, gx, g);
     sweep<T, kStores>(at.size, [&](std::int64_t i, auto piece) __attribute__((always_inline)) {
         next_x.template fetch<T>(i, piece);
+        next_z.template fetch<T>(i, piece);
         next_dy.template fetch<T>(i, piece);
         auto v = take<T>(at.scaled + i, piece) * at.of.rstd + line.constant;
         v = v + (take<T>(at.x + i, piece) - at.of.mean) * line.slope;
@@ -229,7 +230,7 @@ void grad_norm_first(const GroupGrad<T, E>& given, const Ahead<E>& next_x,
 
 /// y = xhat weight + bias, where xhat normalises s = x silu(z).
 template <class T, class E>
-void grad_gate_first(const GroupGrad<T, E>& given, const Ahead<E>& next_x,
+void grad_gate_first(const GroupGrad<T, E>& given, const Ahead<E>& next_x, const Ahead<E>& next_z,
                      const Ahead<E>& next_dy) {
     // A copy that nothing can point to: stores do not make it be read again.
     const GroupGrad<T, E> at = given;
@@ -248,6 +249,7 @@ void grad_gate_first(const GroupGrad<T, E>& given, const Ahead<E>& next_x,
     const Line<T> line = line_of(at, gx, g);
     sweep<T, kGates>(at.size, [&](std::int64_t i, auto piece) __attribute__((always_inline)) {
         next_x.template fetch<T>(i, piece);
+        next_z.template fetch<T>(i, piece);
         next_dy.template fetch<T>(i, piece);
         const auto x = take<T>(at.x + i, piece), s = take<T>(at.sigmoid + i, piece);
         const auto q = take<T>(at.z + i, piece) * s;
@@ -290,7 +292,7 @@ void backward(const GatedNormArgs& args, const GatedNormGrads& grads, int wanted
         if (has_dbias) std::memset(dbias, 0, bytes);
         const std::int64_t end = min(shape.rows, (task + 1) * rows_per_task);
         for (std::int64_t row = task * rows_per_task; row < end; ++row) {
-            const Ahead next_x(x, row + 1, end), next_dy(dy, row + 1, end);
+            const Ahead next_x(x, row + 1, end), next_z(z, row + 1, end), next_dy(dy, row + 1, end);
             GroupGrad<T, E> at{.x = x.read(row),
                                .z = z.given() ? z.read(row) : nullptr,
                                .dy = dy.read(row),
@@ -312,14 +314,14 @@ void backward(const GatedNormArgs& args, const GatedNormGrads& grads, int wanted
                 const std::int64_t index = row * shape.groups + group;
                 at.of = {args.is_rms ? T(0) : *statistic<T>(args.mean, index),
                          *statistic<T>(args.rstd, index)};
-                const Ahead<E> ahead_x = next_x.at(group * size),
+                const Ahead<E> ahead_x = next_x.at(group * size), ahead_z = next_z.at(group * size),
                                ahead_dy = next_dy.at(group * size);
                 if (gate_first)
-                    grad_gate_first(at, ahead_x, ahead_dy);
+                    grad_gate_first(at, ahead_x, ahead_z, ahead_dy);
                 else if (at.z != nullptr)
-                    grad_norm_first<true>(at, ahead_x, ahead_dy);
+                    grad_norm_first<true>(at, ahead_x, ahead_z, ahead_dy);
                 else
-                    grad_norm_first<false>(at, ahead_x, ahead_dy);
+                    grad_norm_first<false>(at, ahead_x, ahead_z, ahead_dy);
                 at.x += size;
                 at.dy += size;
                 at.dx += size;

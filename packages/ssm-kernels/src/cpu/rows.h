@@ -95,7 +95,7 @@ struct RowLines {
 };
 
 /// What is read next: fetched while a pass works in the first-level cache, which would otherwise
-/// leave the memory idle.
+/// leave the memory idle. Into the second level: the first one has the row at work and the weights.
 template <class E>
 struct Ahead {
     const E* from;
@@ -116,11 +116,11 @@ struct Ahead {
     void fetch(std::int64_t i, Whole<kCount>) const {
         const E* const first = from + (i & mask);
         for (int at = 0; at < kCount * kLanes<T>; at += 64 / sizeof(E))
-            __builtin_prefetch(first + at);
+            __builtin_prefetch(first + at, 0, 2);
     }
     template <class T>
     void fetch(std::int64_t i, Part) const {
-        __builtin_prefetch(from + (i & mask));
+        __builtin_prefetch(from + (i & mask), 0, 2);
     }
 };
 
