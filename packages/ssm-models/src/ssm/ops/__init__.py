@@ -8,6 +8,7 @@ float64 if the main input is, else in float32.
 """
 
 from ssm.utils.dispatch import implementation, load_cpu_kernels
+from ssm.utils.freed_memory import expect_large_tensors
 
 __all__ = [
     "dw_causal_conv",
@@ -487,3 +488,4 @@ def swiglu(gate, up=None):
 
 
 load_cpu_kernels()
+expect_large_tensors()
