@@ -57,15 +57,25 @@ struct Square {
     const T* C;
 };
 
-template <class T, bool kTied>
-SSM_INLINE Vec<T> advance_state(const Square<T>& at, int i, std::int64_t n, Vec<T> b) {
-    T* const h = at.h + i * at.h_pitch + n;
-    const Vec<T> decay = kTied
-                             ? broadcast(at.rate[i])
-                             : exp2<T>(broadcast(at.rate[i]) * load<T>(at.A + i * at.A_pitch + n));
-    const Vec<T> next = decay * load<T>(h) + broadcast(at.drive[i]) * b;
-    store<T>(h, next);
-    return next;
+/// Advances states n .. of kCount channels from `first` on, and adds C h to the sums of each. All
+/// of them take each step of the exponential together: one after the other they would wait for it.
+template <class T, bool kTied, int kCount>
+SSM_INLINE void advance_states(const Square<T>& at, int first, std::int64_t n, Vec<T>* sums) {
+    const Vec<T> b = load<T>(at.B + n), c = load<T>(at.C + n);
+    Vec<T> decay[kCount];
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) {
+        decay[i] = broadcast(at.rate[first + i]);
+        if constexpr (!kTied) decay[i] *= load<T>(at.A + (first + i) * at.A_pitch + n);
+    }
+    if constexpr (!kTied) exp2<kCount>(decay);
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) {
+        T* const h = at.h + (first + i) * at.h_pitch + n;
+        const Vec<T> next = decay[i] * load<T>(h) + broadcast(at.drive[first + i]) * b;
+        store<T>(h, next);
+        sums[i] += c * next;
+    }
 }
 
 /// h = decay h + drive B for a square of channels; returns sum_n C h of each. Walks kGroup channels
@@ -73,35 +83,21 @@ SSM_INLINE Vec<T> advance_state(const Square<T>& at, int i, std::int64_t n, Vec<
 template <class T, bool kTied, int kGroup>
 SSM_INLINE Vec<T> advance_square(const Square<T>& at, std::int64_t dstate) {
     constexpr int n = kLanes<T>, group = n < kGroup ? n : kGroup;
-    Vec<T> sums[n];
-    if (dstate == n) {
-        const Vec<T> b = load<T>(at.B), c = load<T>(at.C);
+    Vec<T> sums[n] = {};
 #pragma GCC unroll 16
-        for (int i = 0; i < n; ++i) sums[i] = c * advance_state<T, kTied>(at, i, 0, b);
-        return sum_lanes<T>(sums);
-    }
-#pragma GCC unroll 16
-    for (int first = 0; first < n; first += group) {
-        Vec<T> sum[group] = {};
-        for (std::int64_t j = 0; j < dstate; j += n) {
-            const Vec<T> b = load<T>(at.B + j), c = load<T>(at.C + j);
-#pragma GCC unroll 4
-            for (int i = 0; i < group; ++i)
-                sum[i] += c * advance_state<T, kTied>(at, first + i, j, b);
-        }
-        for (int i = 0; i < group; ++i) sums[first + i] = sum[i];
-    }
+    for (int first = 0; first < n; first += group)
+        for (std::int64_t j = 0; j < dstate; j += n)
+            advance_states<T, kTied, group>(at, first, j, sums + first);
     return sum_lanes<T>(sums);
 }
 
-template <class T>
+template <class T, bool kTied>
 SSM_INLINE Vec<T> advance_square(const Square<T>& at, const StepShape<T>& shape) {
+    // One vector of states per channel is common, and unrolled.
+    if (shape.padded_dstate == kLanes<T>) return advance_square<T, kTied, 4>(at, kLanes<T>);
     // From memory, states are fetched ahead best in the order in which they lie there.
-    if (shape.in_memory)
-        return shape.tied ? advance_square<T, true, 1>(at, shape.padded_dstate)
-                          : advance_square<T, false, 1>(at, shape.padded_dstate);
-    return shape.tied ? advance_square<T, true, 4>(at, shape.padded_dstate)
-                      : advance_square<T, false, 4>(at, shape.padded_dstate);
+    if (shape.in_memory) return advance_square<T, kTied, 1>(at, shape.padded_dstate);
+    return advance_square<T, kTied, 4>(at, shape.padded_dstate);
 }
 
 template <class T>
@@ -114,7 +110,7 @@ template <class T>
 struct StepTile {
     T* x;  // [channel], like all up to skip
     T* dt;
-    T* z;
+    T* z;  // silu(z)
     T* rate;
     T* drive;
     T* y;
@@ -210,28 +206,62 @@ void write_zeros(const StepBlock<T>& block) {
                    block.tile.y, 0, 1, block.width);
 }
 
+/// Calls at.operator()<kCount>(i) for the vectors of a row, four of them together as far as there
+/// are so many: one after the other they would wait for a function's chain of operations.
+template <class T, class At>
+SSM_INLINE void for_vectors(std::int64_t width, const At& at) {
+    constexpr std::int64_t n = kLanes<T>;
+    std::int64_t i = 0;
+    for (; i + 3 * n < width; i += 4 * n) at.template operator()<4>(i);
+    for (; i < width; i += n) at.template operator()<1>(i);
+}
+
 /// Step sizes of one token: rate and drive of every channel.
 template <class T>
 void prepare(const StepBlock<T>& block, const T* x, const T* dt, const T* bias, const T* rate_of,
              T* rate, T* drive) {
     constexpr T log2e = static_cast<T>(1.4426950408889634);
+    constexpr std::int64_t n = kLanes<T>;
     const SelectiveStateStepArgs& args = block.args;
-    const std::int64_t n = kLanes<T>;
+    const auto compute = [&]<int kCount>(std::int64_t at) __attribute__((always_inline)) {
+        Vec<T> size[kCount], factor[kCount];
+        for (int i = 0; i < kCount; ++i) {
+            size[i] = load<T>(dt + at + i * n);
+            if (bias != nullptr) size[i] += load<T>(bias + at + i * n);
+        }
+        if (args.softplus) softplus<T, kCount>(size);
+        for (int i = 0; i < kCount; ++i) {
+            factor[i] = size[i] * log2e;
+            if (rate_of != nullptr) factor[i] *= load<T>(rate_of + at + i * n);
+        }
+        if (rate_of != nullptr) exp2<kCount>(factor);
+        for (int i = 0; i < kCount; ++i) {
+            store<T>(rate + at + i * n, factor[i]);
+            store<T>(drive + at + i * n, size[i] * load<T>(x + at + i * n));
+        }
+        return size[0];
+    };
     const bool per_head = args.dt.stride[3] == 0 &&
                           (bias == nullptr || args.dt_bias.stride[1] == 0) &&
                           (rate_of == nullptr || args.A.stride[1] == 0);
-    Vec<T> size = zero<T>(), factor = zero<T>();
-    for (std::int64_t i = 0; i < block.width; i += n) {
-        if (i == 0 || !per_head) {
-            size = load<T>(dt + i);
-            if (bias != nullptr) size += load<T>(bias + i);
-            if (args.softplus) size = softplus<T>(size);
-            factor = size * log2e;
-            if (rate_of != nullptr) factor = exp2<T>(factor * load<T>(rate_of + i));
-        }
+    if (!per_head) return for_vectors<T>(block.width, compute);
+    const Vec<T> size = compute.template operator()<1>(0), factor = load<T>(rate);
+    for (std::int64_t i = n; i < block.width; i += n) {
         store<T>(rate + i, factor);
         store<T>(drive + i, size * load<T>(x + i));
     }
+}
+
+/// weight = silu(z).
+template <class T>
+void gate(T* weight, const T* z, std::int64_t width) {
+    constexpr std::int64_t n = kLanes<T>;
+    for_vectors<T>(width, [&]<int kCount>(std::int64_t at) __attribute__((always_inline)) {
+        Vec<T> x[kCount], s[kCount];
+        for (int i = 0; i < kCount; ++i) x[i] = s[i] = load<T>(z + at + i * n);
+        sigmoid<T, kCount>(s);
+        for (int i = 0; i < kCount; ++i) store<T>(weight + at + i * n, x[i] * s[i]);
+    });
 }
 
 template <class T>
@@ -264,10 +294,10 @@ void step_block(const StepBlock<T>& block, std::int64_t state_row) {
         in_place ? static_cast<T*>(args.state.data) + h_base + block.channel * h_pitch : tile.h;
     if (!in_place) block.load_square(args.state, h_base, 2, tile.h);
 
-    const bool y_in_place = block.whole && is_dense<T>(args.y, 3);
+    const bool is_gated = args.z.ndim >= 0, y_in_place = block.whole && is_dense<T>(args.y, 3);
     for (std::int64_t token = 0; token < shape.tokens; ++token) {
         const T* const x = block.activations(args.x, token, tile.x);
-        const T* const z = args.z.ndim >= 0 ? block.activations(args.z, token, tile.z) : nullptr;
+        if (is_gated) gate(tile.z, block.activations(args.z, token, tile.z), block.width);
         prepare(block, x, block.activations(args.dt, token, tile.dt), bias, rate_of, tile.rate,
                 tile.drive);
         const T* const B = block.matrix(args.B, token, tile.B);
@@ -285,9 +315,10 @@ void step_block(const StepBlock<T>& block, std::int64_t state_row) {
                                    tile.drive + i,
                                    B,
                                    C};
-            Vec<T> sum = advance_square<T>(square, shape);
+            Vec<T> sum = shape.tied ? advance_square<T, true>(square, shape)
+                                    : advance_square<T, false>(square, shape);
             if (skip != nullptr) sum += load<T>(skip + i) * load<T>(x + i);
-            if (z != nullptr) sum *= silu<T>(load<T>(z + i));
+            if (is_gated) sum *= load<T>(tile.z + i);
             store<T>(y + i, sum);
         }
         if (!y_in_place)
