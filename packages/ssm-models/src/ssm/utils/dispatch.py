@@ -175,7 +175,10 @@ def implementation(op: str, tensor: torch.Tensor) -> Callable:
     Source:
         This project's design: the best loadable backend serves, the reference always can.
     """
-    device_type = tensor.device.type if isinstance(tensor, torch.Tensor) else "none"
+    if not isinstance(tensor, torch.Tensor):
+        device_type = "none"
+    else:  # a device alone costs as much as all the rest here
+        device_type = "cpu" if tensor.is_cpu else tensor.device.type
     if device_type == "cuda" and _is_too_wide(tensor):
         return _reference(op)
     if torch.compiler.is_compiling():
