@@ -104,6 +104,19 @@ def test_rejects_gradients(change, sentence):
     assert str(caught.value) == f"{OP}: {sentence}"
 
 
+def test_rejects_outputs_in_the_place_of_inputs():
+    arguments = small()
+    before = arguments["x"].copy()
+    with pytest.raises(ValueError, match="y must not share memory with x, got the same address"):
+        ssm_kernels.dw_causal_conv_fwd(**{**arguments, "y": arguments["x"]})
+    arguments["dy"] = arguments.pop("y")
+    arguments |= {"dweight": ZEROS((3, 4)), "dbias": ZEROS(3), "dinitial_state": ZEROS((2, 3, 3))}
+    for name in ("x", "dy"):
+        with pytest.raises(ValueError, match=f"dx must not share memory with {name}, got"):
+            ssm_kernels.dw_causal_conv_bwd(**arguments, dx=arguments[name])
+    np.testing.assert_array_equal(arguments["x"], before)
+
+
 def test_rejects_what_is_not_an_array():
     arguments = small()
     with pytest.raises(TypeError, match="dw_causal_conv: bias must be an array or tensor"):

@@ -1,5 +1,6 @@
 """ssm_kernels.dw_causal_conv_step_fwd. Judge: the float64 NumPy loop of tests.judge."""
 
+import math
 import mmap
 import sys
 
@@ -306,6 +307,16 @@ def test_rejects(name):
     assert str(caught.value).startswith(f"{OP}: {sentence}")
     np.testing.assert_array_equal(state, before)
     assert not y.any()
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "y"])
+def test_rejects_a_state_in_the_place_of_another_argument(name):
+    arguments = small()
+    shape = arguments[name].shape
+    memory = arguments["conv_state"].reshape(-1)
+    arguments[name] = memory[: math.prod(shape)].reshape(shape)
+    with pytest.raises(ValueError, match=f"conv_state must not share memory with {name}, got"):
+        ssm_kernels.dw_causal_conv_step_fwd(**arguments)
 
 
 def test_rejects_what_is_not_an_array():

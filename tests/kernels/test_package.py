@@ -250,6 +250,20 @@ def test_isa_forced_is_isa_used(isa):
     assert (child.returncode, child.stdout) == (0, f"{isa}\n")
 
 
+def takes_workspace(name: str) -> bool:
+    return name.endswith(("_fwd", "_bwd")) and "workspace" in getattr(ssm_kernels, name).__doc__
+
+
+@pytest.mark.parametrize("name", [n for n in ssm_kernels.__all__ if takes_workspace(n)])
+def test_rejects_a_workspace_that_is_no_array(name):
+    kernel = getattr(ssm_kernels, name)
+    needed = re.findall(r"(\w+): object \| None \| None(?=[,)])", kernel.__doc__.split("\n")[0])
+    arguments = dict.fromkeys(needed, np.zeros(1, "float32"))
+    for wrong in (1, b"abc", [1.0], object()):
+        with pytest.raises(TypeError, match="workspace must be a writable array or tensor"):
+            kernel(**arguments, workspace=wrong)
+
+
 def test_isa_left_open_is_the_best():
     for value in ("", "auto"):
         child = python("import ssm_kernels; print(ssm_kernels.active_isa())", SSM_ISA=value)

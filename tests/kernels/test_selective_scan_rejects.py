@@ -151,6 +151,14 @@ GRADIENTS_REJECTED = {
     # The form of B itself counts.
     "dB_form": ({"dB": zeros(4, 3)}, "dB must have shape (2, 1, 3, 6), got (4, 3)"),
     "dC_groups": ({"dC": zeros(2, 4, 3, 6)}, "dC must have shape (2, 2, 3, 6), got (2, 4, 3, 6)"),
+    "dB_overlap": (
+        {"dB": overlapping(zeros(1), (2, 3, 6), (0, 0, 0))},
+        "dB must not overlap itself, got stride 0 along axis 0",
+    ),
+    "dC_overlap": (
+        {"dC": overlapping(zeros(36), (2, 2, 3, 6), (72, 0, 24, 4))},
+        "dC must not overlap itself, got stride 0 along axis 1",
+    ),
     "dC_missing": ({"dC": None}, "dC must be given, got None"),
     "dD_missing": ({"dD": None}, "dD must be given, got None"),
     "dz_missing": ({"dz": None}, "dz must be given, got None"),

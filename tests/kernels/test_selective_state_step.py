@@ -1,6 +1,7 @@
 """ssm_kernels.selective_state_step_fwd. Judge: the float64 NumPy loop of tests.judge."""
 
 import itertools
+import math
 import os
 
 import numpy as np
@@ -471,6 +472,16 @@ def test_rejects_mamba1_sentences():
         with pytest.raises(ValueError) as caught:
             ssm_kernels.selective_state_step_fwd(**{**arguments, **change})
         assert str(caught.value) == f"{OP}: {sentence}"
+
+
+@pytest.mark.parametrize("name", ["x", "dt", "A", "B", "C", "z", "y"])
+def test_rejects_a_state_in_the_place_of_another_argument(name):
+    arguments = small()
+    shape = arguments[name].shape
+    memory = arguments["state"].reshape(-1)
+    arguments[name] = memory[: math.prod(shape)].reshape(shape)
+    with pytest.raises(ValueError, match=f"state must not share memory with {name}, got"):
+        ssm_kernels.selective_state_step_fwd(**arguments)
 
 
 def test_rejects_what_is_not_an_array():

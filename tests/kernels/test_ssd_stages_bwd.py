@@ -355,6 +355,18 @@ def test_a_missing_gradient_counts_as_zero(stage, missing):
     assert_equal(backward(stage, arguments, absent), backward(stage, arguments, zero))
 
 
+@pytest.mark.parametrize(("batch", "seqlen"), [(2, 0), (0, 5), (0, 0)])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_nothing_gives_gradients_of_zero(batch, seqlen, dtype):
+    stage = "ssd_chunk_output"
+    arguments = typed(make(BLOCKS[stage]), dtype)
+    backward(stage, arguments, output_gradients(stage, arguments))  # fills the working memory
+    empty = typed(make(StageCase(stage, "empty", batch, seqlen, 8, 0, 3, 4)), dtype)
+    empty["D"] = np.ones(8, dtype)
+    found = backward(stage, empty, output_gradients(stage, empty))
+    np.testing.assert_array_equal(found["D"], np.zeros(8))
+
+
 def test_initial_states_need_no_gradient():
     arguments = typed(make(named("ssd_state_passing", "odd")), "float32")
     given = output_gradients("ssd_state_passing", arguments)

@@ -140,6 +140,7 @@ Exec settings(const char* op, int num_threads, std::intptr_t stream, const Outpu
 }
 
 void fail_type(const char* op, const char* name, nb::handle object, bool writable) {
+    const nb::gil_scoped_acquire locked;  // settings() is called without
     const std::string type = nb::str(object.type().attr("__name__")).c_str();
     throw nb::type_error((std::string(op) + ": " + name + " must be " +
                           (writable ? "a writable array or tensor" : "an array or tensor") +

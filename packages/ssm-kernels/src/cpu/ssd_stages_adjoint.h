@@ -410,10 +410,11 @@ class OutputAdjoint {
                 const T* const from = skip_line(line / blocks_ / cut_.nchunks, chunk, head, j);
                 for (std::int64_t p = 0; p < tall_; ++p) sum[p] += from[p];
             }
-            if (out.ndim == 1)
-                for (std::int64_t p = 1; p < cut_.headdim; ++p) sum[0] += sum[p];
-            store_tile(plane_at(out, head * out.stride[0], 0, out.ndim == 2 ? out.stride[1] : 0),
-                       sum, 0, 1, out.ndim == 2 ? cut_.headdim : 1);
+            T total = 0;
+            for (std::int64_t p = 0; p < cut_.headdim; ++p) total += sum[p];
+            const bool per_head = out.ndim == 1;
+            store_tile(plane_at(out, head * out.stride[0], 0, per_head ? 0 : out.stride[1]),
+                       per_head ? &total : sum, 0, 1, per_head ? 1 : cut_.headdim);
         });
     }
 

@@ -223,6 +223,13 @@ void Checker::no_overlap(std::string_view name, const TensorView& view) const {
     }
 }
 
+void Checker::apart(std::string_view name, const TensorView& view, std::string_view other_name,
+                    const TensorView& other) const {
+    if (!present(other) || view.data != other.data || is_empty(view) || is_empty(other)) return;
+    std::string rule("not share memory with ");
+    fail(name, rule.append(other_name), "the same address");
+}
+
 void Checker::output(std::string_view name, const TensorView& view,
                      std::initializer_list<Axis> axes) const {
     input(name, view, axes);

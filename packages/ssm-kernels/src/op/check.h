@@ -60,6 +60,10 @@ class Checker {
     /// Refuses a view of which two elements share memory, or might: every stride must pass the
     /// extent of the axes inside it.
     void no_overlap(std::string_view name, const TensorView& view) const;
+    /// Refuses a view that is written while another one, which begins at the same place, is read.
+    /// Whether two views share memory elsewhere is the caller's to know.
+    void apart(std::string_view name, const TensorView& view, std::string_view other_name,
+               const TensorView& other) const;
     void contiguous(std::string_view name, const TensorView& view) const;
     void same_shape(std::string_view name, const TensorView& view, const TensorView& like) const;
     void given(std::string_view name, const TensorView& view) const;

@@ -78,6 +78,7 @@ void dw_causal_conv_fwd(const DwCausalConvArgs& given, const Exec& exec) {
     const Checked in = check_inputs(given, {given.initial_state, given.final_state});
     const Checker check(kOp, in.args.x.device);
     check.output("y", in.args.y, {in.batch, in.dim, in.seqlen});
+    check.apart("y", in.args.y, "x", in.args.x);
     check.optional_output("final_state", in.args.final_state, {in.states, in.dim, in.memory});
     if (const auto* gpu = cuda_kernels(kOp, in.args.x.device))
         return gpu->dw_causal_conv_fwd(in.args, in.num_states, exec);
@@ -95,6 +96,8 @@ void dw_causal_conv_bwd(const DwCausalConvArgs& given, const DwCausalConvGrads& 
     check.input("dy", grads.dy, {in.batch, in.dim, in.seqlen});
     check.optional_input("dfinal_state", grads.dfinal_state, {in.states, in.dim, in.memory});
     check.output("dx", grads.dx, {in.batch, in.dim, in.seqlen});
+    check.apart("dx", grads.dx, "x", in.args.x);
+    check.apart("dx", grads.dx, "dy", grads.dy);
     check.given("dweight", grads.dweight);
     check.same_shape("dweight", grads.dweight, given.weight);
     grads.dweight = without_middle_axis(grads.dweight);

@@ -75,6 +75,9 @@ void dw_causal_conv_step_fwd(const DwCausalConvStepArgs& given, const Exec& exec
         check.output("y", args.y, {batch, dim, tokens});
     else
         check.output("y", args.y, {batch, dim});
+    check.apart("conv_state", args.conv_state, "x", args.x);
+    check.apart("conv_state", args.conv_state, "weight", args.weight);
+    check.apart("conv_state", args.conv_state, "y", args.y);
     args.x = with_token_axis(args.x);
     args.y = with_token_axis(args.y);
     if (const auto* gpu = cuda_kernels(kOp, args.x.device))

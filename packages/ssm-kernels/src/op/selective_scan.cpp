@@ -160,6 +160,8 @@ void selective_scan_bwd(const SelectiveScanArgs& given, const SelectiveScanGrads
     canonical.dC = canonical_input(check, "dC", grads.dC, args);
     check.same_shape("dB", canonical.dB, args.B);
     check.same_shape("dC", canonical.dC, args.C);
+    check.no_overlap("dB", grads.dB);
+    check.no_overlap("dC", grads.dC);
     if (present(args.D)) check.output("dD", grads.dD, {dim});
     if (present(args.z)) check.output("dz", grads.dz, {batch, dim, seqlen});
     if (present(args.dt_bias)) check.output("ddt_bias", grads.ddt_bias, {dim});

@@ -167,6 +167,13 @@ SelectiveStateStepArgs check_and_canonicalise(const SelectiveStateStepArgs& give
                    std::to_string(args.state.shape[0]));
     check.one_of("y", args.y, {like_x});
     check.no_overlap("y", args.y);
+    check.apart("state", args.state, "x", args.x);
+    check.apart("state", args.state, "dt", args.dt);
+    check.apart("state", args.state, "A", args.A);
+    check.apart("state", args.state, "B", args.B);
+    check.apart("state", args.state, "C", args.C);
+    check.apart("state", args.state, "z", args.z);
+    check.apart("state", args.state, "y", args.y);
 
     // From here on every view has the shape that the head of this file lists.
     if (args.B.ndim == matrix.ndim) insert_axis(args.B, matrix.ndim - 1, 1);
