@@ -52,6 +52,7 @@ FAMILIES = {
         "mamba",
         {**SMALL, "tie_word_embeddings": False, "use_bias": True, "time_step_rank": 5},
     ),
+    "mamba-wide": ("mamba", {**SMALL, "state_size": 8, "intermediate_size": 40}),
     "mamba2": (
         "mamba2",
         {
@@ -83,6 +84,21 @@ FAMILIES = {
             "tie_word_embeddings": True,
         },
     ),
+    "bamba-turned": (
+        "bamba",
+        {
+            **SMALL,
+            **ATTENTION,
+            **MAMBA2,
+            "intermediate_size": 48,
+            "attn_layer_indices": [1],
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 50.0,
+                "partial_rotary_factor": 0.25,
+            },
+        },
+    ),
     "granitemoehybrid": ("granitemoehybrid", GRANITE),
     "granitemoehybrid-rope": (
         "granitemoehybrid",
@@ -106,6 +122,18 @@ FAMILIES = {
             "attn_layer_period": 2,
             "attn_layer_offset": 1,
             "mamba_d_state": 8,
+        },
+    ),
+    "jamba-narrow": (
+        "jamba",
+        {
+            **SMALL,
+            **ATTENTION,
+            "head_dim": 6,
+            "intermediate_size": 48,
+            "num_experts": 1,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
         },
     ),
     "nemotron_h": (
@@ -139,6 +167,21 @@ FAMILIES = {
             "n_groups": 1,
             "ssm_state_size": 16,
             "time_step_min": 0.01,
+        },
+    ),
+    "nemotron_h-mixers": (
+        "nemotron_h",
+        {
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "layers_block_type": ["linear_attention", "full_attention", "linear_attention"],
+            **ATTENTION,
+            "head_dim": 8,
+            "intermediate_size": 48,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 8,
+            "n_groups": 1,
+            "ssm_state_size": 16,
         },
     ),
     "falcon_h1": ("falcon_h1", FALCON_H1),

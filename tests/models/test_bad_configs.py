@@ -75,6 +75,18 @@ CONFIGS = [
     ("bamba", {"mamba_d_head": 9}, "mamba_d_head that is not mamba_expand hidden_size"),
     ("bamba", {"attn_layer_indices": [7]}, "attn_layer_idx must be below 3, got 7"),
     ("bamba", {"rope_scaling": {"rope_type": "yarn"}}, "rope_type must be 'default', got 'yarn'"),
+    ("bamba", {"partial_rotary_factor": 0.25}, "partial_rotary_factor must be 0.5, got 0.25"),
+    (
+        "bamba",
+        {"rope_parameters": {"partial_rotary_factor": 1.5}},
+        "partial_rotary_factor must be a number from 0 to 1, got 1.5",
+    ),
+    ("bamba", {"rope_parameters": True}, "rope_parameters must be a dict, got True"),
+    (
+        "granitemoehybrid",
+        {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}},
+        "rope_parameters must hold settings of .*rope_theta.*, got 'full_attention'",
+    ),
     ("granitemoehybrid", {"num_local_experts": 4}, "without experts .num_local_experts"),
     ("granitemoehybrid", {"layer_types": ["mamba"]}, "layer_types of another number"),
     ("granitemoehybrid", {"layer_types": ["mamba", "mamba", "x"]}, "layer types must be of .*'x'"),

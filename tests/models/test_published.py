@@ -3,7 +3,9 @@
 Judge: the configs and tensor names of those checkpoints, and the tensors that were written.
 """
 
+import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from ssm.models.lm import MambaLMHeadModel
 from ssm.utils import dialects
 from ssm.utils.dialects.canonical import canonical, difference
 from ssm.utils.dialects.configs import read_values, write_values
-from tests.families import FAMILIES
+from tests.families import FAMILIES, needs_transformers
 from tests.published_configs import RELEASED
 
 # config.json as published, made small; behind it the tensors of a block that mamba_ssm makes of it.
@@ -176,6 +178,100 @@ def test_codestral_as_mistral_published_it(tmp_path):
     assert json.loads((tmp_path / "hf/config.json").read_text())["model_type"] == "mamba2"
     ids = torch.arange(9)[None]
     assert torch.equal(load(tmp_path / "hf")(ids).logits, model(ids).logits)
+
+
+# Case of FAMILIES -> fields that are written as they were read, changes of ours -> the new value.
+KEPT = {
+    "mamba-wide": ({"expand": 2, "intermediate_size": 40}, {"d_model": 40}, {"expand": 2}),
+    "falcon_mamba": ({"expand": 16, "intermediate_size": 64}, {}, {"expand": 16}),
+    "nemotron_h-mixers": (
+        {"intermediate_size": 48},
+        {"d_intermediate": 56, "mlp_layer_idx": [2]},
+        {"intermediate_size": 56},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_fields_that_say_nothing_more_are_kept(case):
+    fields, change, new = KEPT[case]
+    name, usual = FAMILIES[case]
+    dialect, values = dialects.FAMILIES[name], {"model_type": name, **usual, **fields}
+    config = read_values(dialect, values, dialects.GENERIC)
+    written = write_values(dialect, config, dialects.GENERIC)
+    assert {key: written[key] for key in fields} == fields
+    written = write_values(dialect, replace(config, **change), dialects.GENERIC)
+    assert {key: written[key] for key in new} == new
+
+
+def test_a_width_that_is_no_multiple_has_a_whole_factor():
+    config = MambaConfig(d_model=32, n_layer=1, vocab_size=64, ssm_cfg={"expand": 1.25})
+    written = write_values(dialects.FAMILIES["mamba"], config, dialects.GENERIC)
+    assert (written["expand"], written["intermediate_size"]) == (1, 40)
+    assert isinstance(written["expand"], int)
+
+
+# head_dim 4 k, of which a part turns: every even number of features can be said.
+@pytest.mark.parametrize("head_dim", [4, 12, 28, 36, 52, 60, 100, 196])
+def test_every_part_of_a_head_can_be_written(head_dim):
+    name, fields = FAMILIES["bamba"]
+    dialect = dialects.FAMILIES[name]
+    for turned in range(0, head_dim + 1, 2):
+        rope = {"rope_type": "default", "partial_rotary_factor": (turned + 0.5) / (head_dim + 0.5)}
+        values = {**fields, "head_dim": head_dim, "rope_parameters": rope}
+        config = read_values(dialect, values, dialects.GENERIC)
+        config.attn_cfg["rotary_emb_dim"] = turned
+        written = write_values(dialect, config, dialects.GENERIC)
+        again = read_values(dialect, written, dialects.GENERIC)
+        assert again.attn_cfg["rotary_emb_dim"] == turned
+
+
+# Case of FAMILIES -> fields of the rotary embedding -> (features that turn, base).
+ROPE = [
+    ("bamba", {}, (4, 10000.0)),
+    ("bamba", {"rope_parameters": {"rope_theta": 50.0}}, (4, 50.0)),
+    ("bamba", {"rope_parameters": {"partial_rotary_factor": 1.0}, "rope_theta": 9.0}, (8, 9.0)),
+    ("bamba", {"rope_scaling": {"partial_rotary_factor": 0.25, "rope_theta": 7}}, (2, 7)),
+    (
+        "bamba",
+        {"rope_parameters": {"rope_theta": 5.0}, "rope_scaling": {"type": "default"}},
+        (4, 10000.0),
+    ),
+    # These two turn whole heads, whatever part is said.
+    ("falcon_h1", {"rope_parameters": {"partial_rotary_factor": 0.25}}, (8, 10000.0)),
+    (
+        "granitemoehybrid-rope",
+        {"rope_parameters": {"partial_rotary_factor": 0.25}},
+        (8, 10000.0),
+    ),
+]
+
+
+@pytest.mark.parametrize(("case", "said", "meant"), ROPE)
+def test_settings_of_the_rotary_embedding(case, said, meant):
+    name, fields = FAMILIES[case]
+    values = {**fields, **said}
+    config = read_values(dialects.FAMILIES[name], values, dialects.GENERIC)
+    attention = config.attn_cfg
+    assert (attention["rotary_emb_dim"], attention["rotary_emb_base"]) == meant
+    written = write_values(dialects.FAMILIES[name], config, dialects.GENERIC)
+    again = read_values(dialects.FAMILIES[name], written, dialects.GENERIC).attn_cfg
+    assert (again["rotary_emb_dim"], again["rotary_emb_base"]) == meant
+
+
+@pytest.mark.parametrize("case", [case for case in ROPE if case[1]])
+@needs_transformers
+def test_settings_of_the_rotary_embedding_are_those_of_transformers(case):
+    import transformers
+
+    name, said, meant = case
+    family, fields = FAMILIES[name]
+    config = transformers.AutoConfig.for_model(family, **copy.deepcopy({**fields, **said}))
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    found = model.model.rotary_emb.inv_freq
+    assert found.tolist() == pytest.approx(
+        [meant[1] ** (-i / meant[0]) for i in range(0, meant[0], 2)]
+    )
 
 
 # Case of FAMILIES -> a name that some writers store and no model has.

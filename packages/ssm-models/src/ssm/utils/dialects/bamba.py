@@ -1,4 +1,4 @@
-"""bamba of transformers: Mamba-2 and attention with half of each head turned."""
+"""bamba of transformers: Mamba-2 and attention with a part of each head turned."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BAMBA = Dialect(
         "attn_cfg.head_dim": hybrid.head_dim_of,
         "attn_cfg.qkv_proj_bias": lambda v: v["attention_bias"],
         "attn_cfg.out_proj_bias": lambda v: v["attention_bias"],
-        "attn_cfg.rotary_emb_dim": lambda v: hybrid.head_dim_of(v) // 2,
+        "attn_cfg.rotary_emb_dim": hybrid.turned_part,
         "attn_cfg.rotary_emb_base": hybrid.rope_base,
         "norm_epsilon": lambda v: v["rms_norm_eps"],
         "ssm_cfg.norm_eps": lambda v: v["rms_norm_eps"],
@@ -46,7 +46,7 @@ BAMBA = Dialect(
         "attention_bias": lambda form: form["attn_cfg"]["qkv_proj_bias"],
         "head_dim": lambda form: form["attn_cfg"]["head_dim"],
         "rms_norm_eps": lambda form: form["norm_epsilon"],
-        "rope_parameters": hybrid.rope_fields,
+        "rope_parameters": hybrid.partial_rope_fields,
         # Where versions before 5 look.
         "rope_theta": lambda form: hybrid.rope_fields(form)["rope_theta"],
     },
@@ -58,10 +58,11 @@ BAMBA = Dialect(
     },
     fixed={
         "hidden_act": ("silu", "swish"),
+        # transformers takes half whatever stands here; rope_parameters may say another part.
         "partial_rotary_factor": (0.5,),
         "sliding_window": (None,),
     },
-    agree={"attn_rotary_emb": lambda v: hybrid.head_dim_of(v) // 2},
+    agree={"attn_rotary_emb": hybrid.turned_part},
     ignored=frozenset(hybrid.NO_EFFECT | {"layer_types", "layers_block_type"}),
     nullable=hybrid.NULLABLE,
     refused=hybrid.MAMBA2_REFUSED,

@@ -68,6 +68,7 @@ def read_values(dialect: Dialect, values: Values, generic: frozenset[str]) -> Ma
         _put(ours, path, _computed(dialect, path, compute, full))
     meaning = {entry.name for entry in dialect.fields}
     meaning |= {*dialect.emit, *dialect.defaults, *dialect.agree}
+    meaning -= dialect.kept
     rest = {n: v for n, v in values.items() if dialect.legacy.get(n, n) not in meaning}
     ours["foreign"] = {"model_type": dialect.name, **rest}
     return MambaConfig.from_dict(ours)
@@ -91,15 +92,20 @@ def write_values(dialect: Dialect, config: MambaConfig, generic: frozenset[str])
     layer = form["ssm_cfg"].get("layer")
     if layer not in (None, dialect.ours.get("ssm_cfg.layer", layer)):
         raise _cannot_say(dialect, "another ssm_cfg.layer")
-    is_same = config.foreign.get("model_type") == dialect.name
-    values = dict(config.foreign) if is_same else {}
-    values |= {"architectures": [dialect.architecture], "model_type": dialect.name}
+    source = config.foreign if config.foreign.get("model_type") == dialect.name else {}
+    values = {**source, "architectures": [dialect.architecture], "model_type": dialect.name}
     try:
         for entry in dialect.fields:
             values[entry.name] = _get(form, entry.ours)
         for name, compute in dialect.emit.items():
             values[name] = compute(form)
-        lost = difference(canonical(config), canonical(read_values(dialect, values, generic)))
+        wanted = canonical(config)
+        lost = difference(wanted, canonical(read_values(dialect, values, generic)))
+        kept = {name: source[name] for name in dialect.kept & set(source)}
+        if kept and not difference(
+            wanted, canonical(read_values(dialect, {**values, **kept}, generic))
+        ):
+            values |= kept
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         # A part that the family always has is not in the config, or a value is out of its range.
         text = str(error) if isinstance(error, ValueError) else "a part of it missing"

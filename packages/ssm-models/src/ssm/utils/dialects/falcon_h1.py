@@ -82,6 +82,7 @@ FALCON_H1 = Dialect(
             form["mlp_cfg"]["out_multiplier"],
         ],
         "projectors_bias": lambda form: form["ssm_cfg"]["bias"],
+        "rope_parameters": hybrid.rope_fields,
         "ssm_multipliers": lambda form: form["ssm_cfg"]["multipliers"],
     },
     ours=BAMBA.ours,

@@ -49,6 +49,7 @@ GRANITE = Dialect(
     emit={
         **{k: v for k, v in BAMBA.emit.items() if k != "attn_layer_indices"},
         "layer_types": hybrid.layer_types,
+        "rope_parameters": hybrid.rope_fields,
         "logits_scaling": lambda form: hybrid.undone(
             1 / form["logits_multiplier"], lambda x: 1 / x, form["logits_multiplier"]
         ),

@@ -91,6 +91,15 @@ NAMES = {
 }
 # A model without its head has no prefix.
 ALIASES = ((r"^(embed_tokens|layers|final_layernorm|norm)\.", r"model.\1."),)
+# The last ones belong to scaled angles and change nothing where the type is "default".
+ROPE_SETTINGS = {
+    "rope_type",
+    "type",
+    "rope_theta",
+    "partial_rotary_factor",
+    "factor",
+    "original_max_position_embeddings",
+}
 # Buffers that older versions stored.
 SKIPPED = r"\.rotary_emb\.inv_freq$"
 
@@ -173,8 +182,56 @@ def layer_types(form) -> list[str]:
     return [WRITTEN[kind] for kind in kinds]
 
 
+def rope_settings(values) -> dict:
+    """Return the settings of the rotary embedding, which have stood in two places.
+
+    Args:
+        values: foreign config.
+
+    Returns:
+        ``rope_scaling`` if it says anything, as transformers chooses, else ``rope_parameters``.
+
+    Raises:
+        ValueError: the angles are scaled for long texts, or a setting is not known.
+    """
+    chosen = {}
+    for name in ("rope_parameters", "rope_scaling"):
+        found = values.get(name)
+        if found is None:
+            continue
+        if not isinstance(found, dict):
+            raise ValueError(f"{name} must be a dict, got {found!r}")
+        kind = found.get("rope_type", found.get("type", "default"))
+        if kind != "default":
+            raise ValueError(f"rope_type must be 'default', got {kind!r}")
+        unknown = sorted(set(found) - ROPE_SETTINGS)
+        if unknown:
+            choice = ", ".join(sorted(ROPE_SETTINGS))
+            raise ValueError(f"{name} must hold settings of {choice}, got {unknown[0]!r}")
+        chosen = found or chosen
+    return chosen
+
+
+def turned_part(values) -> int:
+    """Return how many features of each head turn with the position.
+
+    Args:
+        values: foreign config, with a ``partial_rotary_factor`` for settings that have none.
+
+    Returns:
+        The part of the head, rounded down as transformers rounds it.
+
+    Raises:
+        ValueError: the part is no number between 0 and 1.
+    """
+    part = rope_settings(values).get("partial_rotary_factor", values["partial_rotary_factor"])
+    if isinstance(part, bool) or not isinstance(part, (int, float)) or not 0 <= part <= 1:
+        raise ValueError(f"partial_rotary_factor must be a number from 0 to 1, got {part!r}")
+    return int(head_dim_of(values) * part)
+
+
 def rope_base(values) -> float:
-    """Return the base of the rotary embedding, which has stood in two places.
+    """Return the base of the rotary embedding.
 
     Args:
         values: foreign config.
@@ -183,15 +240,9 @@ def rope_base(values) -> float:
         The base.
 
     Raises:
-        ValueError: the angles are scaled for long texts, or the base is no positive number.
+        ValueError: the settings are not supported, or the base is no positive number.
     """
-    settings = values.get("rope_parameters") or {}
-    scaling = values.get("rope_scaling") or {}
-    for found in (settings, scaling):
-        kind = found.get("rope_type", found.get("type", "default"))
-        if kind != "default":
-            raise ValueError(f"rope_type must be 'default', got {kind!r}")
-    base = settings.get("rope_theta", values.get("rope_theta"))
+    base = rope_settings(values).get("rope_theta", values.get("rope_theta"))
     base = 10000.0 if base is None else base
     if isinstance(base, bool) or not isinstance(base, (int, float)) or not 0 < base < math.inf:
         raise ValueError(f"rope_theta must be a positive number, got {base!r}")
@@ -207,11 +258,23 @@ def rope_fields(form) -> dict:
     Returns:
         ``rope_parameters``.
     """
-    attention = form["attn_cfg"]
-    settings = {"rope_type": "default", "rope_theta": attention["rotary_emb_base"] or 10000.0}
-    if attention["rotary_emb_dim"] != attention["head_dim"]:
-        settings["partial_rotary_factor"] = attention["rotary_emb_dim"] / attention["head_dim"]
-    return settings
+    return {"rope_type": "default", "rope_theta": form["attn_cfg"]["rotary_emb_base"] or 10000.0}
+
+
+def partial_rope_fields(form) -> dict:
+    """Return the settings of a rotary embedding that turns a part of each head.
+
+    Args:
+        form: canonical config.
+
+    Returns:
+        ``rope_parameters``.
+    """
+    turned, width = form["attn_cfg"]["rotary_emb_dim"], form["attn_cfg"]["head_dim"]
+    part = turned / width
+    if int(width * part) < turned:  # what reads it rounds down
+        part = math.nextafter(part, 1.0)
+    return {**rope_fields(form), "partial_rotary_factor": part}
 
 
 def undone(value: float, again, wanted: float) -> float:

@@ -61,6 +61,7 @@ JAMBA = Dialect(
     emit={
         "attn_layer_offset": lambda form: [*form["attn_layer_idx"], form["n_layer"]][0],
         "attn_layer_period": _period,
+        "head_dim": lambda form: form["attn_cfg"]["head_dim"],
         "mamba_dt_rank": lambda form: form["ssm_cfg"]["dt_rank"],
         "mamba_expand": lambda form: ratio(form["ssm_cfg"]["d_inner"], form["d_model"]),
         "num_experts": lambda form: 1,

@@ -94,12 +94,14 @@ MAMBA = Dialect(
         "ssm_cfg.expand": lambda values: ratio(inner_of(values), values["hidden_size"]),
     },
     emit={
-        "expand": lambda form: ratio(form["ssm_cfg"]["d_inner"], form["d_model"]),
+        # intermediate_size is what counts, and transformers refuses a fraction.
+        "expand": lambda form: max(1, form["ssm_cfg"]["d_inner"] // form["d_model"]),
         "intermediate_size": lambda form: form["ssm_cfg"]["d_inner"],
         "time_step_rank": lambda form: form["ssm_cfg"]["dt_rank"],
     },
     ours={"pad_vocab_size_multiple": 1, "ssm_cfg.layer": "Mamba1"},
     fixed={"hidden_act": ("silu", "swish")},
+    kept=frozenset({"expand"}),
     agree={
         # Checkpoints that were converted from state-spaces carry some of its fields.
         "d_inner": lambda values: inner_of(values),

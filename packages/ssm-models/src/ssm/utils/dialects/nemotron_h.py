@@ -25,7 +25,6 @@ NEMOTRON_H = Dialect(
     fields=(
         Field("hidden_size", "d_model", 4096),
         Field("vocab_size", "vocab_size", 131072),
-        Field("intermediate_size", "d_intermediate", 21504),
         Field("mlp_bias", "mlp_cfg.bias", False),
         Field("tie_word_embeddings", "tie_embeddings", False),
         Field("ssm_state_size", "ssm_cfg.d_state", 128),
@@ -40,6 +39,7 @@ NEMOTRON_H = Dialect(
     ),
     defaults={
         "hybrid_override_pattern": None,
+        "intermediate_size": 21504,
         "layer_norm_epsilon": 1e-5,
         "layers_block_type": None,
         "mamba_num_heads": 128,
@@ -50,6 +50,8 @@ NEMOTRON_H = Dialect(
         "n_layer": lambda v: len(_kinds(v)),
         "attn_layer_idx": _blocks("attention"),
         "mlp_layer_idx": _blocks("mlp"),
+        # With no block that is an MLP alone, ours would have one in every block.
+        "d_intermediate": lambda v: v["intermediate_size"] if _blocks("mlp")(v) else 0,
         "norm_epsilon": lambda v: v["layer_norm_epsilon"],
         "ssm_cfg.norm_eps": lambda v: v["layer_norm_epsilon"],
         "ssm_cfg.expand": lambda v: expand_of(
@@ -59,6 +61,7 @@ NEMOTRON_H = Dialect(
     },
     emit={
         "layers_block_type": hybrid.layer_types,
+        "intermediate_size": lambda form: form["d_intermediate"],
         "layer_norm_epsilon": lambda form: form["norm_epsilon"],
         "mamba_num_heads": lambda form: form["ssm_cfg"]["nheads"],
         "time_step_min": lambda form: form["ssm_cfg"]["dt_limit"][0],
@@ -82,6 +85,7 @@ NEMOTRON_H = Dialect(
         "num_query_groups": lambda v: v["num_key_value_heads"],
         "mamba_state_dim": lambda v: v["ssm_state_size"],
     },
+    kept=frozenset({"intermediate_size"}),
     legacy={
         "layer_types": "layers_block_type",
         "mamba_n_groups": "n_groups",

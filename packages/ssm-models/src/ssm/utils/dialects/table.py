@@ -56,6 +56,7 @@ class Dialect:
         fixed: their field -> values that are supported; the first is the default,
             there too, and so never written.
         agree: their field that repeats others -> function that computes what it must be.
+        kept: fields of ``emit`` that are written as they were read where that says the same model.
         legacy: former name of a field -> present name.
         nullable: fields that may be null although their default is not.
         ignored: fields that have no effect on what is computed.
@@ -77,6 +78,7 @@ class Dialect:
     ours: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, tuple] = field(default_factory=dict)
     agree: Mapping[str, Callable[[Values], Any]] = field(default_factory=dict)
+    kept: frozenset[str] = frozenset()
     legacy: Mapping[str, str] = field(default_factory=dict)
     nullable: frozenset[str] = frozenset()
     ignored: frozenset[str] = frozenset()
