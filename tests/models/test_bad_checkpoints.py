@@ -71,6 +71,14 @@ DAMAGED = {
         lambda data: data.replace(b"backbone.layers.0.", b"backbone.layers.1."),
         "a name stands there twice",
     ),
+    "metadata": (
+        with_header(lambda header: header.update(__metadata__=["pt"])),
+        "a __metadata__ that is no object of strings",
+    ),
+    "a number in the metadata": (
+        with_header(lambda header: header.update(__metadata__={"format": 3})),
+        "a __metadata__ that is no object of strings",
+    ),
     "shape": (entry(shape=[9]), r"32 bytes for tensor backbone\.norm_f\.weight of F32 \(9,\)"),
     "negative": (entry(shape=[-8]), r"a damaged entry of tensor backbone\.norm_f\.weight"),
     "dtype": (entry(dtype="F33"), r"a damaged entry of tensor backbone\.norm_f\.weight \('F33'\)"),
@@ -163,6 +171,11 @@ SHARDED = {
         ValueError,
         "JSON index with a weight_map, got TypeError",
     ),
+    "a twin": (
+        lambda path: (path / INDEX).write_text('{"weight_map": {"a": "b", "a": "c"}}'),
+        ValueError,
+        f"{INDEX} must be a JSON file, got a name stands there twice: 'a'",
+    ),
     "no map": (
         lambda path: (path / INDEX).write_text("{}"),
         ValueError,
@@ -207,9 +220,9 @@ def test_pickle_that_runs_code(tmp_path, sharded):
         (tmp_path / "pytorch_model.bin").rename(tmp_path / "a.bin")
         where = {"weight_map": dict.fromkeys(tensors, "a.bin")}
         (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(where))
-    refused(
-        tmp_path, "must be a whole file of tensors", file="a.bin" if sharded else "pytorch_mode"
-    )
+    message = r"must be a whole file of tensors, got a pickle that asks for \S+\.mkdir$"
+    text = refused(tmp_path, message, file="a.bin" if sharded else "pytorch_model.bin")
+    assert "weights_only" not in text
     assert not (tmp_path / "owned").exists()
 
 
@@ -227,6 +240,45 @@ def test_pickle_with_a_damaged_byte(tmp_path):
     assert len(complaints) > 20
     assert {kind for kind, _ in complaints} == {ValueError}
     assert all(str(path) in sentence and "\n" not in sentence for _, sentence in complaints)
+
+
+# Damage of the bytes of a pickle -> what must be said.
+PICKLES = {
+    "empty": (lambda data: b"", "an end of file inside of it"),
+    "text": (lambda data: b"version https://git-lfs.github.com", "a pickle that is none of tensor"),
+    "truncated": (lambda data: data[:-1], "an end of file inside of the archive"),
+    "truncated far": (lambda data: data[: len(data) // 2], "an end of file inside of the archive"),
+    "oversized": (lambda data: data + b"\0" * 3, "3 bytes behind its end"),
+    "twice": (lambda data: data + b"PK" * 20000, "40000 bytes behind its end"),
+}
+
+
+@pytest.mark.parametrize("damage", PICKLES)
+def test_damaged_pickle(tmp_path, damage):
+    change, message = PICKLES[damage]
+    model().save_pretrained(tmp_path, format="mamba_ssm")
+    path = tmp_path / "pytorch_model.bin"
+    path.write_bytes(change(path.read_bytes()))
+    text = refused(tmp_path, f"must be a whole file of tensors, got {message}", file=path.name)
+    assert "weights_only" not in text
+
+
+def test_truncated_file_of_an_old_torch(tmp_path):
+    model().save_pretrained(tmp_path, format="mamba_ssm")
+    path = tmp_path / "pytorch_model.bin"
+    tensors = torch.load(path, weights_only=True)
+    torch.save(tensors, path, _use_new_zipfile_serialization=False)
+    load(tmp_path)
+    path.write_bytes(path.read_bytes()[:-9])
+    refused(tmp_path, "must be a whole file of tensors, got an end of file", file=path.name)
+
+
+def test_tensor_without_data(tmp_path):
+    model().save_pretrained(tmp_path, format="mamba_ssm")
+    path = tmp_path / "pytorch_model.bin"
+    tensors = torch.load(path, weights_only=True)
+    torch.save({**tensors, NORM: tensors[NORM].to("meta")}, path)
+    refused(tmp_path, f"must hold the data of {NORM}, got a tensor on the meta", file=path.name)
 
 
 @pytest.mark.parametrize("format", ["safetensors", "hf"])

@@ -180,6 +180,8 @@ def test_a_head_size_that_is_worked_out(case):
     [
         ("[1]", "config must be a dict, got list"),
         ("[" * 100000, "must be a JSON file"),
+        ('{"d_model": 8, "d_model": 9}', "must be a JSON file, got a name .* twice: 'd_model'"),
+        ('{"ssm_cfg": {"d_conv": 4, "d_conv": 3}}', "got a name stands there twice: 'd_conv'"),
         ('{"ssm_cfg": {"layer": "Mamba3"}}', "must be one of Mamba1, Mamba2, got 'Mamba3'"),
         ('{"ssm_cfg": {"layer": ["Mamba2"]}}', "must be one of Mamba1, Mamba2"),
         ('{"ssm_cfg": {"d_stat": 3}}', r"got 'd_stat' \(did you mean 'd_state'\?\)"),

@@ -77,7 +77,9 @@ def test_rejects_bad_values(values, kind, message):
         MambaConfig.from_dict(values)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '{"d_model": "wide"}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", '{"d_model": "wide"}', '{"d_model": 8, "d_model": 8}']
+)
 def test_rejects_a_damaged_file_by_name(tmp_path, text):
     path = tmp_path / "config.json"
     path.write_text(text)

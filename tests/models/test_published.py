@@ -169,11 +169,15 @@ def test_codestral_as_mistral_published_it(tmp_path):
     (tmp_path / "params.json").write_text(
         json.dumps({**params, "pad_vocab_size_multiple": 1, "model_type": "mamba"})
     )
+    text = (tmp_path / "params.json").read_text()
     tensors["model.lm_head.weight"] = tensors["model.lm_head.weight"] * 2
     save_file(tensors, tmp_path / "consolidated.safetensors")
     model = load(tmp_path)
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, tensors["model." + key]), key
+    (tmp_path / "params.json").write_text(text.replace("{", '{"dim": 32, '))
+    with pytest.raises(ValueError, match=r"params\.json must be a JSON .* twice: 'dim'"):
+        load(tmp_path)
     model.save_pretrained(tmp_path / "hf", format="hf")
     assert json.loads((tmp_path / "hf/config.json").read_text())["model_type"] == "mamba2"
     ids = torch.arange(9)[None]

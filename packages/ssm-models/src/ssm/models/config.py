@@ -8,6 +8,8 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from ssm.utils.json_file import read_json
+
 # Fields that the state-spaces format does not have.
 OUR_FIELDS = (
     "norm_epsilon",
@@ -147,10 +149,7 @@ class MambaConfig:
             FileNotFoundError: there is no such file.
             ValueError: the file is no JSON object, or a field is wrong; the message names the file.
         """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"MambaConfig: {path} must be a JSON file, got {error}") from error
+        values = read_json(Path(path), "MambaConfig")
         try:
             return cls.from_dict(values)
         except (TypeError, ValueError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from ssm.utils.dialects.canonical import canonical
 from ssm.utils.dialects.configs import decode, read_values
 from ssm.utils.dialects.names import Piece, pieces_of, present_name, stored_shapes
 from ssm.utils.hub import BIN_FILE, CONFIG_FILE, CONSOLIDATED_FILE, PARAMS_FILE, SAFETENSORS_FILE
+from ssm.utils.json_file import read_json
 from ssm.utils.tensor_files import Tensors, open_tensors
 
 TIED = ("lm_head.weight", "backbone.embedding.weight")
@@ -55,11 +55,9 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         path = directory / PARAMS_FILE
     elif not path.is_file():
         raise FileNotFoundError(f"from_pretrained: {directory} must hold {CONFIG_FILE}, got none")
+    values = read_json(path, "from_pretrained")
     try:
-        values = decode(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"from_pretrained: {path} must be a JSON file, got {error}") from error
-    try:
+        values = decode(values)
         if not isinstance(values, dict):
             raise TypeError(f"from_pretrained: config must be a dict, got {type(values).__name__}")
         dialect = dialects.CODESTRAL if is_mistral else dialects.find(values)
@@ -67,7 +65,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
             config = MambaConfig.from_dict(values)
         else:
             config = read_values(dialect, values, dialects.GENERIC)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{error} in {path}") from error
     weights = (CONSOLIDATED_FILE,) if is_mistral else (SAFETENSORS_FILE, BIN_FILE)
     return Checkpoint(path, dialect, config, open_tensors(directory, weights))

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import os
+import pickle
+import re
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ssm.utils.json_file import read_json
 from ssm.utils.safetensors_file import Entry, SafetensorsFile
 
 INDEX_ENDING = ".index.json"
+# Of what stands at the end of a zip archive, and of the comment behind it.
+END_BYTES = 22
+MOST_COMMENT_BYTES = 2**16
 
 
 class PickleFile:
@@ -44,6 +50,11 @@ class PickleFile:
         if self._held is None or name not in self._held:
             self._held = dict(load_torch_file(self.path, "from_pretrained"))
         tensor = self._held[name].detach()
+        if tensor.is_meta:
+            raise ValueError(
+                f"from_pretrained: {self.path} must hold the data of {name}, got a tensor on the "
+                "meta device, which has none"
+            )
         if tensor.dim():
             tensor = tensor[start:stop]
         # A view would keep what it is a part of, and two names of one storage would stay tied.
@@ -126,12 +137,39 @@ def load_torch_file(path: Path, owner: str, device="cpu"):
         ValueError: the file is damaged or holds more than tensors and plain values.
     """
     try:
+        _check_end(path)
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # what a damaged pickle raises depends on the byte that is damaged
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(
-            f"{owner}: {path} must be a whole file of tensors, got {reason}"
+            f"{owner}: {path} must be a whole file of tensors, got {_reason(error)}"
         ) from error
+
+
+def _check_end(path: Path) -> None:
+    """Refuse an archive that does not end where the file does; torch would look for its end."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\3\4":  # no archive: a file of torch before 1.6
+            return
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - END_BYTES - MOST_COMMENT_BYTES))
+        tail = file.read()
+    start = tail.rfind(b"PK\5\6", 0, max(0, len(tail) - END_BYTES + 4))
+    if start < 0:
+        raise ValueError("an end of file inside of the archive")
+    end = start + END_BYTES + int.from_bytes(tail[start + 20 : start + 22], "little")
+    if end != len(tail):
+        raise ValueError(f"{len(tail) - end} bytes behind its end")
+
+
+def _reason(error: Exception) -> str:
+    """Say what torch.load did not like; its own words advise to read with weights_only=False."""
+    text = str(error).strip()
+    if isinstance(error, EOFError) or "unexpected EOF" in text:
+        return "an end of file inside of it"
+    if isinstance(error, pickle.UnpicklingError):
+        asked = re.search(r"GLOBAL (\S+)", text)
+        return f"a pickle that asks for {asked[1]}" if asked else "a pickle that is none of tensors"
+    return text.split("\n")[0] or type(error).__name__
 
 
 def _open(path: Path) -> SafetensorsFile | PickleFile:
@@ -139,11 +177,12 @@ def _open(path: Path) -> SafetensorsFile | PickleFile:
 
 
 def _open_shards(index: Path) -> Tensors:
+    values = read_json(index, "from_pretrained")
     try:
-        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        where = values["weight_map"]
         if not isinstance(where, dict) or not where:
             raise TypeError("weight_map is no dict of names")
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
+    except (LookupError, TypeError) as error:
         raise ValueError(
             f"from_pretrained: {index} must be a JSON index with a weight_map, got {error!r}"
         ) from error
