@@ -148,6 +148,27 @@ def test_memory_peaks_at_little_more_than_the_checkpoint(tmp_path):
     assert peak(tmp_path / "one", way="twice") > 1.8 * size  # the measure can see a second copy
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        (None, TypeError, "directory must be a str or a path, got None$"),
+        (5, TypeError, "directory must be a str or a path, got 5$"),
+        (b"x", TypeError, "directory must be a str or a path, got b'x'$"),
+        ("", ValueError, "directory must have a name, got ''$"),
+    ],
+)
+def test_names_that_are_none(tmp_path, monkeypatch, name, kind, message):
+    model = MambaLMHeadModel(MambaConfig(d_model=16, n_layer=1, vocab_size=40))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(kind, match=f"^save_pretrained: {message}"):
+        model.save_pretrained(name)
+    assert not os.listdir()
+    model.save_pretrained(".")
+    with pytest.raises(kind, match=f"^from_pretrained: {message}"):
+        load(name)
+    load(".")
+
+
 def hub_cache(cache, model, name="models--some--model"):
     """Lay a model out as huggingface_hub keeps what it has downloaded."""
     snapshot = cache / name / "snapshots" / ("0" * 40)

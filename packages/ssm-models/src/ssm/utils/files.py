@@ -7,6 +7,27 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 
+def named_path(owner: str, name: str | os.PathLike) -> Path:
+    """Return the path that a caller names.
+
+    Args:
+        owner: who was called, for messages.
+        name: what it was given.
+
+    Returns:
+        The path.
+
+    Raises:
+        TypeError: it is no name.
+        ValueError: it is empty, which would be the current directory.
+    """
+    if not isinstance(name, (str, os.PathLike)):
+        raise TypeError(f"{owner}: directory must be a str or a path, got {name!r}")
+    if name == "":
+        raise ValueError(f"{owner}: directory must have a name, got ''")
+    return Path(name)
+
+
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Make ``path`` by ``write(temporary path)`` and a rename, so that it is never half written.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ssm.utils.files import named_path
+
 CONFIG_FILE = "config.json"
 SAFETENSORS_FILE = "model.safetensors"
 BIN_FILE = "pytorch_model.bin"
@@ -54,8 +56,10 @@ def find_directory(
         FileNotFoundError: no such directory and no name of the hub, or not in its cache while the
             network may not be used.
         RuntimeError: ``huggingface_hub`` is not installed or cannot get the repository.
+        TypeError: name is neither a str nor a path.
+        ValueError: name is empty.
     """
-    directory = Path(name).expanduser()
+    directory = named_path("from_pretrained", name).expanduser()
     if directory.is_dir():
         return directory
     name = str(name)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ssm.utils import dialects
 from ssm.utils.checkpoint import TIED, Checkpoint, different_twins, open_checkpoint, plan_reading
-from ssm.utils.files import write_files
+from ssm.utils.files import named_path, write_files
 from ssm.utils.hub import BIN_FILE, CONFIG_FILE, SAFETENSORS_FILE, find_directory
 from ssm.utils.saving import FP32_NAMES, choose_format, kept, parse_size, spread, tensors_to_write
 from ssm.utils.tensor_files import INDEX_ENDING
@@ -63,8 +63,9 @@ def from_pretrained(
     Raises:
         FileNotFoundError: the directory or a file in it is missing; the message lists what was
             sought.
-        ValueError: a file is damaged, names or shapes in it do not fit the config, or the config
-            needs what is not here.
+        ValueError: a file is damaged, names or shapes in it do not fit the config, the config
+            needs what is not here, or the name is empty.
+        TypeError: pretrained_model_name is neither a str nor a path.
         RuntimeError: a hub name, and ``huggingface_hub`` is not installed or cannot get it.
     """
     if torch_dtype is not None:
@@ -134,12 +135,14 @@ def save_pretrained(
             begun.
 
     Raises:
-        ValueError: the format is not known or cannot say what the model is.
+        ValueError: the format is not known or cannot say what the model is, or save_directory is
+            empty.
+        TypeError: save_directory is neither a str nor a path.
         OSError: the directory cannot be written.
     """
+    directory = named_path("save_pretrained", save_directory)
     dialect, values = choose_format(model.config, format)
     limit = parse_size(max_shard_size)
-    directory = Path(save_directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = tensors_to_write(model, dialect, dtype, keep_twin=format == "mamba_ssm")
     writes: dict[str, Callable[[Path], object]] = {}
