@@ -4,6 +4,8 @@ Judge: the sentence that each fault must give.
 """
 
 import json
+import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -42,6 +44,8 @@ def config_of(case):
     return {"model_type": name, **fields}
 
 
+# As many digits as JSON may have and no float can hold.
+HUGE = 10**400
 # Case of FAMILIES, changed fields -> what must be said.
 CONFIGS = [
     (
@@ -102,6 +106,39 @@ CONFIGS = [
     ("nemotron_h", {"mamba_n_groups": 4}, "n_groups must be 2 as n_groups, got 4"),
     ("falcon_h1", {"mamba_d_ssm": 48}, "mamba_d_head that is not mamba_d_ssm"),
     ("falcon_h1", {"ssm_multipliers": [1.0, 2.0]}, "multipliers must be five numbers"),
+    ("falcon_h1", {"hidden_size": -1}, "falcon_h1: hidden_size must not be negative, got -1"),
+    ("bamba", {"head_dim": "abc"}, "bamba: head_dim must be a positive int, got 'abc'"),
+    ("falcon_h1", {"head_dim": 0}, "falcon_h1: head_dim must be a positive int, got 0"),
+    (
+        "mamba2",
+        {"time_step_limit": [0.0, {"__float__": "abc"}]},
+        r"from_pretrained: time_step_limit\.1 must be a number, got 'abc'",
+    ),
+    ("mamba", {"layer_norm_epsilon": {"__float__": None}}, "_epsilon must be a number, got None"),
+    (
+        "mamba2",
+        {"time_step_limit": [HUGE, HUGE]},
+        r"time_step_limit\.0 must be an integer of at mo",
+    ),
+    (
+        "mamba2",
+        {"time_step_limit": [math.inf] * 2},
+        r"dt_limit must be \(low, high\) .* finite low",
+    ),
+    ("mamba2", {"time_step_limit": [-math.inf, 1.0]}, "with a finite low"),
+    (
+        "bamba",
+        {"rope_parameters": {"rope_theta": 2**70}},
+        r"bamba: rope_parameters\.rope_theta must be an integer of at most 64 bits, got one of 72",
+    ),
+    ("falcon_h1", {"ssm_in_multiplier": 2**63}, "ssm_in_multiplier must be an integer of at most"),
+    ("mamba", {"layer_norm_epsilon": HUGE}, "layer_norm_epsilon must be an integer of at most 64"),
+    ("jamba", {"num_hidden_layers": HUGE}, "num_hidden_layers must be an integer of at most 64 b"),
+    *(
+        (case, {"num_hidden_layers": blocks}, f"num_hidden_layers must be at most .*, got {blocks}")
+        for case in ("mamba", "bamba", "jamba", "falcon_h1")
+        for blocks in (10**8, 2**31, 2**62)
+    ),
     ("falcon_h1", {"projectors_bias": True}, "a bias in one of the two projections"),
 ]
 
@@ -120,12 +157,14 @@ def test_every_case_is_understood_without_transformers(case):
     MambaLMHeadModel(config, device="meta")
 
 
-@pytest.mark.parametrize("name", ["zamba", "zamba2", "mamba3", "llama", "mixtral", 3])
+@pytest.mark.parametrize("name", ["zamba", "zamba2", "mamba3", "llama", "mixtral", 3, ["bamba"]])
 def test_other_families_are_refused_by_name(tmp_path, name):
     model().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": name}))
-    rule = "do without .*, which are not here" if name in dialects.REFUSED else "be one of mamba,"
-    refused(tmp_path, rf"model_type must {rule}.* got {name!r}")
+    rule = (
+        "do without .*, which are not here" if str(name) in dialects.REFUSED else "be one of mamba,"
+    )
+    refused(tmp_path, rf"model_type must {rule}.* got {re.escape(repr(name))}")
 
 
 def test_what_no_family_can_say_is_not_written(tmp_path):
@@ -190,8 +229,16 @@ def test_a_head_size_that_is_worked_out(case):
         ('{"n_layer": 1000000000}', "at most a block per tensor .*, got 1000000000 blocks"),
         ('{"d_model": 10000000000}', "must describe tensors that can be addressed, got .*overflow"),
         (
-            '{"d_model": 8, "vocab_size": 1180591620717411303424}',
+            '{"d_model": 8, "vocab_size": 4611686018427387904}',
             "must describe tensors that can be addressed",
+        ),
+        (
+            '{"d_model": 8, "vocab_size": 1180591620717411303424}',
+            "vocab_size must be an integer of at most 64 bits, got one of 72 bits in",
+        ),
+        (
+            f'{{"attn_layer_idx": [0], "attn_cfg": {{"num_heads": 4, "head_dim": {2**70}}}}}',
+            r"attn_cfg\.head_dim must be an integer of at most 64 bits",
         ),
         ('{"attn_layer_idx": [0], "mlp_layer_idx": [0]}', "must not name blocks of attn_layer_idx"),
         (
@@ -204,3 +251,32 @@ def test_bad_state_spaces_config(tmp_path, text, message):
     model().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(text)
     refused(tmp_path, message)
+
+
+MIXERS = {
+    "attn_cfg": {"attn_layer_idx": [0], "attn_cfg": {"num_heads": 2}},
+    "ssm_cfg": {"ssm_cfg": {"layer": "Mamba2", "headdim": 4}},
+    "mlp_cfg": {"d_intermediate": 8},
+}
+
+
+@pytest.mark.parametrize("value", ["false", "true", 0, 1, None, []])
+@pytest.mark.parametrize(
+    ("field", "name"),
+    [
+        ("attn_cfg", "causal"),
+        ("attn_cfg", "qkv_proj_bias"),
+        ("attn_cfg", "rotary_emb_interleaved"),
+        ("ssm_cfg", "norm_before_gate"),
+        ("ssm_cfg", "rmsnorm"),
+        ("ssm_cfg", "conv_bias"),
+        ("mlp_cfg", "bias"),
+    ],
+)
+def test_switches_of_the_parts_are_bools(tmp_path, field, name, value):
+    model(**MIXERS[field]).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    values[field] = {**values.get(field, {}), name: value}
+    path.write_text(json.dumps(values))
+    refused(tmp_path, rf"{field}\['{name}'\] must be a bool, got {re.escape(repr(value))} in")

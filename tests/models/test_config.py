@@ -68,6 +68,8 @@ def test_rejects_an_unknown_field_and_proposes_the_nearest():
             ValueError,
             "attn_layer_idx must be below 2, got 2",
         ),
+        ({"d_model": 10**5000}, ValueError, "d_model must be an integer of at most 64 bits"),
+        ({"logits_multiplier": -(2**70)}, ValueError, "logits_multiplier must be an integer of"),
         ({"norm_epsilon": 0}, ValueError, "norm_epsilon must be positive, got 0"),
         ({"norm_epsilon": "x"}, TypeError, "norm_epsilon must be a float, got 'x'"),
     ],

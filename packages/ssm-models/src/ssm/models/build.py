@@ -191,6 +191,11 @@ def _check_arguments(field: str, mixer: type[nn.Module], arguments: dict) -> Non
                 f"got {name!r}{hint}"
             )
     for parameter in parameters:
+        value = arguments.get(parameter.name, parameter.default)
+        if isinstance(parameter.default, bool) and not isinstance(value, bool):
+            raise ValueError(
+                f"MambaLMHeadModel: {field}[{parameter.name!r}] must be a bool, got {value!r}"
+            )
         needed = parameter.default is parameter.empty and parameter.name not in OURS
         if needed and parameter.name not in arguments:
             raise ValueError(

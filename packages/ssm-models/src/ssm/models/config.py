@@ -80,6 +80,7 @@ class MambaConfig:
     foreign: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_integers("MambaConfig", {f.name: getattr(self, f.name) for f in fields(self)})
         for name in ("d_model", "d_intermediate", "n_layer", "vocab_size"):
             lowest = 1 if name in ("d_model", "vocab_size") else 0
             _check_int(name, getattr(self, name), lowest)
@@ -167,6 +168,29 @@ class MambaConfig:
     def to_json(self) -> str:
         """Return the text of config.json."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+def check_integers(owner: str, value: object, path: str = "") -> None:
+    """Refuse integers that no tensor can have as a size, nor torch take as a number.
+
+    Args:
+        owner: class or format, for messages.
+        value: of a config, dicts and lists in it included.
+        path: of the value in the config, for messages.
+
+    Raises:
+        ValueError: an integer needs more than 64 bits; the message names its field.
+    """
+    if isinstance(value, (dict, list, tuple)):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, inner in pairs:
+            check_integers(owner, inner, f"{path}.{name}" if path else str(name))
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        # Not the integer itself: Python refuses to print very large ones.
+        raise ValueError(
+            f"{owner}: {path} must be an integer of at most 64 bits, "
+            f"got one of {value.bit_length() + 1} bits"
+        )
 
 
 def _check_positive(name: str, value) -> None:

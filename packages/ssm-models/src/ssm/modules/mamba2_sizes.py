@@ -41,7 +41,7 @@ def check_arguments(
         dt_min: number.
         dt_max: number, at least dt_min.
         dt_init_floor: number.
-        dt_limit: two numbers in order.
+        dt_limit: two numbers in order, the first one finite.
         norm_eps: positive number.
         multipliers: five numbers or None.
 
@@ -90,8 +90,10 @@ def check_arguments(
         if not all(map(math.isfinite, multipliers)):
             raise ValueError(f"Mamba2: multipliers must be finite, got {multipliers}")
     low, high = _pair("dt_limit", dt_limit)
-    if not low <= high:
-        raise ValueError(f"Mamba2: dt_limit must be (low, high) with low <= high, got {dt_limit}")
+    if not (-math.inf < low < math.inf and low <= high):
+        raise ValueError(
+            f"Mamba2: dt_limit must be (low, high) with a finite low <= high, got {dt_limit}"
+        )
 
     d_inner = _inner(expand, d_model)
     if d_ssm is not None and d_ssm > d_inner:

@@ -81,9 +81,9 @@ def find(values: dict[str, Any]) -> Dialect:
             "from_pretrained: config must do without quantization_config (quantised weights), "
             "got one with it"
         )
-    if name in FAMILIES:
+    if isinstance(name, str) and name in FAMILIES:
         return FAMILIES[name]
-    if name in REFUSED:
+    if isinstance(name, str) and name in REFUSED:
         raise ValueError(
             f"from_pretrained: model_type must do without {REFUSED[name]}, which are not here, "
             f"got {name!r}"

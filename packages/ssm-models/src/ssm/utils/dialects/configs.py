@@ -6,25 +6,40 @@ import difflib
 import math
 from typing import Any
 
-from ssm.models.config import MambaConfig
+from ssm.models.config import MambaConfig, check_integers
 from ssm.utils.dialects.canonical import canonical, difference
 from ssm.utils.dialects.table import REQUIRED, Dialect, Values
 
+# More than any model has; lists of blocks are made before the tensors are counted.
+MOST_BLOCKS = 1_000_000
 
-def decode(value: Any) -> Any:
+
+def decode(value: Any, path: str = "") -> Any:
     """Replace ``{"__float__": "Infinity"}``, as transformers writes it, by the number.
 
     Args:
         value: of a JSON file.
+        path: of the value in the file, for messages.
 
     Returns:
         The same with numbers.
+
+    Raises:
+        ValueError: what stands for a number is none; the message names the field.
     """
     if isinstance(value, dict):
         if set(value) == {"__float__"}:
-            return float(value["__float__"])
-        return {key: decode(inner) for key, inner in value.items()}
-    return [decode(inner) for inner in value] if isinstance(value, list) else value
+            text = value["__float__"]
+            try:
+                return float(text)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise ValueError(
+                    f"from_pretrained: {path} must be a number, got {text!r}"
+                ) from error
+        return {key: decode(inner, f"{path}.{key}".strip(".")) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [decode(inner, f"{path}.{index}") for index, inner in enumerate(value)]
+    return value
 
 
 def read_values(dialect: Dialect, values: Values, generic: frozenset[str]) -> MambaConfig:
@@ -43,6 +58,7 @@ def read_values(dialect: Dialect, values: Values, generic: frozenset[str]) -> Ma
             supported; the message names the field.
         TypeError: a value has the wrong type.
     """
+    check_integers(dialect.name, values)
     full = _fill(dialect, values, generic)
     for condition, missing in dialect.refused:
         if _computed(dialect, missing, condition, full):
@@ -159,6 +175,12 @@ def _fill(dialect: Dialect, values: Values, generic: frozenset[str]) -> Values:
             raise ValueError(f"{dialect.name}: config must hold {name}, got none")
         if full[name] is not None or name not in dialect.nullable:
             _check_kind(f"{dialect.name}: {name}", full[name], value)
+    for entry in dialect.fields:
+        blocks = full[entry.name] if entry.ours == "n_layer" else 0
+        if isinstance(blocks, int) and blocks > MOST_BLOCKS:
+            raise ValueError(
+                f"{dialect.name}: {entry.name} must be at most {MOST_BLOCKS}, got {blocks}"
+            )
     return full
 
 
@@ -177,6 +199,8 @@ def _check_kind(what: str, value, default) -> None:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not is_number or not math.isfinite(value):
             raise ValueError(f"{what} must be a finite number, got {value!r}")
+        if isinstance(default, int) and value < 0:
+            raise ValueError(f"{what} must not be negative, got {value!r}")
 
 
 def _put(values: Values, path: str, value: Any) -> None:

@@ -127,9 +127,15 @@ def head_dim_of(values):
 
     Returns:
         ``head_dim``, or what is left of the width of the model.
+
+    Raises:
+        ValueError: ``head_dim`` is no size.
     """
-    if values.get("head_dim") is not None:
-        return values["head_dim"]
+    found = values.get("head_dim")
+    if found is not None:
+        if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+            raise ValueError(f"head_dim must be a positive int, got {found!r}")
+        return found
     return values["hidden_size"] // values["num_attention_heads"]
 
 
