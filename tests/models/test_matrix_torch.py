@@ -239,6 +239,32 @@ def test_exports_with_any_length(subject):
             torch.testing.assert_close(program(x), subject.call(module, x))
 
 
+@pytest.mark.parametrize("sample", [7, 200])
+@pytest.mark.parametrize("subject", [s for s in COMPILED if s.name != "mha_options"], ids=str)
+def test_exports_with_gradients_for_any_length(subject, sample):
+    """Where the operators save states for a backward, their number bounds no length."""
+    needs_kernel(subject)
+    module = subject.make(torch.float32)
+
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = module
+
+        def forward(self, x):
+            return subject.call(self.inner, x)
+
+    def inputs(length):
+        return subject.inputs(2, length, length, torch.float32).detach()
+
+    seqlen = torch.export.Dim("seqlen", min=2, max=4096)
+    shapes = ({1: seqlen},)
+    program = torch.export.export(Plain(), (inputs(sample),), dynamic_shapes=shapes).module()
+    for length in (2, 32, 33, 97, 300):
+        x = inputs(length)
+        torch.testing.assert_close(program(x), subject.call(module, x))
+
+
 @models
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_ragged_prompts_generate_what_each_row_does_alone(subject: Subject, side):

@@ -237,6 +237,35 @@ def test_exports():
         assert torch.equal(program.module()(*given), Scan()(*given))
 
 
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 6, 4)], ids=str)
+@pytest.mark.parametrize("sample", [7, 200])
+def test_exports_with_gradients_for_any_length(sizes, sample):
+    """The states saved for a backward are those of any number of parts, the first of one."""
+    batch, dim, dstate = sizes
+
+    class Scan(torch.nn.Module):
+        def __init__(self, A):
+            super().__init__()
+            self.A = torch.nn.Parameter(A)
+
+        def forward(self, u, delta, B, C):
+            return ops.selective_scan(u, delta, self.A, B, C, softplus=True)
+
+    arguments = make_tensors(ScanCase("export", batch, dim, 400, dstate))
+    module = Scan(arguments["A"])
+
+    def inputs(length):
+        return tuple(arguments[n][..., :length].contiguous() for n in ("u", "delta", "B", "C"))
+
+    seqlen = torch.export.Dim("seqlen", min=2, max=4096)
+    program = torch.export.export(module, inputs(sample), dynamic_shapes=({2: seqlen},) * 4)
+    for length in (2, 31, 32, 33, 400):
+        got, want = program.module()(*inputs(length)), module(*inputs(length))
+        assert torch.equal(got, want)
+        dA = torch.autograd.grad(got.sum(), program.parameters())[0]
+        assert torch.equal(dA, torch.autograd.grad(want.sum(), module.A)[0])
+
+
 def test_saves_little_for_backward():
     batch, dim, seqlen, dstate = 2, 64, 256, 16
     arguments = make_tensors(ScanCase("memory", batch, dim, seqlen, dstate), 0, torch.float32)

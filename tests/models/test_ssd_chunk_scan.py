@@ -220,6 +220,35 @@ def test_exports():
         assert torch.equal(program.module()(*given), Scan()(*given))
 
 
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 4, 3, 5)], ids=str)
+@pytest.mark.parametrize("sample", [7, 200])
+def test_exports_with_gradients_for_any_length(sizes, sample):
+    """The states saved for a backward are those of any number of parts, the first of one."""
+    batch, nheads, headdim, dstate = sizes
+
+    class Scan(torch.nn.Module):
+        def __init__(self, A):
+            super().__init__()
+            self.A = torch.nn.Parameter(A)
+
+        def forward(self, X, dt, B, C):
+            return ops.ssd_chunk_scan(X, dt, self.A, B, C, 16, softplus=True)
+
+    arguments = make_tensors(SsdCase("export", batch, 400, nheads, headdim, dstate, 16))
+    module = Scan(arguments["A"])
+
+    def inputs(length):
+        return tuple(arguments[n][:, :length].contiguous() for n in ("X", "dt", "B", "C"))
+
+    seqlen = torch.export.Dim("seqlen", min=2, max=4096)
+    program = torch.export.export(module, inputs(sample), dynamic_shapes=({1: seqlen},) * 4)
+    for length in (2, 95, 96, 97, 400):
+        got, want = program.module()(*inputs(length)), module(*inputs(length))
+        assert torch.equal(got, want)
+        dA = torch.autograd.grad(got.sum(), program.parameters())[0]
+        assert torch.equal(dA, torch.autograd.grad(want.sum(), module.A)[0])
+
+
 def test_saves_little_for_backward():
     batch, seqlen, nheads, headdim, dstate = 2, 192, 4, 16, 8
     case = SsdCase("memory", batch, seqlen, nheads, headdim, dstate, 64)

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 
 import torch
@@ -163,6 +164,26 @@ def settings(tensor: torch.Tensor, workspace: Callable | None = None, *inputs) -
     if workspace is not None and (size := workspace(*inputs)):
         found["workspace"] = tensor.new_empty(size, dtype=torch.uint8)
     return found
+
+
+def flat_size(shape: tuple[int, ...]) -> int:
+    """Return the length of a tensor of one axis that has room for what a forward keeps.
+
+    Args:
+        shape: (B, parts of the sequence, ...); the first two sizes may be symbolic.
+
+    Source:
+        torch.export asks of every size whether it is 1, and of the number of parts it learns so
+        how long the sequence is at most. Of a multiple of the other sizes it knows that it is more,
+        or where these are 1, of two more than the parts.
+    """
+    width = math.prod(shape[2:])
+    return shape[0] * shape[1] * width if width != 1 else shape[0] * shape[1] + 2
+
+
+def unflatten(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return the view of this shape of a tensor whose length is :func:`flat_size` of it."""
+    return tensor[: math.prod(shape)].view(shape)
 
 
 def define(schema: str, kernel: Callable, fake: Callable) -> Callable:

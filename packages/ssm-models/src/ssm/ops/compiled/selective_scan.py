@@ -6,10 +6,12 @@ import torch
 from ssm.ops.compiled.library import (
     define,
     differentiate,
+    flat_size,
     is_eager,
     refuse_as,
     refuse_second_gradient,
     settings,
+    unflatten,
     wants_gradient,
 )
 from ssm.ops.python import check
@@ -26,11 +28,19 @@ def _settings(workspace, u, _, A, B, C, D, z, dt_bias, *rest):
     return settings(u, workspace, u, A, B, C, D, dt_bias)
 
 
+def _checkpoint_shape(u, A):
+    chunks = (u.shape[-1] + _STEPS - 1) // _STEPS
+    return u.shape[0], chunks, A.shape[-1], u.shape[1] if u.ndim > 1 else 0
+
+
+def _unflattened(checkpoints, u, delta, A, *rest):
+    return unflatten(checkpoints, _checkpoint_shape(u, A))
+
+
 def _allocate(u, delta, A, B, C, D, z, dt_bias, initial_state, seq_idx, num_states, save):
     """Return empty y, last_state and checkpoints; the latter has no element unless saved."""
-    acc, dstate = acc_dtype(u), A.shape[-1]
-    chunks = (u.shape[-1] + _STEPS - 1) // _STEPS
-    saved = (u.shape[0], chunks, dstate, u.shape[1] if u.ndim > 1 else 0) if save else (0,)
+    acc = acc_dtype(u)
+    saved = flat_size(_checkpoint_shape(u, A)) if save else 0
     return (
         torch.empty_like(u),
         u.new_empty((num_states, *A.shape), dtype=acc),
@@ -45,7 +55,7 @@ def _forward(*args):
         *inputs,
         y=y,
         last_state=last_state,
-        checkpoints=checkpoints if save else None,
+        checkpoints=_unflattened(checkpoints, *inputs) if save else None,
         softplus=softplus,
         state_per_sequence=per_sequence,
         **_settings(ssm_kernels.selective_scan_fwd_workspace, *inputs),
@@ -71,7 +81,7 @@ def _backward_kernel(*args):
     du, ddelta, dA, dB, dC, dD, dz, ddt_bias, dinitial_state = given
     ssm_kernels.selective_scan_bwd(
         *inputs,
-        checkpoints=checkpoints,
+        checkpoints=_unflattened(checkpoints, *inputs),
         dy=dy,
         dlast_state=dlast_state,
         du=du,

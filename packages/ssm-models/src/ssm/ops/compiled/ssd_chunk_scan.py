@@ -6,10 +6,12 @@ import torch
 from ssm.ops.compiled.library import (
     define,
     differentiate,
+    flat_size,
     is_eager,
     refuse_as,
     refuse_second_gradient,
     settings,
+    unflatten,
     wants_gradient,
 )
 from ssm.ops.python import check, reference
@@ -41,14 +43,22 @@ def _has_room(X, dstate, save):
     return getattr(properties, "shared_memory_per_block_optin", 0) >= needed
 
 
+def _checkpoint_shape(X, B):
+    batch, seqlen, nheads, headdim = X.shape
+    return batch, (seqlen + _STEPS - 1) // _STEPS, nheads, B.shape[-1], headdim
+
+
+def _unflattened(checkpoints, X, dt, A, B, *rest):
+    return unflatten(checkpoints, _checkpoint_shape(X, B))
+
+
 def _allocate(X, B, num_states, save):
     """Return empty y, final_states and checkpoints; the latter has no element unless saved."""
-    batch, seqlen, nheads, headdim = X.shape
-    acc, dstate = acc_dtype(X), B.shape[-1]
-    saved = (batch, (seqlen + _STEPS - 1) // _STEPS, nheads, dstate, headdim) if save else (0,)
+    acc = acc_dtype(X)
+    saved = flat_size(_checkpoint_shape(X, B)) if save else 0
     return (
         torch.empty_like(X),
-        X.new_empty((num_states, nheads, headdim, dstate), dtype=acc),
+        X.new_empty((num_states, *X.shape[2:], B.shape[-1]), dtype=acc),
         X.new_empty(saved, dtype=acc),
     )
 
@@ -60,7 +70,7 @@ def _forward(*args):
         *inputs,
         y=y,
         final_states=final_states,
-        checkpoints=checkpoints if save else None,
+        checkpoints=_unflattened(checkpoints, *inputs) if save else None,
         dt_low=dt_low,
         dt_high=dt_high,
         softplus=softplus,
@@ -93,7 +103,7 @@ def _backward_kernel(*args):
     dX, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_states = given
     ssm_kernels.ssd_chunk_scan_bwd(
         *inputs,
-        checkpoints=None if X.is_cuda else checkpoints,
+        checkpoints=None if X.is_cuda else _unflattened(checkpoints, *inputs),
         dy=dy,
         dfinal_states=dfinal_states,
         dX=dX,
