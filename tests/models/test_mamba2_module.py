@@ -358,6 +358,25 @@ def test_rejects_a_bad_argument(kwargs, message):
         Mamba2(**{"d_model": 64, **kwargs})
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "nearest"),
+    [
+        ({"headdim": 10**30}, f"d_model {5 * 10**29}, headdim 128"),
+        ({"headdim": 10**30, "expand": 1.3}, "headdim 83"),
+        ({"headdim": 10**30, "d_ssm": 72}, "headdim 72"),
+        (
+            {"d_model": 10**30, "headdim": 7},
+            f"d_model {10**30 - 1} or {10**30 + 6}, headdim 5 or 8",
+        ),
+    ],
+)
+def test_a_refusal_takes_no_longer_for_large_sizes(kwargs, nearest):
+    """Looked for one by one, the sizes to propose would not be found before the end of the day."""
+    with pytest.raises(ValueError) as error:
+        Mamba2(**{"d_model": 64, **kwargs})
+    assert str(error.value).endswith(f"(nearest valid: {nearest})")
+
+
 @pytest.mark.parametrize("d_model", [16, 24, 48, 50, 100, 300])
 def test_the_sizes_that_a_refusal_names_are_valid(d_model):
     with pytest.raises(ValueError, match="nearest valid") as error:

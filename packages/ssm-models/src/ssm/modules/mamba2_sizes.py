@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import math
-from collections.abc import Callable
+from fractions import Fraction
+
+_TRIES = 1 << 12  # of a search that looks for sizes to propose: a moment, whatever the sizes
 
 
 def check_arguments(
@@ -120,25 +123,50 @@ def _inner(expand, d_model) -> int:
 def _nearest_sizes(d_model, expand, d_ssm, headdim) -> str:
     """Say which neighbours of the sizes would do, each with the others as they are."""
     if d_ssm is None:
-        channels, name, start = _inner(expand, d_model), "d_model", d_model
-        widths = _neighbours(
-            d_model,
-            lambda d: _inner(expand, d) > 0 and _inner(expand, d) % headdim == 0,
-            d_model + headdim,
-        )
+        channels, name = _inner(expand, d_model), "d_model"
+        widths = _widths(d_model, expand, headdim)
     else:
-        channels, name, start = d_ssm, "d_ssm", d_ssm
-        widths = _neighbours(d_ssm, lambda d: d % headdim == 0, _inner(expand, d_model))
-    heads = _neighbours(headdim, lambda p: channels % p == 0, channels)
-    found = [(name, [w for w in widths if w != start]), ("headdim", heads)]
+        channels, name = d_ssm, "d_ssm"
+        below = d_ssm // headdim * headdim
+        highest = _inner(expand, d_model)
+        widths = [width for width in (below, below + headdim) if 0 < width <= highest]
+    found = [(name, widths), ("headdim", _neighbours(headdim, _divisors(channels)))]
     return ", ".join(f"{name} {' or '.join(map(str, v))}" for name, v in found if v)
 
 
-def _neighbours(value: int, is_valid: Callable[[int], bool], highest: int) -> list[int]:
-    """Return the nearest valid integer below and above, as far as there are any."""
-    below = next((v for v in range(min(value, highest), 0, -1) if is_valid(v)), None)
-    above = next((v for v in range(value + 1, highest + 1) if is_valid(v)), None)
-    return [v for v in (below, above) if v is not None]
+def _widths(d_model: int, expand, headdim: int) -> list[int]:
+    """Return the nearest widths below and above d_model whose channels headdim divides."""
+    heads = _inner(expand, d_model) // headdim
+    below = range(heads, max(0, heads - _TRIES), -1)
+    above = range(heads + 1, heads + _TRIES)
+    found = [
+        next((d for n in below for d in _sources(expand, n * headdim, -1)), None),
+        next((d for n in above for d in _sources(expand, n * headdim, 1)), None),
+    ]
+    return [d for d in found if d is not None and d <= d_model + headdim]
+
+
+def _sources(expand, channels: int, order: int) -> list[int]:
+    """Return widths that have this number of channels; the first or last of them come first."""
+    half = Fraction(order, 2)
+    edge = math.ceil((channels - half) / Fraction(expand))
+    return [
+        d
+        for d in range(edge - 2 * order, edge + 3 * order, order)
+        if d > 0 and _inner(expand, d) == channels
+    ]
+
+
+def _divisors(number: int) -> list[int]:
+    """Return the divisors of a number in order, of a huge one only those that are found soon."""
+    small = [d for d in range(1, min(math.isqrt(number), _TRIES) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+def _neighbours(value: int, ordered: list[int]) -> list[int]:
+    """Return the nearest of the numbers below and above a value that is none of them."""
+    place = bisect.bisect(ordered, value)
+    return ordered[max(0, place - 1) : place + 1] if place else ordered[:1]
 
 
 def _pair(name: str, value) -> tuple[float, float]:
