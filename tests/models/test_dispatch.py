@@ -156,6 +156,41 @@ def test_one_broken_operator_leaves_the_others(monkeypatch):
     assert not dispatch.has_cpu_kernels()
 
 
+# Other or older kernels: what the package holds, and which operators the reference serves then.
+INCOMPLETE = {
+    "": (dispatch.COMPILED, ""),
+    "{n: f for n, f in vars(whole).items() if n != 'swiglu_bwd'}": (("swiglu",), "swiglu_bwd"),
+    "{n: f for n, f in vars(whole).items() if n != 'gated_norm_bwd_workspace'}": (
+        ("gated_norm",),
+        "gated_norm_bwd_workspace",
+    ),
+}
+
+
+@pytest.mark.parametrize("held", INCOMPLETE, ids=["empty", "no_function", "no_workspace"])
+def test_kernels_that_lack_a_function_leave_the_reference(held):
+    lost, function = INCOMPLETE[held]
+    code = f"""
+import sys, types
+import ssm_kernels as whole
+sys.modules["ssm_kernels"] = types.ModuleType("ssm_kernels")
+vars(sys.modules["ssm_kernels"]).update({held})
+import torch, ssm.ops
+from ssm.utils import dispatch
+assert ssm.ops.swiglu(torch.ones(2, 4, requires_grad=True)).shape == (2, 2)
+assert not dispatch.has_cpu_kernels()
+print(*map(dispatch.why, dispatch.COMPILED), sep="\\n")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for op, line in zip(dispatch.COMPILED, result.stdout.splitlines(), strict=True):
+        if op in lost:
+            reason = f"ImportError: cannot import name '{function}"
+            assert line.startswith(f"{op} on cpu: python, the cpu kernels did not load: {reason}")
+        else:
+            assert line == f"{op} on cpu: cpu, the cpu kernels are loaded"
+
+
 def test_use_backend_forces_and_nests(monkeypatch):
     install(monkeypatch)
     with use_backend("python"):

@@ -1,7 +1,7 @@
 """The causal convolution between torch and ``ssm_kernels``: allocation, gradients, shapes."""
 
-import ssm_kernels
 import torch
+from ssm_kernels import dw_causal_conv_bwd, dw_causal_conv_bwd_workspace, dw_causal_conv_fwd
 
 from ssm.ops.compiled.library import (
     define,
@@ -41,7 +41,7 @@ def _allocate(x, weight, bias, initial_state, seq_idx, num_states, with_state):
 def _forward(*args):
     *inputs, silu, per_sequence, num_states, with_state = args
     y, final_state = _allocate(*inputs, num_states, with_state)
-    ssm_kernels.dw_causal_conv_fwd(
+    dw_causal_conv_fwd(
         *inputs,
         y=y,
         final_state=final_state if with_state else None,
@@ -68,7 +68,7 @@ def _backward_kernel(*args):
     gradients = _allocate_gradients(*inputs[:4])
     given = [g if t is not None else None for g, t in zip(gradients, inputs[:4], strict=True)]
     dx, dweight, dbias, dinitial_state = given
-    ssm_kernels.dw_causal_conv_bwd(
+    dw_causal_conv_bwd(
         *inputs,
         dy=dy,
         dfinal_state=dfinal_state,
@@ -78,7 +78,7 @@ def _backward_kernel(*args):
         dinitial_state=dinitial_state,
         silu=silu,
         state_per_sequence=per_sequence,
-        **settings(inputs[0], ssm_kernels.dw_causal_conv_bwd_workspace, *inputs[:2], dy, dx),
+        **settings(inputs[0], dw_causal_conv_bwd_workspace, *inputs[:2], dy, dx),
     )
     return gradients
 

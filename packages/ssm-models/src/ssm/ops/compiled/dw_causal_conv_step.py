@@ -1,7 +1,7 @@
 """The step of the causal convolution between torch and ``ssm_kernels``."""
 
-import ssm_kernels
 import torch
+from ssm_kernels import dw_causal_conv_step_fwd
 
 from ssm.ops.compiled.dw_causal_conv import is_silu
 from ssm.ops.compiled.library import define, is_eager, may_update, refuse_as, settings
@@ -10,7 +10,7 @@ from ssm.ops.python import check, reference
 
 def _forward(x, conv_state, weight, bias, cache_seqlens, state_indices, silu):
     y = torch.empty_like(x)
-    ssm_kernels.dw_causal_conv_step_fwd(
+    dw_causal_conv_step_fwd(
         x,
         conv_state,
         weight,

@@ -6,8 +6,8 @@ x itself without a residual, and otherwise x and the residual, which the kernel 
 
 import math
 
-import ssm_kernels
 import torch
+from ssm_kernels import fused_layer_norm_bwd, fused_layer_norm_bwd_workspace, fused_layer_norm_fwd
 
 from ssm.ops.compiled.library import (
     define,
@@ -36,7 +36,7 @@ def _allocate(x, is_rms, sum_dtype, save):
 
 
 def _launch(x, weight, bias, residual, is_rms, eps, y, s, mean=None, rstd=None):
-    ssm_kernels.fused_layer_norm_fwd(
+    fused_layer_norm_fwd(
         x,
         weight,
         bias,
@@ -89,7 +89,7 @@ def _backward_kernel(
 ):
     gradients = _allocate_gradients(s, weight, bias_dtype, dresidual_dtype, x_dtype)
     dx, dresidual, dweight, dbias = gradients
-    ssm_kernels.fused_layer_norm_bwd(
+    fused_layer_norm_bwd(
         s,
         weight,
         residual,
@@ -102,7 +102,7 @@ def _backward_kernel(
         dweight=dweight,
         dbias=None if bias_dtype is None else dbias,
         is_rms=is_rms,
-        **settings(s, ssm_kernels.fused_layer_norm_bwd_workspace, s),
+        **settings(s, fused_layer_norm_bwd_workspace, s),
     )
     return gradients
 

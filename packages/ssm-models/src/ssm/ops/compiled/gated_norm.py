@@ -5,8 +5,8 @@ Kept for the backward: the inputs, and per group the mean and the reciprocal dev
 
 import math
 
-import ssm_kernels
 import torch
+from ssm_kernels import gated_norm_bwd, gated_norm_bwd_workspace, gated_norm_fwd
 
 from ssm.ops.compiled.library import (
     define,
@@ -36,7 +36,7 @@ def _allocate(x, is_rms, group_size, save):
 
 
 def _launch(x, weight, bias, z, is_rms, eps, group_size, norm_before_gate, y, mean=None, rstd=None):
-    ssm_kernels.gated_norm_fwd(
+    gated_norm_fwd(
         x,
         weight,
         bias,
@@ -87,7 +87,7 @@ def _allocate_gradients(x, weight, bias, z, *_):
 def _backward_kernel(x, weight, bias, z, mean, rstd, dy, is_rms, group_size, norm_before_gate):
     gradients = _allocate_gradients(x, weight, bias, z)
     dx, dweight, dbias, dz = gradients
-    ssm_kernels.gated_norm_bwd(
+    gated_norm_bwd(
         x,
         weight,
         bias,
@@ -102,7 +102,7 @@ def _backward_kernel(x, weight, bias, z, mean, rstd, dy, is_rms, group_size, nor
         is_rms=is_rms,
         group_size=group_size,
         norm_before_gate=norm_before_gate,
-        **settings(x, ssm_kernels.gated_norm_bwd_workspace, x, group_size),
+        **settings(x, gated_norm_bwd_workspace, x, group_size),
     )
     return gradients
 

@@ -1,7 +1,12 @@
 """The selective scan between torch and ``ssm_kernels``: allocation, gradients, shapes."""
 
-import ssm_kernels
 import torch
+from ssm_kernels import (
+    selective_scan_bwd,
+    selective_scan_bwd_workspace,
+    selective_scan_fwd,
+    selective_scan_fwd_workspace,
+)
 
 from ssm.ops.compiled.library import (
     define,
@@ -51,14 +56,14 @@ def _allocate(u, delta, A, B, C, D, z, dt_bias, initial_state, seq_idx, num_stat
 def _forward(*args):
     *inputs, softplus, per_sequence, num_states, save = args
     y, last_state, checkpoints = _allocate(*inputs, num_states, save)
-    ssm_kernels.selective_scan_fwd(
+    selective_scan_fwd(
         *inputs,
         y=y,
         last_state=last_state,
         checkpoints=_unflattened(checkpoints, *inputs) if save else None,
         softplus=softplus,
         state_per_sequence=per_sequence,
-        **_settings(ssm_kernels.selective_scan_fwd_workspace, *inputs),
+        **_settings(selective_scan_fwd_workspace, *inputs),
     )
     return y, last_state, checkpoints
 
@@ -79,7 +84,7 @@ def _backward_kernel(*args):
     gradients = _allocate_gradients(*inputs)
     given = [g if t is not None else None for g, t in zip(gradients, inputs[:-1], strict=True)]
     du, ddelta, dA, dB, dC, dD, dz, ddt_bias, dinitial_state = given
-    ssm_kernels.selective_scan_bwd(
+    selective_scan_bwd(
         *inputs,
         checkpoints=_unflattened(checkpoints, *inputs),
         dy=dy,
@@ -95,7 +100,7 @@ def _backward_kernel(*args):
         dinitial_state=dinitial_state,
         softplus=softplus,
         state_per_sequence=per_sequence,
-        **_settings(ssm_kernels.selective_scan_bwd_workspace, *inputs),
+        **_settings(selective_scan_bwd_workspace, *inputs),
     )
     return gradients
 

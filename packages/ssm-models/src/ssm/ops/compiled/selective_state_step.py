@@ -4,8 +4,8 @@ Kernels give no gradient here. Where one is asked for, the reference serves: dec
 gradients, and what asks for them anyway gets the right ones, slowly.
 """
 
-import ssm_kernels
 import torch
+from ssm_kernels import selective_state_step_fwd
 
 from ssm.ops.compiled.library import define, is_eager, may_update, refuse_as, settings
 from ssm.ops.python import check, reference
@@ -13,7 +13,7 @@ from ssm.ops.python import check, reference
 
 def _step(state, x, dt, A, B, C, D, z, dt_bias, state_indices, softplus):
     y = torch.empty_like(x)
-    ssm_kernels.selective_state_step_fwd(
+    selective_state_step_fwd(
         state,
         x,
         dt,

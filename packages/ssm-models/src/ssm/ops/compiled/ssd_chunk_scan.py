@@ -1,7 +1,12 @@
 """The state-space dual scan between torch and ``ssm_kernels``: allocation, gradients, shapes."""
 
-import ssm_kernels
 import torch
+from ssm_kernels import (
+    ssd_chunk_scan_bwd,
+    ssd_chunk_scan_bwd_workspace,
+    ssd_chunk_scan_fwd,
+    ssd_chunk_scan_fwd_workspace,
+)
 
 from ssm.ops.compiled.library import (
     define,
@@ -66,7 +71,7 @@ def _allocate(X, B, num_states, save):
 def _forward(*args):
     *inputs, dt_low, dt_high, softplus, per_sequence, num_states, save = args
     y, final_states, checkpoints = _allocate(inputs[0], inputs[3], num_states, save)
-    ssm_kernels.ssd_chunk_scan_fwd(
+    ssd_chunk_scan_fwd(
         *inputs,
         y=y,
         final_states=final_states,
@@ -77,7 +82,7 @@ def _forward(*args):
         state_per_sequence=per_sequence,
         **settings(
             inputs[0],
-            ssm_kernels.ssd_chunk_scan_fwd_workspace,
+            ssd_chunk_scan_fwd_workspace,
             inputs[0],
             inputs[3],
             inputs[4],
@@ -101,7 +106,7 @@ def _backward_kernel(*args):
     gradients = _allocate_gradients(*inputs)
     given = [g if t is not None else None for g, t in zip(gradients, inputs[:-1], strict=True)]
     dX, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_states = given
-    ssm_kernels.ssd_chunk_scan_bwd(
+    ssd_chunk_scan_bwd(
         *inputs,
         checkpoints=None if X.is_cuda else _unflattened(checkpoints, *inputs),
         dy=dy,
@@ -119,7 +124,7 @@ def _backward_kernel(*args):
         dt_high=dt_high,
         softplus=softplus,
         state_per_sequence=per_sequence,
-        **settings(X, ssm_kernels.ssd_chunk_scan_bwd_workspace, X, B, C, D, dt_bias, seq_idx),
+        **settings(X, ssd_chunk_scan_bwd_workspace, X, B, C, D, dt_bias, seq_idx),
     )
     return gradients
 

@@ -6,8 +6,22 @@ backward are the inputs; for the one that passes states, what it gave in their p
 
 import math
 
-import ssm_kernels
 import torch
+from ssm_kernels import (
+    ssd_bmm_chunk_bwd,
+    ssd_bmm_chunk_fwd,
+    ssd_chunk_cumsum_bwd,
+    ssd_chunk_cumsum_bwd_workspace,
+    ssd_chunk_cumsum_fwd,
+    ssd_chunk_output_bwd,
+    ssd_chunk_output_bwd_workspace,
+    ssd_chunk_output_fwd,
+    ssd_chunk_state_bwd,
+    ssd_chunk_state_fwd,
+    ssd_state_passing_bwd,
+    ssd_state_passing_bwd_workspace,
+    ssd_state_passing_fwd,
+)
 
 from ssm.ops.compiled.library import (
     define,
@@ -48,7 +62,7 @@ def _cumsum_fake(dt, A, dt_bias, seq_idx, chunk_size, softplus, low, high):
 
 def _cumsum(dt, A, dt_bias, seq_idx, chunk_size, softplus, low, high):
     step, decay = _cumsum_fake(dt, A, dt_bias, seq_idx, chunk_size, softplus, low, high)
-    ssm_kernels.ssd_chunk_cumsum_fwd(
+    ssd_chunk_cumsum_fwd(
         dt,
         A,
         dt_bias,
@@ -69,7 +83,7 @@ def _cumsum_bwd_fake(dt, A, dt_bias, *_):
 def _cumsum_bwd(dt, A, dt_bias, seq_idx, ddt_out, ddA_cumsum, softplus, low, high):
     gradients = _like(dt, dt, A, dt_bias)
     ddt, dA, ddt_bias = _given(gradients, (dt, A, dt_bias))
-    ssm_kernels.ssd_chunk_cumsum_bwd(
+    ssd_chunk_cumsum_bwd(
         dt,
         A,
         dt_bias,
@@ -81,7 +95,7 @@ def _cumsum_bwd(dt, A, dt_bias, seq_idx, ddt_out, ddA_cumsum, softplus, low, hig
         ddt_bias=ddt_bias,
         softplus=softplus,
         dt_limit=(low, high),
-        **settings(dt, ssm_kernels.ssd_chunk_cumsum_bwd_workspace, dt, ddt_out, ddA_cumsum),
+        **settings(dt, ssd_chunk_cumsum_bwd_workspace, dt, ddt_out, ddA_cumsum),
     )
     return gradients
 
@@ -153,7 +167,7 @@ def _state_fake(x, B, dt, dA_cumsum, seq_idx):
 
 def _state(x, B, dt, dA_cumsum, seq_idx):
     states = _state_fake(x, B, dt, dA_cumsum, seq_idx)
-    ssm_kernels.ssd_chunk_state_fwd(x, B, dt, dA_cumsum, seq_idx, states=states, **settings(x))
+    ssd_chunk_state_fwd(x, B, dt, dA_cumsum, seq_idx, states=states, **settings(x))
     return states
 
 
@@ -164,7 +178,7 @@ def _state_bwd_fake(x, B, dt, dA_cumsum, seq_idx, dstates):
 def _state_bwd(x, B, dt, dA_cumsum, seq_idx, dstates):
     gradients = _like(x, x, B, dt, dA_cumsum)
     dx, dB, ddt, ddA_cumsum = gradients
-    ssm_kernels.ssd_chunk_state_bwd(
+    ssd_chunk_state_bwd(
         x,
         B,
         dt,
@@ -224,7 +238,7 @@ def _passing_fake(states, dA_cumsum, initial_states, seq_idx):
 
 def _passing(states, dA_cumsum, initial_states, seq_idx):
     states_in, final_states = _passing_fake(states, dA_cumsum, initial_states, seq_idx)
-    ssm_kernels.ssd_state_passing_fwd(
+    ssd_state_passing_fwd(
         states,
         dA_cumsum,
         initial_states,
@@ -248,7 +262,7 @@ def _passing_bwd_fake(states_in, dA_cumsum, seq_idx, dstates_in, dfinal_states):
 def _passing_bwd(states_in, dA_cumsum, seq_idx, dstates_in, dfinal_states):
     gradients = _passing_bwd_fake(states_in, dA_cumsum, seq_idx, dstates_in, dfinal_states)
     dstates, ddA_cumsum, dinitial_states = gradients
-    ssm_kernels.ssd_state_passing_bwd(
+    ssd_state_passing_bwd(
         states_in,
         dA_cumsum,
         seq_idx,
@@ -257,7 +271,7 @@ def _passing_bwd(states_in, dA_cumsum, seq_idx, dstates_in, dfinal_states):
         dstates=dstates,
         ddA_cumsum=ddA_cumsum,
         dinitial_states=dinitial_states,
-        **settings(states_in, ssm_kernels.ssd_state_passing_bwd_workspace, states_in, dA_cumsum),
+        **settings(states_in, ssd_state_passing_bwd_workspace, states_in, dA_cumsum),
     )
     return gradients
 
@@ -318,7 +332,7 @@ def _bmm_fake(C, B, chunk_size):
 
 def _bmm(C, B, chunk_size):
     products = _bmm_fake(C, B, chunk_size)
-    ssm_kernels.ssd_bmm_chunk_fwd(C, B, CB=products, **settings(C))
+    ssd_bmm_chunk_fwd(C, B, CB=products, **settings(C))
     return products
 
 
@@ -328,7 +342,7 @@ def _bmm_bwd_fake(C, B, dCB):
 
 def _bmm_bwd(C, B, dCB):
     dC, dB = _like(C, C, B)
-    ssm_kernels.ssd_bmm_chunk_bwd(C, B, dCB=dCB, dC=dC, dB=dB, **settings(C))
+    ssd_bmm_chunk_bwd(C, B, dCB=dCB, dC=dC, dB=dB, **settings(C))
     return dC, dB
 
 
@@ -370,9 +384,7 @@ def _output_fake(CB, x, dt, dA_cumsum, C, states_in, D, z, seq_idx):
 
 def _output(CB, x, dt, dA_cumsum, C, states_in, D, z, seq_idx):
     y = torch.empty_like(x)
-    ssm_kernels.ssd_chunk_output_fwd(
-        CB, x, dt, dA_cumsum, C, states_in, D, z, seq_idx, y=y, **settings(x)
-    )
+    ssd_chunk_output_fwd(CB, x, dt, dA_cumsum, C, states_in, D, z, seq_idx, y=y, **settings(x))
     return y
 
 
@@ -385,7 +397,7 @@ def _output_bwd(*inputs):
     CB, x, dt, _, C, _, D, z = tensors
     gradients = _like(tensors[1], *tensors)
     dCB, dx, ddt, ddA_cumsum, dC, dstates_in, dD, dz = _given(gradients, tensors)
-    ssm_kernels.ssd_chunk_output_bwd(
+    ssd_chunk_output_bwd(
         *tensors,
         seq_idx,
         dy=dy,
@@ -397,7 +409,7 @@ def _output_bwd(*inputs):
         dstates_in=dstates_in,
         dD=dD,
         dz=dz,
-        **settings(x, ssm_kernels.ssd_chunk_output_bwd_workspace, CB, x, dt, C, D, z),
+        **settings(x, ssd_chunk_output_bwd_workspace, CB, x, dt, C, D, z),
     )
     return gradients
 

@@ -3,8 +3,8 @@
 The backward reads the inputs again: nothing else is kept.
 """
 
-import ssm_kernels
 import torch
+from ssm_kernels import swiglu_bwd, swiglu_fwd
 
 from ssm.ops.compiled.library import (
     define,
@@ -28,7 +28,7 @@ def _allocate(gate, up=None):
 
 def _forward(gate, up):
     y = _allocate(gate, up)
-    ssm_kernels.swiglu_fwd(gate, up, y=y, **settings(gate))
+    swiglu_fwd(gate, up, y=y, **settings(gate))
     return y
 
 
@@ -39,7 +39,7 @@ def _allocate_gradients(gate, up, dy):
 
 def _backward_kernel(gate, up, dy):
     dgate, dup = _allocate_gradients(gate, up, dy)
-    ssm_kernels.swiglu_bwd(
+    swiglu_bwd(
         gate,
         up,
         dy=dy,
