@@ -71,7 +71,34 @@ def norm_ref(**changes):
     return mamba_ssm.layer_norm_ref(**{**given, **changes})
 
 
+def modules():
+    """Return every module that mixes activations, with the name of its input."""
+    return {
+        "Mamba1: hidden_states": Mamba1(8),
+        "Mamba2: hidden_states": Mamba2(8, headdim=4),
+        "MHA: x": MHA(8, 2, causal=True),
+        "GatedMLP: x": GatedMLP(8),
+        "MLP: x": MLP(8, 8),
+    }
+
+
 WRONG_TYPES = {
+    "Mamba1: max_seqlen must be an int, got 'abc'": lambda: Mamba1(8).allocate_inference_cache(
+        2, "abc"
+    ),
+    "Mamba2: max_seqlen must be an int, got 1.5": lambda: Mamba2(
+        8, headdim=4
+    ).allocate_inference_cache(2, 1.5),
+    "Mamba2: dtype must be a torch.dtype, got 'bf16'": lambda: Mamba2(8, headdim=4, dtype="bf16"),
+    "MHA: dtype must be a torch.dtype, got 3": lambda: MHA(8, 2).allocate_inference_cache(2, 4, 3),
+    "MambaLMHeadModel: dtype must be a torch.dtype, got 'bf16'": lambda: MambaLMHeadModel(
+        model().config, dtype="bf16"
+    ),
+    "MambaLMHeadModel: seq_meta must be a SeqMeta, got dict": lambda: model()(IDS, seq_meta={}),
+    "State: max_batch_size must be an int, got 1.5": lambda: State(max_batch_size=1.5),
+    "State: max_seqlen must be an int, got 'x'": lambda: state().reset(max_seqlen="x"),
+    "generate: state must be a State, got str": lambda: generate(state="x"),
+    "generate: generator must be a torch.Generator, got str": lambda: generate(generator="x"),
     "Mamba1: d_model must be an int, got '8'": lambda: Mamba1("8"),
     "Mamba1: expand must be a number, got None": lambda: Mamba1(8, expand=None),
     "Mamba1: dt_max must be a number, got 'x'": lambda: Mamba1(8, dt_max="x"),
@@ -144,6 +171,40 @@ WRONG_TYPES = {
     ),
 }
 WRONG_VALUES = {
+    "Mamba1: max_seqlen must not be negative, got -1": lambda: Mamba1(8).allocate_inference_cache(
+        2, -1
+    ),
+    "Mamba2: max_seqlen must not be negative, got -1": lambda: Mamba2(
+        8, headdim=4
+    ).allocate_inference_cache(2, -1),
+    "Mamba1: dtype must be floating point, got torch.int32": lambda: Mamba1(8).allocate_state(
+        2, torch.int32
+    ),
+    "Mamba2: dtype must be floating point, got torch.bool": lambda: Mamba2(
+        8, headdim=4
+    ).allocate_state(2, torch.bool),
+    "MHA: dtype must be floating point, got torch.complex64": lambda: MHA(8, 2).allocate_state(
+        2, torch.complex64
+    ),
+    "Mamba1: dtype must be floating point, got torch.int64": lambda: Mamba1(8, dtype=torch.int64),
+    "Mamba2: dtype must be floating point, got torch.int32": lambda: Mamba2(
+        8, headdim=4, dtype=torch.int32
+    ),
+    "MHA: dtype must be floating point, got torch.int32": lambda: MHA(8, 2, dtype=torch.int32),
+    "GatedMLP: dtype must be floating point, got torch.complex64": lambda: GatedMLP(
+        8, dtype=torch.complex64
+    ),
+    "MLP: dtype must be floating point, got torch.int32": lambda: MLP(8, 8, dtype=torch.int32),
+    "RMSNorm: dtype must be floating point, got torch.int32": lambda: RMSNorm(8, dtype=torch.int32),
+    "RMSNormGated: dtype must be floating point, got torch.complex64": lambda: RMSNormGated(
+        8, dtype=torch.complex64
+    ),
+    "MambaLMHeadModel: dtype must be floating point, got torch.int32": lambda: MambaLMHeadModel(
+        model().config, dtype=torch.int32
+    ),
+    "State: max_batch_size must not be negative, got -1": lambda: State(max_batch_size=-1),
+    "State: max_seqlen must not be negative, got -5": lambda: State(max_seqlen=-5),
+    "State: seqlen_offset must not be negative, got -1": lambda: State(seqlen_offset=-1),
     "Rotary: dim must be even and positive, got 3": lambda: Rotary(3),
     "Rotary: dim must be even and positive, got 0": lambda: Rotary(0),
     "Rotary: base must be positive, got 0": lambda: Rotary(2, base=0),
@@ -239,12 +300,51 @@ def test_wrong_values(sentence):
     assert str(caught.value).startswith(sentence)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("name", modules())
+def test_activations_must_be_floating_point(name, dtype):
+    """Integers would be cast to the weights' dtype, and the result, cast back, be zero."""
+    module, x = modules()[name], torch.ones(1, 1, 8, dtype=dtype)
+    calls = [lambda: module(x)]
+    if hasattr(module, "step"):
+        calls.append(lambda: module.step(x, *module.allocate_inference_cache(1, 4)))
+    for call in calls:
+        with pytest.raises(ValueError) as caught:
+            call()
+        assert str(caught.value) == f"{name} must be floating point, got {dtype}"
+
+
+@pytest.mark.parametrize("name", list(modules())[:3])
+@pytest.mark.parametrize("given", [{"mask": BOOLS}, BOOLS], ids=["dict", "tensor"])
+def test_what_is_no_seq_meta(name, given):
+    owner = name.partition(":")[0]
+    with pytest.raises(TypeError) as caught:
+        modules()[name](torch.ones(2, 3, 8), seq_meta=given)
+    got = type(given).__name__
+    assert str(caught.value) == f"{owner}: seq_meta must be a SeqMeta, got {got}"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error", "rule"),
+    [
+        (torch.int8, ValueError, "be floating point, got torch.int8"),
+        ("bf16", TypeError, "be a torch.dtype, got 'bf16'"),
+    ],
+)
+def test_a_file_of_another_kind_of_numbers_is_not_written(tmp_path, dtype, error, rule):
+    with pytest.raises(error) as caught:
+        model().save_pretrained(tmp_path / "new", dtype=dtype)
+    assert str(caught.value) == f"save_pretrained: dtype must {rule}"
+    assert not any(tmp_path.iterdir())
+
+
 def test_what_is_right_passes():
     """The calls above, as they are without the fault."""
     assert combined().shape == (1, 3, 2, 2)
     assert split(outproj_weight=torch.ones(5, 4)).shape == (1, 3, 5)
     assert inner(out_proj_bias=torch.ones(5), B_proj_bias=torch.ones(3)).shape == (1, 3, 5)
     assert generate(seed=2**63, streamer=lambda tokens: None).shape == (1, 5)
+    assert generate(generator=torch.Generator(), state=model().allocate_state(1)).shape == (1, 5)
     assert decode(eos_token_id=9, vocab_size=8, teacher_outputs=IDS).sequences.shape == (1, 5)
     assert varlen().shape == (1, 2, 2)
     assert norm_ref(dropout_mask=BOOLS).shape == (2, 3)

@@ -47,6 +47,10 @@ class State:
         max_seqlen: tokens that the state can take; None where no layer has a limit.
         seqlen_offset: tokens seen so far, padding included; one number for all rows, so that of
             the longest.
+
+    Raises:
+        TypeError: a number is no int.
+        ValueError: a number is negative.
     """
 
     def __init__(
@@ -56,6 +60,11 @@ class State:
         max_seqlen: int | None = None,
         seqlen_offset: int = 0,
     ) -> None:
+        numbers = {"max_batch_size": max_batch_size, "seqlen_offset": seqlen_offset}
+        if max_seqlen is not None:
+            numbers["max_seqlen"] = max_seqlen
+        for name, value in numbers.items():
+            _check_number(name, value)
         self.key_value_memory_dict = {} if key_value_memory_dict is None else key_value_memory_dict
         self.max_batch_size = max_batch_size
         self.max_seqlen = max_seqlen
@@ -81,6 +90,7 @@ class State:
                 f"State: max_batch_size must stay {self.max_batch_size}, got {max_batch_size}"
             )
         if max_seqlen is not None:
+            _check_number("max_seqlen", max_seqlen)
             self.max_seqlen = max_seqlen
         # A tensor that is part of a graph must stay what it was for the backward pass.
         self._replace(
@@ -109,8 +119,7 @@ class State:
             ValueError: n is negative.
         """
         n = _integer("n", n)
-        if n < 0:
-            raise ValueError(f"State: n must not be negative, got {n}")
+        _check_number("n", n)
         return self._copy(lambda tensor: tensor.repeat_interleave(n, dim=0), n * len(self))
 
     def gather(self, indices: Tensor) -> State:
@@ -375,6 +384,14 @@ def _with_room(cache: Tensor, room: int) -> Tensor:
     if not missing:
         return cache
     return torch.cat([cache, cache.new_zeros(len(cache), missing, *cache.shape[2:])], dim=1)
+
+
+def _check_number(name: str, value) -> None:
+    """Refuse what cannot count rows or tokens; those of a traced length can."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        value = _integer(name, value)
+    if value < 0:
+        raise ValueError(f"State: {name} must not be negative, got {value}")
 
 
 def _integer(name: str, value) -> int:

@@ -19,7 +19,7 @@ from ssm.distributed.collectives import (
 )
 from ssm.models.build import create_block, init_weights, norm_class
 from ssm.models.config import MambaConfig
-from ssm.modules.arguments import check_int
+from ssm.modules.arguments import check_dtype, check_int
 from ssm.modules.attention import MHA
 from ssm.modules.memory import check_model_memory, key_of
 from ssm.modules.norm import add_norm
@@ -199,6 +199,7 @@ class MambaLMHeadModel(nn.Module):
             if not isinstance(value, kind):
                 got = type(value).__name__
                 raise TypeError(f"MambaLMHeadModel: {name} must be a {kind.__name__}, got {got}")
+        check_dtype("MambaLMHeadModel", dtype)
         self.config = config
         self.backbone = MixerModel(
             config,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from numbers import Real
 
+import torch
+
 
 def check_int(owner: str, name: str, value: object, lowest: int = 1) -> None:
     """Refuse what is no size.
@@ -24,6 +26,25 @@ def check_int(owner: str, name: str, value: object, lowest: int = 1) -> None:
     if value < lowest:
         rule = "be positive" if lowest else "not be negative"
         raise ValueError(f"{owner}: {name} must {rule}, got {value}")
+
+
+def check_dtype(owner: str, dtype: object) -> None:
+    """Refuse what parameters and states cannot be made of.
+
+    Args:
+        owner: class or function name for messages.
+        dtype: of parameters or states; None stands for a default.
+
+    Raises:
+        TypeError: no dtype.
+        ValueError: not floating point.
+    """
+    if dtype is None:
+        return
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{owner}: dtype must be a torch.dtype, got {dtype!r}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"{owner}: dtype must be floating point, got {dtype}")
 
 
 def check_number(owner: str, name: str, value: object) -> None:

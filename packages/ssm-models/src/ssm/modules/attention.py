@@ -9,7 +9,7 @@ from ssm import ops
 from ssm.distributed.collectives import check_group, same_random_state
 from ssm.distributed.context import operators
 from ssm.distributed.layout import Section
-from ssm.modules.arguments import check_int, check_positive
+from ssm.modules.arguments import check_dtype, check_int, check_positive
 from ssm.modules.attend import attend_onto, attend_within, positions_of
 from ssm.modules.attend_ranks import attend_across, parts_of, positions_in
 from ssm.modules.kv_cache import layout_of, plan_write
@@ -25,7 +25,7 @@ from ssm.modules.memory import (
 )
 from ssm.modules.precision import project
 from ssm.modules.rotary import Rotary
-from ssm.modules.sequence import batch_and_seqlen, sequence_meta
+from ssm.modules.sequence import batch_and_seqlen, check_input, sequence_meta
 from ssm.modules.tensor_parallel import (
     check_split,
     column_linear,
@@ -115,6 +115,7 @@ class MHA(nn.Module):
         sequence_parallel: bool = True,
     ) -> None:
         super().__init__()
+        check_dtype("MHA", dtype)
         num_heads_kv = num_heads if num_heads_kv is None else num_heads_kv
         sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "num_heads_kv": num_heads_kv}
         optional = {"mlp_dim": mlp_dim, "d_conv": d_conv, "rotary_emb_dim": rotary_emb_dim}
@@ -291,6 +292,7 @@ class MHA(nn.Module):
             ValueError: x holds more or less than one token, a state has another shape, the cache is
                 full, or the attention is not causal.
         """
+        check_input("MHA", "x", x)
         if x.dim() != 3 or x.shape[1:] != (1, self.embed_dim):
             raise ValueError(
                 f"MHA: x must have shape (B, 1, {self.embed_dim}) in step, got {tuple(x.shape)}"
@@ -321,6 +323,7 @@ class MHA(nn.Module):
             conv_state: (B, (H + 2 Hkv) P, W), only with d_conv.
             lengths: (B,) int64.
         """
+        check_dtype("MHA", dtype)
         weight = self.out_proj.weight
         dtype = weight.dtype if dtype is None else dtype
         check_int("MHA", "batch_size", batch_size, 0)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ssm import ops
 from ssm.distributed.context import operators
-from ssm.modules.arguments import check_int, check_positive
+from ssm.modules.arguments import check_dtype, check_int, check_positive
 from ssm.modules.memory import (
     can_step,
     check_shapes,
@@ -92,6 +92,7 @@ class Mamba1(nn.Module):
         bcdt_norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
+        check_dtype("Mamba1", dtype)
         check_int("Mamba1", "d_model", d_model)
         if isinstance(dt_rank, str) and dt_rank == "auto":
             dt_rank = math.ceil(d_model / 16)
@@ -227,6 +228,7 @@ class Mamba1(nn.Module):
             ValueError: hidden_states holds more or less than one token, or a state has another
                 shape.
         """
+        check_input("Mamba1", "hidden_states", hidden_states)
         if hidden_states.dim() != 3 or hidden_states.shape[1] != 1:
             raise ValueError(
                 f"Mamba1: hidden_states must have shape (B, 1, {self.d_model}) in step, "
@@ -251,9 +253,12 @@ class Mamba1(nn.Module):
             conv_state: (B, d_inner, W).
             ssm_state: (B, d_inner, N), float32, or float64 in a float64 model.
         """
+        check_int("Mamba1", "batch_size", batch_size, 0)
+        if max_seqlen is not None:
+            check_int("Mamba1", "max_seqlen", max_seqlen, 0)
+        check_dtype("Mamba1", dtype)
         weight = self.conv1d.weight
         dtype = weight.dtype if dtype is None else dtype
-        check_int("Mamba1", "batch_size", batch_size, 0)
         conv_shape, ssm_shape = self.state_shapes(batch_size)
         ssm_dtype = at_least_fp32(torch.promote_types(dtype, weight.dtype))
         conv_state = torch.zeros(conv_shape, device=weight.device, dtype=dtype)

@@ -12,7 +12,7 @@ from ssm import ops
 from ssm.distributed.collectives import check_group, same_random_state
 from ssm.distributed.context import operators
 from ssm.distributed.layout import Section, Shard, keep_part
-from ssm.modules.arguments import check_int
+from ssm.modules.arguments import check_dtype, check_int
 from ssm.modules.mamba2_sizes import check_arguments
 from ssm.modules.memory import (
     can_step,
@@ -26,7 +26,7 @@ from ssm.modules.memory import (
 )
 from ssm.modules.norm import RMSNormGated
 from ssm.modules.precision import at_least_fp32, project
-from ssm.modules.sequence import batch_and_seqlen, sequence_meta
+from ssm.modules.sequence import batch_and_seqlen, check_input, sequence_meta
 from ssm.modules.tensor_parallel import (
     SharedRMSNormGated,
     check_split,
@@ -135,6 +135,7 @@ class Mamba2(nn.Module):
         sequence_parallel: bool = True,
     ) -> None:
         super().__init__()
+        check_dtype("Mamba2", dtype)
         d_inner = check_arguments(
             d_model=d_model,
             d_state=d_state,
@@ -300,6 +301,7 @@ class Mamba2(nn.Module):
             ValueError: hidden_states holds more or less than one token, or a state has another
                 shape.
         """
+        check_input("Mamba2", "hidden_states", hidden_states)
         if hidden_states.dim() != 3 or hidden_states.shape[1:] != (1, self.d_model):
             raise ValueError(
                 f"Mamba2: hidden_states must have shape (B, 1, {self.d_model}) in step, "
@@ -324,9 +326,12 @@ class Mamba2(nn.Module):
             conv_state: (B, d_ssm + 2 G N, W).
             ssm_state: (B, H, P, N), float32, or float64 in a float64 model.
         """
+        check_int("Mamba2", "batch_size", batch_size, 0)
+        if max_seqlen is not None:
+            check_int("Mamba2", "max_seqlen", max_seqlen, 0)
+        check_dtype("Mamba2", dtype)
         weight = self.conv1d.weight
         dtype = weight.dtype if dtype is None else dtype
-        check_int("Mamba2", "batch_size", batch_size, 0)
         conv_shape, ssm_shape = self.state_shapes(batch_size)
         ssm_dtype = at_least_fp32(torch.promote_types(dtype, weight.dtype))
         conv_state = torch.zeros(conv_shape, device=weight.device, dtype=dtype)

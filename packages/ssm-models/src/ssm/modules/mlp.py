@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ssm import ops
 from ssm.distributed.collectives import check_group
 from ssm.distributed.layout import Section
-from ssm.modules.arguments import check_int, check_number
+from ssm.modules.arguments import check_dtype, check_int, check_number
 from ssm.modules.sequence import check_input
 from ssm.modules.tensor_parallel import check_split, column_linear, row_linear
 from ssm.ops.projection import project
@@ -62,6 +62,7 @@ class GatedMLP(nn.Module):
         sequence_parallel: bool = True,
     ) -> None:
         super().__init__()
+        check_dtype("GatedMLP", dtype)
         if out_features is None:
             out_features = in_features
         if hidden_features is None:
@@ -146,6 +147,7 @@ class MLP(nn.Module):
         sequence_parallel: bool = True,
     ) -> None:
         super().__init__()
+        check_dtype("MLP", dtype)
         for name, value in (("in_features", in_features), ("hidden_features", hidden_features)):
             check_int("MLP", name, value)
         if activation not in ACTIVATIONS:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ssm import ops
-from ssm.modules.arguments import check_int
+from ssm.modules.arguments import check_dtype, check_int
 
 
 class RMSNorm(nn.Module):
@@ -24,6 +24,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, hidden_size: int, eps: float = 1e-5, device=None, dtype=None) -> None:
         super().__init__()
+        check_dtype("RMSNorm", dtype)
         check_int("RMSNorm", "hidden_size", hidden_size, 0)
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
@@ -98,6 +99,7 @@ class RMSNormGated(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
+        check_dtype("RMSNormGated", dtype)
         check_int("RMSNormGated", "hidden_size", hidden_size, 0)
         self.eps = eps
         self.group_size = group_size

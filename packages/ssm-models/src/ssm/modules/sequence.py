@@ -33,10 +33,13 @@ def sequence_meta(
 
     Raises:
         ValueError: seq_meta beside another argument, or a mask of the wrong shape.
-        TypeError: the mask is no tensor.
+        TypeError: seq_meta is no SeqMeta, or the mask no tensor.
     """
     given = [seq_idx, cu_seqlens, attention_mask]
     if seq_meta is not None:
+        if not isinstance(seq_meta, SeqMeta):
+            got = type(seq_meta).__name__
+            raise TypeError(f"{owner}: seq_meta must be a SeqMeta, got {got}")
         if any(argument is not None for argument in given):
             raise ValueError(
                 f"{owner}: seq_meta must be the only sequence argument, got another beside it"
@@ -46,7 +49,7 @@ def sequence_meta(
         return None
     mask = None
     if attention_mask is not None:
-        check_input(owner, "attention_mask", attention_mask)
+        _check_tensor(owner, "attention_mask", attention_mask)
         shape = tuple(attention_mask.shape)
         if len(shape) != 2 or shape[0] != batch or shape[1] < seqlen:
             raise ValueError(
@@ -57,7 +60,7 @@ def sequence_meta(
 
 
 def check_input(owner: str, name: str, x: object, width: int | None = None) -> None:
-    """Refuse the input of a module if it is no tensor, or not as wide as the module.
+    """Refuse the input of a module if it is no tensor of numbers, or not as wide as the module.
 
     Args:
         owner: class name for messages.
@@ -67,13 +70,20 @@ def check_input(owner: str, name: str, x: object, width: int | None = None) -> N
 
     Raises:
         TypeError: x is no tensor.
-        ValueError: x has another width.
+        ValueError: x is not floating point, or has another width.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{owner}: {name} must be a torch.Tensor, got {type(x).__name__}")
+    _check_tensor(owner, name, x)
+    if not x.is_floating_point():
+        # A projection would cast integers, and the result, cast back, would be all zero.
+        raise ValueError(f"{owner}: {name} must be floating point, got {x.dtype}")
     if width is not None and (x.dim() == 0 or x.shape[-1] != width):
         got = tuple(x.shape)
         raise ValueError(f"{owner}: {name} must have shape (..., {width}), got {got}")
+
+
+def _check_tensor(owner: str, name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{owner}: {name} must be a torch.Tensor, got {type(x).__name__}")
 
 
 def batch_and_seqlen(
@@ -93,7 +103,7 @@ def batch_and_seqlen(
         B and L over all parts.
 
     Raises:
-        ValueError: the shape does not fit, or seqlen is not positive.
+        ValueError: x is not floating point, the shape does not fit, or seqlen is not positive.
         TypeError: x is no tensor, or seqlen no int.
     """
     check_input(owner, name, x)

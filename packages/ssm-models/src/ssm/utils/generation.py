@@ -244,6 +244,9 @@ def _steps(
     pad_token_id = _integer("pad_token_id", pad_token_id)
     # Not vocab_size: a finished row may go on with a token that is never sampled.
     _check(0 <= pad_token_id < columns, "pad_token_id", f"lie in [0, {columns})", pad_token_id)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        got = type(generator).__name__
+        raise TypeError(f"generate: generator must be a torch.Generator, got {got}")
     if seed is not None:
         if generator is not None:
             raise ValueError("generate: seed must not be given beside generator")
@@ -260,6 +263,8 @@ def _steps(
         taught = _checked_ids("teacher_outputs", teacher_outputs[:, length:], columns)
     if state is None:
         state = model.allocate_state(batch)
+    elif not isinstance(state, State):
+        raise TypeError(f"generate: state must be a State, got {type(state).__name__}")
     elif state.max_batch_size != batch:
         _fail("state", f"hold {batch} rows", state.max_batch_size)
     else:

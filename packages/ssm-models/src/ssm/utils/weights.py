@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ssm.modules.arguments import check_dtype
 from ssm.utils import dialects
 from ssm.utils.checkpoint import TIED, Checkpoint, different_twins, open_checkpoint, plan_reading
 from ssm.utils.files import named_path, write_files
@@ -135,12 +136,13 @@ def save_pretrained(
             begun.
 
     Raises:
-        ValueError: the format is not known or cannot say what the model is, or save_directory is
-            empty.
-        TypeError: save_directory is neither a str nor a path.
+        TypeError: dtype is none, or save_directory neither a str nor a path.
+        ValueError: the format is not known or cannot say what the model is, dtype is not floating
+            point, or save_directory is empty. Nothing is written then.
         OSError: the directory cannot be written.
     """
     directory = named_path("save_pretrained", save_directory)
+    check_dtype("save_pretrained", dtype)
     dialect, values = choose_format(model.config, format)
     limit = parse_size(max_shard_size)
     directory.mkdir(parents=True, exist_ok=True)
