@@ -160,6 +160,15 @@ def test_train_json_and_resume(text, tmp_path, capsys):
 
     assert run("train", text, "--out", parts, *options) == 0
     capsys.readouterr()
+    # Without --resume the run would start anew, and its first checkpoint replace the old ones.
+    held = {path.name: path.read_bytes() for path in parts.iterdir()}
+    assert run("train", text, "--out", parts, *options, "--seed", 7) == 1
+    assert capsys.readouterr() == (
+        "",
+        "ssm-models: train: out must be another directory, or --resume be given, got "
+        f"{parts} with the training.pt of a run\n",
+    )
+    assert {path.name: path.read_bytes() for path in parts.iterdir()} == held
     assert run("train", text, "--out", parts, *options, "--resume") == 0
     again = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert again["sample"] == lines[-1]["sample"]
@@ -215,6 +224,17 @@ def test_interruption_can_be_resumed(text, tmp_path, monkeypatch, capsys):
         (
             ["train", "{}/short.txt", "--out", "{}/o", "--attn-layers", "1,4"],
             "attn_layer_idx must be below 4, got 4",
+        ),
+        (["train", "{}/short.txt", "--out", "{}/empty.txt"], "train: out must be a directory, got"),
+        (["train", "{}/short.txt", "--out", "{}/empty.txt/o"], "/empty.txt/o with a file /"),
+        (
+            ["convert", "{}/good", "{}/empty.txt", "--to", "hf"],
+            "convert: DST must be a directory, got",
+        ),
+        (["convert", "{}/good", "{}/empty.txt/o", "--to", "hf"], "/empty.txt/o with a file /"),
+        (
+            ["convert", "{}/good", "{}/bad", "--to", "hf"],
+            "convert: DST must be a new or empty directory, got",
         ),
         (["generate", "--model", "{}/none"], "none must be a directory"),
         (["generate", "--model", "{}"], "must hold config.json, got none"),

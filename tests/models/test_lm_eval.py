@@ -161,3 +161,12 @@ def test_without_lm_eval_the_import_works_and_the_use_says_what_is_missing():
     )
     assert result.stdout.count("SSMLM: lm_eval must be installed (pip install lm_eval)") == 2
     assert not result.stderr
+    program = (
+        "import runpy, sys; sys.modules['lm_eval'] = None\n"
+        "runpy.run_module('ssm.integrations.lm_eval', run_name='__main__')\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
+    )
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
+    assert result.stderr.startswith("SSMLM: lm_eval must be installed (pip install lm_eval), got ")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ssm.commands.options import DTYPES
+from ssm.commands.options import DTYPES, check_directory
 from ssm.models.lm import MambaLMHeadModel
 from ssm.utils.hub import find_directory
 
@@ -46,7 +46,8 @@ def add(commands) -> None:
 def run(arguments) -> None:
     """Convert one checkpoint."""
     source, target = find_directory(arguments.source), Path(arguments.target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    check_directory("convert", "DST", target)
+    if target.exists() and any(target.iterdir()):
         raise ValueError(f"convert: DST must be a new or empty directory, got {target}")
     dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     model = MambaLMHeadModel.from_pretrained(source, dtype=dtype or "auto")

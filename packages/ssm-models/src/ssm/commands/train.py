@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 
 import torch
 
-from ssm.commands.options import DTYPES
+from ssm.commands.options import DTYPES, check_directory
 from ssm.commands.ranks import group_of
 from ssm.distributed.collectives import rank_of
 from ssm.models.config import MambaConfig
@@ -77,12 +78,23 @@ def run(arguments) -> None:
     if ranks < 1:
         raise ValueError(f"train: context-parallel must be positive, got {ranks}")
     # What can be refused is, before other processes are started.
+    _check_out(Path(arguments.out), arguments.resume)
     job = _prepare(arguments)
     with group_of(ranks, _run_other, arguments) as group:
         last = _train(arguments, *job, group)
         if rank_of(group):
             return
     _finish(arguments, *job, last)
+
+
+def _check_out(out: Path, resume: bool) -> None:
+    """Refuse a place that cannot be written, or that holds another run, which it would replace."""
+    check_directory("train", "out", out)
+    if not resume and (out / STATE_FILE).exists():
+        raise ValueError(
+            f"train: out must be another directory, or --resume be given, got {out} with the "
+            f"{STATE_FILE} of a run"
+        )
 
 
 def _run_other(arguments, group) -> None:

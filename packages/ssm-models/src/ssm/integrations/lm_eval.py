@@ -6,6 +6,8 @@ command of the harness with ``ssm`` among its models.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -252,7 +254,10 @@ def _count(name: str, value) -> int:
 
 
 if __name__ == "__main__":
-    register()
+    try:
+        register()
+    except RuntimeError as error:
+        sys.exit(" ".join(str(error).split()))
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()
