@@ -204,6 +204,12 @@ REJECTED = [
     ("ssd_chunk_cumsum", "chunk_size", lambda _: 0, "chunk_size must be at least 1, got 0"),
     (
         "ssd_chunk_cumsum",
+        "chunk_size",
+        lambda _: 2**63,
+        f"chunk_size must be below 2**31, got {2**63}",
+    ),
+    (
+        "ssd_chunk_cumsum",
         "dt_bias",
         lambda t: t[None],
         "dt_bias must have shape (H,) = (4,), got (1, 4)",
@@ -315,6 +321,12 @@ REJECTED = [
         "B must have shape (B, L, G, N) = (2, 6, 2, 5), got (2, 6, 2, 4)",
     ),
     ("ssd_bmm_chunk", "chunk_size", lambda _: -1, "chunk_size must be at least 1, got -1"),
+    (
+        "ssd_bmm_chunk",
+        "chunk_size",
+        lambda _: 2**31,
+        f"chunk_size must be below 2**31, got {2**31}",
+    ),
     (
         "ssd_chunk_output",
         "CB",

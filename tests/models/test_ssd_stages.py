@@ -385,7 +385,7 @@ def test_rejects_with_the_sentences_of_the_reference(stage):
             if value.ndim > 1:
                 wrong.append({key: value[:, :1]})
         if key == "chunk_size":
-            wrong += [{key: 0}, {key: -3}]
+            wrong += [{key: 0}, {key: -3}, {key: 2**40}, {key: 2**63}]
     if stage == "ssd_chunk_cumsum":
         wrong += [{"dt_limit": limit} for limit in ((1.0, 0.5), (0.0,), 3.0)]
     if stage != "ssd_bmm_chunk":

@@ -193,7 +193,7 @@ def ssd_chunk_cumsum(
     Args:
         dt: (B, L, H). Step size.
         A: (H,). Continuous decay.
-        chunk_size: steps Q per chunk, at least 1.
+        chunk_size: steps Q per chunk, at least 1 and below 2**31.
         dt_bias: (H,). Bias of the step size.
         softplus: apply softplus to the step size.
         dt_limit: (low, high), to which the step size is clamped.
@@ -271,7 +271,7 @@ def ssd_bmm_chunk(C, B, chunk_size):
     Args:
         C: (B, L, G, N). Output matrix.
         B: (B, L, G, N). Input matrix.
-        chunk_size: steps Q per chunk, at least 1.
+        chunk_size: steps Q per chunk, at least 1 and below 2**31.
 
     Returns:
         CB (B, C, G, Q, Q) with CB[i, j] = C[i] . B[j], float64 if C is, else float32.

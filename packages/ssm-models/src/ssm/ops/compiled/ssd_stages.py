@@ -151,7 +151,7 @@ def ssd_chunk_cumsum(
     inputs = (dt, A, dt_bias)
     # What the outputs are made from, and what the kernel does not see as it was given.
     check.check_tensor("ssd_chunk_cumsum", "dt", dt, {"B, L, H": ("B", "L", "H")})
-    check.check_int("ssd_chunk_cumsum", "chunk_size", chunk_size, 1)
+    check.check_chunk_size("ssd_chunk_cumsum", chunk_size)
     check.check_limit("ssd_chunk_cumsum", dt_limit)
     call = _cumsum if is_eager(*inputs, seq_idx) else _cumsum_op
     return call(dt, A, dt_bias, seq_idx, chunk_size, bool(softplus), *map(float, dt_limit))

@@ -101,6 +101,12 @@ def check_int(op: str, name: str, value: object, low: int) -> None:
     check_value(op, name, value >= low, f"be at least {low}", value)
 
 
+def check_chunk_size(op: str, value: object) -> None:
+    """Check the steps of a chunk, which the outputs of a stage have as an axis."""
+    check_int(op, "chunk_size", value, 1)
+    check_value(op, "chunk_size", value < 2**31, "be below 2**31", value)
+
+
 def check_positive(op: str, name: str, value: object) -> None:
     """Check that a scalar argument is a number above 0."""
     if not isinstance(value, (float, int, torch.SymFloat)):
@@ -261,7 +267,7 @@ def ssd_chunk_cumsum(dt, A, chunk_size, dt_bias, dt_limit, seq_idx) -> None:
     op = "ssd_chunk_cumsum"
     check_tensor(op, "dt", dt, {"B, L, H": ("B", "L", "H")})
     check_tensor(op, "A", A, {"H,": (dt.shape[2],)}, dt.device)
-    check_int(op, "chunk_size", chunk_size, 1)
+    check_chunk_size(op, chunk_size)
     check_tensor(op, "dt_bias", dt_bias, {"H,": (dt.shape[2],)}, dt.device, optional=True)
     check_limit(op, dt_limit)
     check_ids(op, seq_idx, *dt.shape[:2], dt.device)
@@ -304,7 +310,7 @@ def ssd_bmm_chunk(C, B, chunk_size) -> None:
     batch, seqlen, _, dstate = C.shape
     check_tensor(op, "B", B, {"B, L, G, N": (batch, seqlen, "G", dstate)}, C.device)
     check_value(op, "B", B.shape[2] >= 1, "have at least 1 group", B.shape[2])
-    check_int(op, "chunk_size", chunk_size, 1)
+    check_chunk_size(op, chunk_size)
 
 
 def ssd_chunk_output(CB, x, dt, dA_cumsum, C, states_in, D, z, seq_idx) -> None:

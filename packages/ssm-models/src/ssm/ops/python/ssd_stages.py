@@ -30,7 +30,7 @@ def ssd_chunk_cumsum(
     Args:
         dt: (B, L, H), float64 | float32 | bfloat16 | float16. Step size.
         A: (H,), any of these dtypes, like every tensor below but ``seq_idx``. Continuous decay.
-        chunk_size: steps Q per chunk, at least 1; it need not divide L.
+        chunk_size: steps Q per chunk, at least 1 and below 2**31; it need not divide L.
         dt_bias: (H,). Added to dt.
         softplus: apply softplus to the step size.
         dt_limit: (low, high), to which the step size is clamped last.
@@ -160,7 +160,7 @@ def ssd_bmm_chunk(C, B, chunk_size):
     Args:
         C: (B, L, G, N), float64 | float32 | bfloat16 | float16. Output matrix.
         B: (B, L, G, N), any of these dtypes, with a group count of its own. Input matrix.
-        chunk_size: steps Q per chunk, at least 1; it need not divide L.
+        chunk_size: steps Q per chunk, at least 1 and below 2**31; it need not divide L.
 
     Returns:
         CB: (B, C, G, Q, Q), float64 if C is, else float32, G the least common multiple of the two
