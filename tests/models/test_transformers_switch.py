@@ -217,7 +217,7 @@ def test_importing_ssm_imports_no_transformers():
 def test_nothing_is_served_without_kernels():
     in_fresh_process(
         """
-        import sys
+        import sys, warnings
         sys.modules["ssm_kernels"] = None  # importing it fails
         import torch
         from transformers.models.mamba import modeling_mamba
@@ -228,7 +228,13 @@ def test_nothing_is_served_without_kernels():
             calls.append(1)
             return plain(*args, **kwargs)
         modeling_mamba.causal_conv1d_fn = original
-        integration.enable("mixers")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            integration.enable("mixers")
+        (warning,) = said
+        sentence = "enable: kernels must load to serve the models, which are left to transformers"
+        assert str(warning.message).startswith(sentence + ", got "), warning
+        assert "the cpu kernels did not load: ModuleNotFoundError" in str(warning.message)
         assert integration.status()["devices"] == []
         model = modeling_mamba.MambaModel(modeling_mamba.MambaConfig(
             hidden_size=16, num_hidden_layers=2, vocab_size=8))

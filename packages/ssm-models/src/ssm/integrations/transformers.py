@@ -16,7 +16,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
-from ssm.integrations.transformers_functions import MAMBA1, MAMBA2, serves_device
+from ssm.integrations.transformers_functions import MAMBA1, MAMBA2, missing_kernels, serves_device
 from ssm.integrations.transformers_mixers import (
     gated_norm,
     language_model,
@@ -99,8 +99,9 @@ def enable(level: str = "mixers") -> None:
             tested version.
 
     Warns:
-        UserWarning: this version of transformers was not tested, or a family in it is not what it
-            was in the tested ones and is left as it is.
+        UserWarning: no kernels load, so that all is left to transformers; this version of
+            transformers was not tested, or a family in it is not what it was in the tested ones
+            and is left as it is.
 
     Source:
         docs/transformers.md.
@@ -111,7 +112,13 @@ def enable(level: str = "mixers") -> None:
         return
     _check_version(_version(), level)
     disable()
-    serves_device("cpu")  # loads the kernels, so that the first call of a model need not
+    # Loads the kernels, so that the first call of a model need not.
+    if not serves_device("cpu") and not serves_device("cuda"):
+        warnings.warn(
+            "enable: kernels must load to serve the models, which are left to transformers, got "
+            f"{missing_kernels()}",
+            stacklevel=2,
+        )
     _level.append(level)
     sys.meta_path.insert(0, _FINDER)
     for module_name in _MODULES:

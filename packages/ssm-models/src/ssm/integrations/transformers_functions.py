@@ -52,6 +52,11 @@ def serves_device(kind: str) -> bool:
     return _devices[kind]
 
 
+def missing_kernels() -> str:
+    """Return why an operator that models call is not compiled for the CPU."""
+    return next(dispatch.why(op) for op in OPERATORS if not dispatch.has_kernels("cpu", (op,)))
+
+
 def layout(seq_idx, cu_seqlens, wants_state: bool) -> SeqMeta | None:
     """Return which steps belong together, from what transformers hands down for packed batches.
 
