@@ -218,22 +218,27 @@ def test_compiles_once_for_every_length(subject):
     assert counter.frame_count <= 2
 
 
+class Called(nn.Module):
+    """A subject as one module, called as its rows of the matrix call it."""
+
+    def __init__(self, subject, module):
+        super().__init__()
+        self.subject, self.inner = subject, module
+
+    def forward(self, x):
+        return self.subject.call(self.inner, x)
+
+
 @subjects
 def test_exports_with_any_length(subject):
     needs_kernel(subject)
     module, x = subject.make(torch.float32), subject.inputs(2, 7, dtype=torch.float32).detach()
 
-    class Plain(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = module
-
-        def forward(self, x):
-            return subject.call(self.inner, x)
-
     seqlen = torch.export.Dim("seqlen", min=2, max=512)
     with torch.no_grad():
-        program = torch.export.export(Plain(), (x,), dynamic_shapes=({1: seqlen},)).module()
+        program = torch.export.export(
+            Called(subject, module), (x,), dynamic_shapes=({1: seqlen},)
+        ).module()
         for length in (7, 3, 11):
             x = subject.inputs(2, length, length, torch.float32).detach()
             torch.testing.assert_close(program(x), subject.call(module, x))
@@ -246,20 +251,14 @@ def test_exports_with_gradients_for_any_length(subject, sample):
     needs_kernel(subject)
     module = subject.make(torch.float32)
 
-    class Plain(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = module
-
-        def forward(self, x):
-            return subject.call(self.inner, x)
-
     def inputs(length):
         return subject.inputs(2, length, length, torch.float32).detach()
 
     seqlen = torch.export.Dim("seqlen", min=2, max=4096)
     shapes = ({1: seqlen},)
-    program = torch.export.export(Plain(), (inputs(sample),), dynamic_shapes=shapes).module()
+    program = torch.export.export(
+        Called(subject, module), (inputs(sample),), dynamic_shapes=shapes
+    ).module()
     for length in (2, 32, 33, 97, 300):
         x = inputs(length)
         torch.testing.assert_close(program(x), subject.call(module, x))
