@@ -6,9 +6,12 @@ Judge: reports written by hand.
 import json
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from tools import dev
 
@@ -110,6 +113,23 @@ def test_refuses_an_old_compiler(tmp_path, monkeypatch, banner, version, fault):
     found = dev.compiler_fault()
     assert fault in found
     assert bool(fault) == bool(found)
+
+
+OLDEST_PYTHON = "3.10"  # of both packages
+
+
+@pytest.mark.parametrize("text", [text for step in dev.REQUIREMENTS for text in step])
+def test_installs_on_the_oldest_python(text):
+    """Without a bound pip finds an older version; with one there has to be a marker."""
+    wanted = Requirement(text)
+    python = {"python_version": OLDEST_PYTHON}
+    if wanted.marker is not None and not wanted.marker.evaluate(python):
+        return
+    try:
+        needs = metadata.metadata(wanted.name)["Requires-Python"] or ""
+    except metadata.PackageNotFoundError:
+        pytest.skip(f"{wanted.name} is not installed")
+    assert not wanted.specifier or SpecifierSet(needs).contains(OLDEST_PYTHON)
 
 
 def test_prints_its_commands():
