@@ -1,141 +1,257 @@
-// Around the backward of the selective scan: the gradients, the working memory, and the launches
-// that add the sums of the blocks.
+// The selective scan backwards in one tile of one block: the states inside are computed again from
+// its checkpoint, and then the adjoint runs back over them, group by group.
 #pragma once
 
-#include "selective_scan_tile.cuh"
+#include "selective_scan_gradients.cuh"
 
 namespace ssm::cuda {
 
-/// Values of a thread that change from slab to slab: its carry and its sums for dA.
-constexpr int kScanWaiting = 2 * kScanStates;
+template <class Real, int kLanes, bool kEnds>
+struct ScanAdjoint : ScanGradientTile<Real, kLanes, kEnds> {
+    using Base = ScanGradientTile<Real, kLanes, kEnds>;
+    using Base::channel_of, Base::state_of, Base::exists, Base::read_states;
+    using Base::in, Base::out, Base::kThreads, Base::kSlab, Base::kRow;
+    using Base::kB, Base::kC, Base::kU, Base::kDt, Base::kDp, Base::kStarts;
+    using Base::kGroup, Base::kPairs, Base::kSums, Base::kWarps;
+    using typename Base::Registers;
 
-/// The gradients, and the sums of the blocks, which later launches add in a fixed order.
-template <class Real>
-struct ScanGradients {
-    Plane<3> dy, du, ddelta, dz;           // (B, D, L)
-    Plane<3> dlast_state, dinitial_state;  // (S, D, N)
-    const Real* checkpoints;               // (B, ceil(L / kScanTile), N, D)
-    Real *dA, *dB, *dC;                    // (B, segments, D, N); dB and dC where constant
-    Real *dD, *dbias;                      // (B, segments, D)
-    Real *all_dB, *all_dC;                 // (B, blocks along D, L, N), where not constant
-    Real* waiting;                         // (block, slab, value, thread)
-};
-
-/// to[d, n] = the sum over j of from[j, d, n].
-template <class Real>
-struct SumParts {
-    static constexpr int kThreads = kScanThreads;
-    static constexpr int kBlocksPerUnit = 1;
-    struct Registers {};
-
-    const Real* from;
-    Plane<2> to;
-    std::int64_t parts, dim, dstate;
-
-    std::int64_t shared_size() const { return 0; }
-
+    /// Runs a tile forward: keeps the states that enter its groups and, for dz, p = sum_n C h.
     template <class Block>
-    SSM_DEVICE void operator()(Block& block, std::int64_t index) const {
-        block.each([&](int thread, Registers&) {
-            const std::int64_t element = index * kThreads + thread;
-            if (element >= dim * dstate) return;
-            Real sum = 0;
-            for (std::int64_t part = 0; part < parts; ++part)
-                sum += from[part * dim * dstate + element];
-            to.store(element / dstate * to.stride[0] + element % dstate * to.stride[1], sum);
+    SSM_DEVICE void replay(Block& block, const ScanPart& part, int slab, std::int64_t begin,
+                           int steps, const ScanMarks& marks) const {
+        block.each([&](int thread, Registers& r) {
+            const std::int64_t tiles = (in.seqlen + kScanTile - 1) / kScanTile;
+            const Real* saved =
+                out.checkpoints + (part.row * tiles + begin / kScanTile) * in.dstate * in.dim;
+            SSM_UNROLL
+            for (int s = 0; s < kScanStates; ++s)
+                r.h[s] = exists(part, thread, slab, s)
+                             ? saved[(state_of(thread, slab) + s) * in.dim + part.first_channel +
+                                     channel_of(thread)]
+                             : Real(0);
+        });
+        for (int group = 0; group * kGroup < steps; ++group) {
+            const int first = group * kGroup;
+            block.each([&](int thread, Registers& r) {
+                SSM_UNROLL
+                for (int s = 0; s < kScanStates; ++s)
+                    block.write(kStarts + (group * kScanStates + s) * kThreads + thread, r.h[s]);
+                // The last group is not left by this way, unless its outputs are wanted.
+                if (!in.z && first + kGroup >= steps) return;
+                SSM_UNROLL
+                for (int k = 0; k < kGroup; ++k) {
+                    Real decay[kScanStates], before[kScanStates], C[kScanStates];
+                    forward_step(block, part, thread, slab, begin, first + k, marks, r, decay,
+                                 before);
+                    read_states(block, thread, first + k, in.constant_C, kC, C);
+                    r.p[k] = 0;
+                    SSM_UNROLL
+                    for (int s = 0; s < kScanStates; ++s) r.p[k] += r.h[s] * C[s];
+                }
+            });
+            if (!in.z) continue;
+            block.template scatter_sums<kGroup, 4, 1>(
+                [](Registers& r) -> Real(&)[kGroup] { return r.p; });
+            block.template sum_lanes<kLanes / 4, 4>([](Registers& r) -> Real& { return r.p[0]; });
+            block.each([&](int thread, Registers& r) {
+                const int lane = thread % kLanes;
+                if (lane >= kGroup) return;
+                const int place = Base::kP + (first + lane) * kRow + channel_of(thread);
+                block.write(place, slab > 0 ? block.read(place) + r.p[0] : r.p[0]);
+            });
+        }
+    }
+
+    /// The gradients of one group of steps.
+    template <class Block>
+    SSM_DEVICE void go_back(Block& block, const ScanPart& part, int slab, std::int64_t begin,
+                            int group, const ScanMarks& marks) const {
+        const int first = group * kGroup;
+        const int sums = Base::kPartial + group % 2 * 2 * kWarps * kSums;
+        if constexpr (!kEnds) {
+            block.each([&](int thread, Registers& r) {
+                SSM_UNROLL
+                for (int s = 0; s < kScanStates; ++s)
+                    r.h[s] = block.read(kStarts + (group * kScanStates + s) * kThreads + thread);
+                SSM_UNROLL
+                for (int k = 0; k < kGroup; ++k) {
+                    forward_step(block, part, thread, slab, begin, first + k, marks, r, r.decay[k],
+                                 r.before[k]);
+                    const Real dp = block.read(kDp + (first + k) * kRow + channel_of(thread));
+                    SSM_UNROLL
+                    for (int s = 0; s < kScanStates; ++s) {
+                        r.products[k * kScanStates + s] = dp * r.h[s];
+                    }
+                }
+                if (in.constant_C) add_products(part, thread, slab, out.dC, r);
+            });
+            if (!in.constant_C) sum_over_channels(block, sums + kWarps * kSums);
+        }
+        block.each([&](int thread, Registers& r) {
+            SSM_UNROLL
+            for (int k = kGroup - 1; k >= 0; --k)
+                back_step(block, part, thread, slab, begin, first, k, marks, r);
+            if (!kEnds && in.constant_B) add_products(part, thread, slab, out.dB, r);
+        });
+        if constexpr (kEnds) return;
+        if (!in.constant_B) sum_over_channels(block, sums);
+        if (!in.constant_B || !in.constant_C) {
+            block.barrier();
+            block.each([&](int thread, Registers&) {
+                if (!in.constant_B)
+                    sum_over_warps(block, part, thread, slab, begin + first, sums, out.all_dB);
+                if (!in.constant_C)
+                    sum_over_warps(block, part, thread, slab, begin + first, sums + kWarps * kSums,
+                                   out.all_dC);
+            });
+        }
+        block.template scatter_sums<2 * kGroup, 4, 1>(
+            [](Registers& r) -> Real(&)[2 * kGroup] { return r.sums; });
+        block.template sum_lanes<kLanes / 4, 4>([](Registers& r) -> Real& { return r.sums[0]; });
+        block.template sum_lanes<kLanes / 4, 4>([](Registers& r) -> Real& { return r.sums[1]; });
+        block.each([&](int thread, Registers& r) {
+            const int lane = thread % kLanes;
+            if (lane >= 4) return;
+            SSM_UNROLL
+            for (int i = 0; i < 2; ++i) {
+                // Lanes 0 and 1 hold du of two steps each, lanes 2 and 3 ddt.
+                const int place = (first + lane % 2 * 2 + i) * kRow + channel_of(thread);
+                const int to = (lane < 2 ? Base::kDu : Base::kDd) + place;
+                block.write(to, slab > 0 ? block.read(to) + r.sums[i] : r.sums[i]);
+            }
         });
     }
-};
 
-/// to[b, g, n, l] = the sum over the blocks of group g of from[b, block, l, n].
-template <class Real>
-struct SumBlocks {
-    static constexpr int kThreads = kScanThreads;
-    static constexpr int kBlocksPerUnit = 1;
-    struct Registers {};
-
-    const Real* from;
-    Plane<4> to;
-    std::int64_t groups, group_blocks, seqlen, dstate, elements;
-
-    std::int64_t shared_size() const { return 0; }
+  private:
+    /// h after a step from h before it; keeps the latter and the decay where asked.
+    template <class Block>
+    SSM_DEVICE void forward_step(Block& block, const ScanPart& part, int thread, int slab,
+                                 std::int64_t begin, int step, const ScanMarks& marks, Registers& r,
+                                 Real (&decay)[kScanStates], Real (&before)[kScanStates]) const {
+        const int place = step * kRow + channel_of(thread);
+        const Real dt = block.read(kDt + place), input = dt * block.read(kU + place);
+        Real B[kScanStates];
+        read_states(block, thread, step, in.constant_B, kB, B);
+        if (marks.begins >> step & 1) {
+            SSM_UNROLL
+            for (int s = 0; s < kScanStates; ++s)
+                r.h[s] =
+                    in.state_per_sequence
+                        ? state_at<Real>(in.initial_state, sequence_at(in, part.row, begin + step),
+                                         owned_by<kLanes>(in, part, thread, slab), s)
+                        : Real(0);
+        }
+        SSM_UNROLL
+        for (int s = 0; s < kScanStates; ++s) {
+            decay[s] = exp2_of(dt * (r.A[s] * static_cast<Real>(kLog2e)));
+            before[s] = r.h[s];
+            r.h[s] = decay[s] * r.h[s] + input * B[s];
+        }
+    }
 
     template <class Block>
-    SSM_DEVICE void operator()(Block& block, std::int64_t index) const {
-        block.each([&](int thread, Registers&) {
-            const std::int64_t element = index * kThreads + thread;
-            if (element >= elements) return;
-            const std::int64_t of_group = seqlen * dstate, group = element / of_group;
-            const std::int64_t place = element % of_group;
+    SSM_DEVICE void back_step(Block& block, const ScanPart& part, int thread, int slab,
+                              std::int64_t begin, int first, int k, const ScanMarks& marks,
+                              Registers& r) const {
+        const int step = first + k, place = step * kRow + channel_of(thread);
+        const Real dt = block.read(kDt + place), dp = block.read(kDp + place);
+        Real B[kScanStates], C[kScanStates], du = 0, ddt = 0;
+        read_states(block, thread, step, in.constant_C, kC, C);
+        if constexpr (kEnds) {
+            SSM_UNROLL
+            for (int s = 0; s < kScanStates; ++s)
+                r.carry[s] =
+                    exp2_of(dt * (r.A[s] * static_cast<Real>(kLog2e))) * (C[s] * dp + r.carry[s]);
+            if (slab == 0) r.time += dt;
+        } else {
+            const Real u = block.read(kU + place);
+            read_states(block, thread, step, in.constant_B, kB, B);
+            SSM_UNROLL
+            for (int s = 0; s < kScanStates; ++s) {
+                const Real dh = C[s] * dp + r.carry[s];
+                const Real kept = r.decay[k][s] * r.before[k][s];
+                r.carry[s] = r.decay[k][s] * dh;
+                du += dh * B[s];
+                ddt += dh * (r.A[s] * kept + B[s] * u);
+                r.dA[s] += dh * dt * kept;
+                r.products[k * kScanStates + s] = dh * (dt * u);
+            }
+            r.sums[k] = du * dt;
+            r.sums[kGroup + k] = ddt;
+            if (slab == 0) r.dD += dp * u;
+        }
+        if (marks.begins >> step & 1) begin_sequence(part, thread, slab, begin + step, r);
+    }
+
+    /// A sequence began at a step: the gradient goes to its initial state, and the one of the state
+    /// before comes from what ended there.
+    SSM_DEVICE void begin_sequence(const ScanPart& part, int thread, int slab, std::int64_t t,
+                                   Registers& r) const {
+        if (slab == 0) r.time = r.open = 0;
+        const std::int32_t before = sequence_before(in, part.row, t);
+        if (!kEnds && in.state_per_sequence)
+            put_states(out.dinitial_state, sequence_at(in, part.row, t),
+                       owned_by<kLanes>(in, part, thread, slab), r.carry);
+        SSM_UNROLL
+        for (int s = 0; s < kScanStates; ++s)
+            r.carry[s] = in.state_per_sequence && before >= 0
+                             ? state_at<Real>(out.dlast_state, before,
+                                              owned_by<kLanes>(in, part, thread, slab), s)
+                             : Real(0);
+    }
+
+    /// Adds the products of a group to the sums of a B or C that does not change with time. In
+    /// memory: few models have one, and registers are short.
+    SSM_DEVICE void add_products(const ScanPart& part, int thread, int slab, Real* sums,
+                                 const Registers& r) const {
+        const std::int64_t place = (part.row * in.segments + part.segment) * in.dim +
+                                   part.first_channel + channel_of(thread);
+        SSM_UNROLL
+        for (int s = 0; s < kScanStates; ++s) {
+            if (!exists(part, thread, slab, s)) continue;
             Real sum = 0;
-            for (std::int64_t i = 0; i < group_blocks; ++i)
-                sum += from[(group * group_blocks + i) * of_group + place];
-            to.store(group / groups * to.stride[0] + group % groups * to.stride[1] +
-                         place % dstate * to.stride[2] + place / dstate * to.stride[3],
-                     sum);
+            SSM_UNROLL
+            for (int k = 0; k < kGroup; ++k) sum += r.products[k * kScanStates + s];
+            sums[place * in.dstate + state_of(thread, slab) + s] += sum;
+        }
+    }
+
+    /// Sums the products of a group over the channels of each warp, as (warp, step, state).
+    template <class Block>
+    SSM_DEVICE void sum_over_channels(Block& block, int sums) const {
+        constexpr int kShared = 32 / kLanes;  // channels of a warp
+        constexpr int kKept = kPairs / kShared;
+        block.template scatter_sums<kPairs, kShared, kLanes>(
+            [](Registers& r) -> Real(&)[kPairs] { return r.products; });
+        block.each([&](int thread, Registers& r) {
+            const int lane = thread % kLanes, own = thread % 32 / kLanes, warp = thread / 32;
+            SSM_UNROLL
+            for (int i = 0; i < kKept; ++i) {
+                const int pair = own * kKept + i;  // (step, state of the lane)
+                block.write(sums + warp * kSums + pair / kScanStates * kSlab + lane * kScanStates +
+                                pair % kScanStates,
+                            r.products[i]);
+            }
         });
     }
-};
 
-/// Cuts the working memory into pieces; with null for memory it only counts.
-template <class Real>
-struct Workspace {
-    Real* memory;
-    std::int64_t used = 0;
-
-    Real* take(bool wanted, std::int64_t elements) {
-        if (!wanted) return nullptr;
-        const std::int64_t place = used;
-        used += (elements + 3) / 4 * 4;
-        return memory == nullptr ? nullptr : memory + place;
-    }
-    void lay_out(const ScanInputs& in, bool with_D, bool with_bias, ScanGradients<Real>& out) {
-        const std::int64_t channels = in.batch * in.segments * in.dim;
-        const std::int64_t streams = in.batch * in.blocks_along * in.seqlen * in.dstate;
-        const std::int64_t slab = kMostLanes * kScanStates;
-        const std::int64_t slabs = (in.dstate + slab - 1) / slab;
-        out.dA = take(true, channels * in.dstate);
-        out.dB = take(in.constant_B, channels * in.dstate);
-        out.dC = take(in.constant_C, channels * in.dstate);
-        out.dD = take(with_D, channels);
-        out.dbias = take(with_bias, channels);
-        out.all_dB = take(!in.constant_B, streams);
-        out.all_dC = take(!in.constant_C, streams);
-        out.waiting = take(slabs > 1, scan_parts(in) * slabs * kScanWaiting * kScanThreads);
+    /// Sums over the warps, into the place of this block along the channels.
+    template <class Block>
+    SSM_DEVICE void sum_over_warps(Block& block, const ScanPart& part, int thread, int slab,
+                                   std::int64_t first_step, int sums, Real* to) const {
+        const std::int64_t own = part.first_channel / in.group_dim * in.group_tiles +
+                                 part.first_channel % in.group_dim / Base::kChannels;
+        for (int place = thread; place < kSums; place += kThreads) {
+            const std::int64_t step = first_step + place / kSlab;
+            const std::int64_t state = std::int64_t{slab} * kSlab + place % kSlab;
+            if (step >= part.end || state >= in.dstate) continue;
+            Real sum = 0;
+            SSM_UNROLL
+            for (int warp = 0; warp < kWarps; ++warp)
+                sum += block.read(sums + warp * kSums + place);
+            to[((part.row * in.blocks_along + own) * in.seqlen + step) * in.dstate + state] = sum;
+        }
     }
 };
-
-template <class Real>
-std::int64_t workspace_bytes(const ScanInputs& in) {
-    Workspace<Real> workspace{nullptr, SegmentEnds<Real>::size(in)};
-    ScanGradients<Real> unused{};
-    workspace.lay_out(in, static_cast<bool>(in.D), static_cast<bool>(in.dt_bias), unused);
-    return workspace.used * static_cast<std::int64_t>(sizeof(Real));
-}
-
-template <class Real>
-void sum_parts(const ScanInputs& in, const Real* from, const TensorView& to, std::int64_t dstate,
-               const Device& device, const Exec& exec) {
-    if (from == nullptr) return;
-    const SumParts<Real> kernel{from, plane<2>(to), in.batch * in.segments, in.dim, dstate};
-    launch<Real>(kScanOp, kernel, (in.dim * dstate + kScanThreads - 1) / kScanThreads, device,
-                 exec);
-}
-
-template <class Real>
-void sum_blocks(const ScanInputs& in, const Real* from, const TensorView& to, const Device& device,
-                const Exec& exec) {
-    if (from == nullptr) return;
-    const std::int64_t groups = to.shape[1];
-    const SumBlocks<Real> kernel{from,
-                                 plane<4>(to),
-                                 groups,
-                                 in.blocks_along / groups,
-                                 in.seqlen,
-                                 in.dstate,
-                                 in.batch * groups * in.seqlen * in.dstate};
-    launch<Real>(kScanOp, kernel, (kernel.elements + kScanThreads - 1) / kScanThreads, device,
-                 exec);
-}
 
 }  // namespace ssm::cuda
