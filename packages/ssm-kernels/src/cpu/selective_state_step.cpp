@@ -12,7 +12,7 @@ namespace ssm::cpu::SSM_ISA {
 
 namespace {
 
-constexpr std::int64_t kMostChannels = 128;      // of one task
+constexpr std::int64_t kMostChannels = 256;      // of one task
 constexpr std::int64_t kTaskStates = 8192;       // state elements of one task, as far as possible
 constexpr std::int64_t kSerialStates = 65536;    // below, waking a thread costs more than it gains
 constexpr std::int64_t kCachedStates = 1 << 22;  // up to here caches hold the states
@@ -44,9 +44,9 @@ struct StepShape {
     std::int64_t states() const { return batch * tokens * heads * headdim * dstate; }
 };
 
-/// A square of channels at one token. Rows of h and A are whole vectors long.
+/// Some channels at one token. Rows of h and A are whole vectors long.
 template <class T>
-struct Square {
+struct Channels {
     T* h;
     std::int64_t h_pitch;
     const T* A;
@@ -55,49 +55,63 @@ struct Square {
     const T* drive;  // per channel: dt x
     const T* B;
     const T* C;
+    T* y;
 };
 
-/// Advances states n .. of kCount channels from `first` on, and adds C h to the sums of each. All
-/// of them take each step of the exponential together: one after the other they would wait for it.
+/// Advances a vector of the states of kCount channels, of which these are the rows of h and A, and
+/// adds C h to the sums of each. All of them take each step of the exponential together: one after
+/// the other they would wait for it.
 template <class T, bool kTied, int kCount>
-SSM_INLINE void advance_states(const Square<T>& at, int first, std::int64_t n, Vec<T>* sums) {
-    const Vec<T> b = load<T>(at.B + n), c = load<T>(at.C + n);
+SSM_INLINE void advance_states(const Channels<T>& at, std::int64_t first, std::int64_t state,
+                               Vec<T> b, Vec<T> c, Vec<T>* sums) {
+    T* const h = at.h + first * at.h_pitch + state;
+    const T* const A = at.A + first * at.A_pitch + state;
     Vec<T> decay[kCount];
 #pragma GCC unroll 4
     for (int i = 0; i < kCount; ++i) {
         decay[i] = broadcast(at.rate[first + i]);
-        if constexpr (!kTied) decay[i] *= load<T>(at.A + (first + i) * at.A_pitch + n);
+        if constexpr (!kTied) decay[i] *= load<T>(A + i * at.A_pitch);
     }
     if constexpr (!kTied) exp2<kCount>(decay);
 #pragma GCC unroll 4
     for (int i = 0; i < kCount; ++i) {
-        T* const h = at.h + (first + i) * at.h_pitch + n;
-        const Vec<T> next = decay[i] * load<T>(h) + broadcast(at.drive[first + i]) * b;
-        store<T>(h, next);
+        const Vec<T> next =
+            decay[i] * load<T>(h + i * at.h_pitch) + broadcast(at.drive[first + i]) * b;
+        store<T>(h + i * at.h_pitch, next);
         sums[i] += c * next;
     }
 }
 
-/// h = decay h + drive B for a square of channels; returns sum_n C h of each. Walks kGroup channels
-/// together.
-template <class T, bool kTied, int kGroup>
-SSM_INLINE Vec<T> advance_square(const Square<T>& at, std::int64_t dstate) {
+/// h = decay h + drive B and y = sum_n C h for whole vectors of channels. Walks kGroup channels
+/// together; kSingle: a channel has one vector of states.
+template <class T, bool kTied, int kGroup, bool kSingle>
+void advance(const Channels<T>& given, std::int64_t width, std::int64_t dstate) {
     constexpr int n = kLanes<T>, group = n < kGroup ? n : kGroup;
-    Vec<T> sums[n] = {};
+    const Channels<T> at = given;
+    const Vec<T> b = load<T>(at.B), c = load<T>(at.C);
+    for (std::int64_t i = 0; i < width; i += n) {
+        Vec<T> sums[n] = {};
 #pragma GCC unroll 16
-    for (int first = 0; first < n; first += group)
-        for (std::int64_t j = 0; j < dstate; j += n)
-            advance_states<T, kTied, group>(at, first, j, sums + first);
-    return sum_lanes<T>(sums);
+        for (int first = 0; first < n; first += group) {
+            if constexpr (kSingle)
+                advance_states<T, kTied, group>(at, i + first, 0, b, c, sums + first);
+            else
+                for (std::int64_t j = 0; j < dstate; j += n)
+                    advance_states<T, kTied, group>(at, i + first, j, load<T>(at.B + j),
+                                                    load<T>(at.C + j), sums + first);
+        }
+        store<T>(at.y + i, sum_lanes<T>(sums));
+    }
 }
 
 template <class T, bool kTied>
-SSM_INLINE Vec<T> advance_square(const Square<T>& at, const StepShape<T>& shape) {
-    // One vector of states per channel is common, and unrolled.
-    if (shape.padded_dstate == kLanes<T>) return advance_square<T, kTied, 4>(at, kLanes<T>);
-    // From memory, states are fetched ahead best in the order in which they lie there.
-    if (shape.in_memory) return advance_square<T, kTied, 1>(at, shape.padded_dstate);
-    return advance_square<T, kTied, 4>(at, shape.padded_dstate);
+void advance(const Channels<T>& at, std::int64_t width, const StepShape<T>& shape) {
+    if (shape.padded_dstate == kLanes<T>)
+        advance<T, kTied, 4, true>(at, width, kLanes<T>);
+    else if (shape.in_memory)  // fetched ahead best in the order in which states lie there
+        advance<T, kTied, 1, false>(at, width, shape.padded_dstate);
+    else
+        advance<T, kTied, 4, false>(at, width, shape.padded_dstate);
 }
 
 template <class T>
@@ -306,17 +320,13 @@ void step_block(const StepBlock<T>& block, std::int64_t state_row) {
                                     block.head * args.y.stride[2] +
                                     block.channel * args.y.stride[3];
         T* const y = y_in_place ? static_cast<T*>(args.y.data) + y_base : tile.y;
+        const Channels<T> at{h, h_pitch, A, A_pitch, tile.rate, tile.drive, B, C, y};
+        if (shape.tied)
+            advance<T, true>(at, block.width, shape);
+        else
+            advance<T, false>(at, block.width, shape);
         for (std::int64_t i = 0; i < block.width; i += n) {
-            const Square<T> square{h + i * h_pitch,
-                                   h_pitch,
-                                   A + i * A_pitch,
-                                   A_pitch,
-                                   tile.rate + i,
-                                   tile.drive + i,
-                                   B,
-                                   C};
-            Vec<T> sum = shape.tied ? advance_square<T, true>(square, shape)
-                                    : advance_square<T, false>(square, shape);
+            Vec<T> sum = load<T>(y + i);
             if (skip != nullptr) sum += load<T>(skip + i) * load<T>(x + i);
             if (is_gated) sum *= load<T>(tile.z + i);
             store<T>(y + i, sum);

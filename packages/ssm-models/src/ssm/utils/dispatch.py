@@ -44,6 +44,8 @@ OPERATORS = COMPILED
 # The extension module that holds the kernels of a device type.
 _KERNELS = {"cpu": "ssm_kernels", "cuda": "ssm_kernels._cuda"}
 
+# Looked up once: they are part of every call.
+_is_compiling = torch.compiler.is_compiling
 _transform_level = torch._C._functorch.maybe_current_level
 _GRAD = torch._C._functorch.TransformType.Grad
 
@@ -181,7 +183,7 @@ def implementation(op: str, tensor: torch.Tensor) -> Callable:
         device_type = "cpu" if tensor.is_cpu else tensor.device.type
     if device_type == "cuda" and _is_too_wide(tensor):
         return _reference(op)
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         return getattr(_choices, _resolve(op, device_type))
     if _forced.get() is None and not _is_derivative():
         function = _table.get(f"{op}:{device_type}")

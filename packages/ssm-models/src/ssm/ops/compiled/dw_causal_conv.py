@@ -7,9 +7,11 @@ from ssm.ops.compiled.library import (
     define,
     differentiate,
     is_eager,
+    num_threads,
     refuse_as,
     refuse_second_gradient,
-    settings,
+    stream,
+    workspace,
 )
 from ssm.ops.python import check
 
@@ -47,7 +49,8 @@ def _forward(*args):
         final_state=final_state if with_state else None,
         silu=silu,
         state_per_sequence=per_sequence,
-        **settings(inputs[0]),
+        num_threads=num_threads(),
+        stream=stream(inputs[0]),
     )
     return y, final_state
 
@@ -78,7 +81,9 @@ def _backward_kernel(*args):
         dinitial_state=dinitial_state,
         silu=silu,
         state_per_sequence=per_sequence,
-        **settings(inputs[0], dw_causal_conv_bwd_workspace, *inputs[:2], dy, dx),
+        num_threads=num_threads(),
+        stream=stream(inputs[0]),
+        workspace=workspace(inputs[0], dw_causal_conv_bwd_workspace, *inputs[:2], dy, dx),
     )
     return gradients
 

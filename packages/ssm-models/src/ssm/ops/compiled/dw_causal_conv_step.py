@@ -4,7 +4,7 @@ import torch
 from ssm_kernels import dw_causal_conv_step_fwd
 
 from ssm.ops.compiled.dw_causal_conv import is_silu
-from ssm.ops.compiled.library import define, is_eager, may_update, refuse_as, settings
+from ssm.ops.compiled.library import define, is_eager, may_update, num_threads, refuse_as, stream
 from ssm.ops.python import check, reference
 
 
@@ -19,7 +19,8 @@ def _forward(x, conv_state, weight, bias, cache_seqlens, state_indices, silu):
         state_indices,
         y=y,
         silu=silu,
-        **settings(x),
+        num_threads=num_threads(),
+        stream=stream(x),
     )
     # The kernel wrote behind torch's back; a graph that saved the state must notice.
     torch.autograd.graph.increment_version(conv_state)
@@ -43,10 +44,10 @@ def dw_causal_conv_step(
     x, conv_state, weight, bias=None, activation="silu", *, cache_seqlens=None, state_indices=None
 ):
     """Run the step on compiled kernels; contract: ``ssm.ops.python.reference``."""
-    inputs = (x, conv_state, weight, bias)
     silu = is_silu("dw_causal_conv_step", activation)
-    if is_eager(*inputs, cache_seqlens, state_indices):
-        return _forward(*inputs, cache_seqlens, state_indices, silu)
+    if is_eager(x, conv_state, weight, bias, cache_seqlens, state_indices):
+        return _forward(x, conv_state, weight, bias, cache_seqlens, state_indices, silu)
+    inputs = (x, conv_state, weight, bias)
     if not may_update(conv_state, x, weight, bias):
         # A step has no backward of its own; decoding runs without gradients.
         return reference.dw_causal_conv_step(

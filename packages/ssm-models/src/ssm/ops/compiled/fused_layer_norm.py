@@ -13,10 +13,12 @@ from ssm.ops.compiled.library import (
     define,
     differentiate,
     is_eager,
+    num_threads,
     refuse_as,
     refuse_second_gradient,
-    settings,
+    stream,
     wants_gradient,
+    workspace,
 )
 from ssm.ops.python import check
 from ssm.ops.python.arithmetic import acc_dtype
@@ -47,7 +49,8 @@ def _launch(x, weight, bias, residual, is_rms, eps, y, s, mean=None, rstd=None):
         rstd=rstd,
         is_rms=is_rms,
         eps=eps,
-        **settings(x),
+        num_threads=num_threads(),
+        stream=stream(x),
     )
 
 
@@ -102,7 +105,9 @@ def _backward_kernel(
         dweight=dweight,
         dbias=None if bias_dtype is None else dbias,
         is_rms=is_rms,
-        **settings(s, fused_layer_norm_bwd_workspace, s),
+        num_threads=num_threads(),
+        stream=stream(s),
+        workspace=workspace(s, fused_layer_norm_bwd_workspace, s),
     )
     return gradients
 

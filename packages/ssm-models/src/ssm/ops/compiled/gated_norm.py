@@ -12,10 +12,12 @@ from ssm.ops.compiled.library import (
     define,
     differentiate,
     is_eager,
+    num_threads,
     refuse_as,
     refuse_second_gradient,
-    settings,
+    stream,
     wants_gradient,
+    workspace,
 )
 from ssm.ops.python import check
 from ssm.ops.python.arithmetic import acc_dtype
@@ -48,7 +50,8 @@ def _launch(x, weight, bias, z, is_rms, eps, group_size, norm_before_gate, y, me
         eps=eps,
         group_size=group_size,
         norm_before_gate=norm_before_gate,
-        **settings(x),
+        num_threads=num_threads(),
+        stream=stream(x),
     )
 
 
@@ -102,7 +105,9 @@ def _backward_kernel(x, weight, bias, z, mean, rstd, dy, is_rms, group_size, nor
         is_rms=is_rms,
         group_size=group_size,
         norm_before_gate=norm_before_gate,
-        **settings(x, gated_norm_bwd_workspace, x, group_size),
+        num_threads=num_threads(),
+        stream=stream(x),
+        workspace=workspace(x, gated_norm_bwd_workspace, x, group_size),
     )
     return gradients
 

@@ -18,8 +18,8 @@ _transform_level = torch._C._functorch.maybe_current_level
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _unwrapped = torch._C._functorch.get_unwrapped
 _is_grad_enabled = torch.is_grad_enabled
-_num_threads = torch.get_num_threads
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
+num_threads = torch.get_num_threads
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def is_eager(*tensors: torch.Tensor | None) -> bool:
@@ -49,15 +49,17 @@ def is_eager(*tensors: torch.Tensor | None) -> bool:
         if len({getattr(t, "device", None) for t in tensors if t is not None}) > 1:
             raise ValueError("tensors must be on one device, got several")
         return False
-    if not _PLAIN.issuperset(map(type, tensors)):
-        # A subclass has rules of its own. Kernels would take the arrays of other libraries.
-        if not all(t is None or isinstance(t, torch.Tensor) for t in tensors):
+    eager = True
+    for t in tensors:  # a generator here costs as much as a small kernel
+        if t is None:
+            continue
+        if type(t) in _PLAIN:
+            eager = eager and not t.is_neg()
+        elif isinstance(t, torch.Tensor):  # a subclass has rules of its own
+            eager = False
+        else:  # kernels would take the arrays of other libraries
             raise TypeError("tensors must be torch.Tensor, got something else")
-        return False
-    for t in tensors:  # noqa: SIM110 - a generator here costs as much as a small kernel
-        if t is not None and t.is_neg():
-            return False
-    return True
+    return eager
 
 
 def wants_gradient(*tensors: torch.Tensor | None) -> bool:
@@ -125,11 +127,11 @@ def refuse_as(check: Callable) -> Callable:
 
         @functools.wraps(function)
         def served(*args, **kwargs):
-            if _is_compiling():
-                return function(*args, **kwargs)
             try:
                 return function(*args, **kwargs)
             except Exception:
+                if _is_compiling():
+                    raise
                 given = signature.bind(*args, **kwargs)
                 given.apply_defaults()
                 try:
@@ -143,27 +145,29 @@ def refuse_as(check: Callable) -> Callable:
     return decorate
 
 
-def settings(tensor: torch.Tensor, workspace: Callable | None = None, *inputs) -> dict:
-    """Return how a kernel runs on the device of a tensor, as keyword arguments.
+def stream(tensor: torch.Tensor) -> int:
+    """Return the handle of torch's current stream where a tensor is; 0 on the CPU.
+
+    Source:
+        This project's design: kernels are given their stream.
+    """
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+
+
+def workspace(tensor: torch.Tensor, size: Callable, *inputs) -> torch.Tensor | None:
+    """Return the working memory of a kernel; None where it needs none, as on the CPU.
 
     Args:
         tensor: the main input.
-        workspace: the function that says how many bytes of working memory the kernel needs on a
-            GPU, from ``inputs``; None: it needs none.
-        inputs: what ``workspace`` takes.
-
-    Returns:
-        On the CPU torch's number of threads; on a GPU torch's current stream and the memory.
+        size: says how many bytes the kernel needs on a GPU, from ``inputs``.
+        inputs: what ``size`` takes.
 
     Source:
-        This project's design: kernels allocate nothing and are given their stream.
+        This project's design: kernels allocate nothing.
     """
-    if not tensor.is_cuda:
-        return {"num_threads": _num_threads()}
-    found = {"stream": torch.cuda.current_stream(tensor.device).cuda_stream}
-    if workspace is not None and (size := workspace(*inputs)):
-        found["workspace"] = tensor.new_empty(size, dtype=torch.uint8)
-    return found
+    if tensor.is_cuda and (count := size(*inputs)):
+        return tensor.new_empty(count, dtype=torch.uint8)
+    return None
 
 
 def flat_size(shape: tuple[int, ...]) -> int:

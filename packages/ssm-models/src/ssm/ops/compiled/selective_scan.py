@@ -13,11 +13,13 @@ from ssm.ops.compiled.library import (
     differentiate,
     flat_size,
     is_eager,
+    num_threads,
     refuse_as,
     refuse_second_gradient,
-    settings,
+    stream,
     unflatten,
     wants_gradient,
+    workspace,
 )
 from ssm.ops.python import check
 from ssm.ops.python.arithmetic import acc_dtype
@@ -29,8 +31,8 @@ _INPUTS = (
 )
 
 
-def _settings(workspace, u, _, A, B, C, D, z, dt_bias, *rest):
-    return settings(u, workspace, u, A, B, C, D, dt_bias)
+def _workspace(size, u, _, A, B, C, D, z, dt_bias, *rest):
+    return workspace(u, size, u, A, B, C, D, dt_bias)
 
 
 def _checkpoint_shape(u, A):
@@ -63,7 +65,9 @@ def _forward(*args):
         checkpoints=_unflattened(checkpoints, *inputs) if save else None,
         softplus=softplus,
         state_per_sequence=per_sequence,
-        **_settings(selective_scan_fwd_workspace, *inputs),
+        num_threads=num_threads(),
+        stream=stream(inputs[0]),
+        workspace=_workspace(selective_scan_fwd_workspace, *inputs),
     )
     return y, last_state, checkpoints
 
@@ -100,7 +104,9 @@ def _backward_kernel(*args):
         dinitial_state=dinitial_state,
         softplus=softplus,
         state_per_sequence=per_sequence,
-        **_settings(selective_scan_bwd_workspace, *inputs),
+        num_threads=num_threads(),
+        stream=stream(inputs[0]),
+        workspace=_workspace(selective_scan_bwd_workspace, *inputs),
     )
     return gradients
 

@@ -7,7 +7,7 @@ gradients, and what asks for them anyway gets the right ones, slowly.
 import torch
 from ssm_kernels import selective_state_step_fwd
 
-from ssm.ops.compiled.library import define, is_eager, may_update, refuse_as, settings
+from ssm.ops.compiled.library import define, is_eager, may_update, num_threads, refuse_as, stream
 from ssm.ops.python import check, reference
 
 
@@ -26,7 +26,8 @@ def _step(state, x, dt, A, B, C, D, z, dt_bias, state_indices, softplus):
         state_indices,
         y=y,
         softplus=softplus,
-        **settings(x),
+        num_threads=num_threads(),
+        stream=stream(x),
     )
     # The kernel wrote behind torch's back; a graph that saved the state must notice.
     torch.autograd.graph.increment_version(state)
@@ -53,9 +54,9 @@ def selective_state_step(
 
     With a gradient to compute, the reference serves instead.
     """
+    if is_eager(state, x, dt, A, B, C, D, z, dt_bias, state_indices):
+        return _step(state, x, dt, A, B, C, D, z, dt_bias, state_indices, bool(softplus))
     inputs = (state, x, dt, A, B, C, D, z, dt_bias)
-    if is_eager(*inputs, state_indices):
-        return _step(*inputs, state_indices, bool(softplus))
     if not may_update(*inputs):
         return reference.selective_state_step(*inputs, softplus, state_indices=state_indices)
     return _op(*inputs, state_indices, bool(softplus))

@@ -13,11 +13,13 @@ from ssm.ops.compiled.library import (
     differentiate,
     flat_size,
     is_eager,
+    num_threads,
     refuse_as,
     refuse_second_gradient,
-    settings,
+    stream,
     unflatten,
     wants_gradient,
+    workspace,
 )
 from ssm.ops.python import check, reference
 from ssm.ops.python.arithmetic import acc_dtype
@@ -80,12 +82,10 @@ def _forward(*args):
         dt_high=dt_high,
         softplus=softplus,
         state_per_sequence=per_sequence,
-        **settings(
-            inputs[0],
-            ssd_chunk_scan_fwd_workspace,
-            inputs[0],
-            inputs[3],
-            inputs[4],
+        num_threads=num_threads(),
+        stream=stream(inputs[0]),
+        workspace=workspace(
+            inputs[0], ssd_chunk_scan_fwd_workspace, inputs[0], inputs[3], inputs[4]
         ),
     )
     return y, final_states, checkpoints
@@ -124,7 +124,9 @@ def _backward_kernel(*args):
         dt_high=dt_high,
         softplus=softplus,
         state_per_sequence=per_sequence,
-        **settings(X, ssd_chunk_scan_bwd_workspace, X, B, C, D, dt_bias, seq_idx),
+        num_threads=num_threads(),
+        stream=stream(X),
+        workspace=workspace(X, ssd_chunk_scan_bwd_workspace, X, B, C, D, dt_bias, seq_idx),
     )
     return gradients
 

@@ -27,9 +27,11 @@ from ssm.ops.compiled.library import (
     define,
     differentiate,
     is_eager,
+    num_threads,
     refuse_as,
     refuse_second_gradient,
-    settings,
+    stream,
+    workspace,
 )
 from ssm.ops.python import check
 from ssm.ops.python.arithmetic import acc_dtype
@@ -71,7 +73,8 @@ def _cumsum(dt, A, dt_bias, seq_idx, chunk_size, softplus, low, high):
         dA_cumsum=decay,
         softplus=softplus,
         dt_limit=(low, high),
-        **settings(dt),
+        num_threads=num_threads(),
+        stream=stream(dt),
     )
     return step, decay
 
@@ -95,7 +98,9 @@ def _cumsum_bwd(dt, A, dt_bias, seq_idx, ddt_out, ddA_cumsum, softplus, low, hig
         ddt_bias=ddt_bias,
         softplus=softplus,
         dt_limit=(low, high),
-        **settings(dt, ssd_chunk_cumsum_bwd_workspace, dt, ddt_out, ddA_cumsum),
+        num_threads=num_threads(),
+        stream=stream(dt),
+        workspace=workspace(dt, ssd_chunk_cumsum_bwd_workspace, dt, ddt_out, ddA_cumsum),
     )
     return gradients
 
@@ -167,7 +172,9 @@ def _state_fake(x, B, dt, dA_cumsum, seq_idx):
 
 def _state(x, B, dt, dA_cumsum, seq_idx):
     states = _state_fake(x, B, dt, dA_cumsum, seq_idx)
-    ssd_chunk_state_fwd(x, B, dt, dA_cumsum, seq_idx, states=states, **settings(x))
+    ssd_chunk_state_fwd(
+        x, B, dt, dA_cumsum, seq_idx, states=states, num_threads=num_threads(), stream=stream(x)
+    )
     return states
 
 
@@ -189,7 +196,8 @@ def _state_bwd(x, B, dt, dA_cumsum, seq_idx, dstates):
         dB=dB,
         ddt=ddt,
         ddA_cumsum=ddA_cumsum,
-        **settings(x),
+        num_threads=num_threads(),
+        stream=stream(x),
     )
     return gradients
 
@@ -245,7 +253,8 @@ def _passing(states, dA_cumsum, initial_states, seq_idx):
         seq_idx,
         states_in=states_in,
         final_states=final_states,
-        **settings(states),
+        num_threads=num_threads(),
+        stream=stream(states),
     )
     return states_in, final_states
 
@@ -271,7 +280,9 @@ def _passing_bwd(states_in, dA_cumsum, seq_idx, dstates_in, dfinal_states):
         dstates=dstates,
         ddA_cumsum=ddA_cumsum,
         dinitial_states=dinitial_states,
-        **settings(states_in, ssd_state_passing_bwd_workspace, states_in, dA_cumsum),
+        num_threads=num_threads(),
+        stream=stream(states_in),
+        workspace=workspace(states_in, ssd_state_passing_bwd_workspace, states_in, dA_cumsum),
     )
     return gradients
 
@@ -332,7 +343,7 @@ def _bmm_fake(C, B, chunk_size):
 
 def _bmm(C, B, chunk_size):
     products = _bmm_fake(C, B, chunk_size)
-    ssd_bmm_chunk_fwd(C, B, CB=products, **settings(C))
+    ssd_bmm_chunk_fwd(C, B, CB=products, num_threads=num_threads(), stream=stream(C))
     return products
 
 
@@ -342,7 +353,7 @@ def _bmm_bwd_fake(C, B, dCB):
 
 def _bmm_bwd(C, B, dCB):
     dC, dB = _like(C, C, B)
-    ssd_bmm_chunk_bwd(C, B, dCB=dCB, dC=dC, dB=dB, **settings(C))
+    ssd_bmm_chunk_bwd(C, B, dCB=dCB, dC=dC, dB=dB, num_threads=num_threads(), stream=stream(C))
     return dC, dB
 
 
@@ -384,7 +395,20 @@ def _output_fake(CB, x, dt, dA_cumsum, C, states_in, D, z, seq_idx):
 
 def _output(CB, x, dt, dA_cumsum, C, states_in, D, z, seq_idx):
     y = torch.empty_like(x)
-    ssd_chunk_output_fwd(CB, x, dt, dA_cumsum, C, states_in, D, z, seq_idx, y=y, **settings(x))
+    ssd_chunk_output_fwd(
+        CB,
+        x,
+        dt,
+        dA_cumsum,
+        C,
+        states_in,
+        D,
+        z,
+        seq_idx,
+        y=y,
+        num_threads=num_threads(),
+        stream=stream(x),
+    )
     return y
 
 
@@ -409,7 +433,9 @@ def _output_bwd(*inputs):
         dstates_in=dstates_in,
         dD=dD,
         dz=dz,
-        **settings(x, ssd_chunk_output_bwd_workspace, CB, x, dt, C, D, z),
+        num_threads=num_threads(),
+        stream=stream(x),
+        workspace=workspace(x, ssd_chunk_output_bwd_workspace, CB, x, dt, C, D, z),
     )
     return gradients
 

@@ -10,9 +10,10 @@ from ssm.ops.compiled.library import (
     define,
     differentiate,
     is_eager,
+    num_threads,
     refuse_as,
     refuse_second_gradient,
-    settings,
+    stream,
 )
 from ssm.ops.python import check
 
@@ -28,7 +29,7 @@ def _allocate(gate, up=None):
 
 def _forward(gate, up):
     y = _allocate(gate, up)
-    swiglu_fwd(gate, up, y=y, **settings(gate))
+    swiglu_fwd(gate, up, y=y, num_threads=num_threads(), stream=stream(gate))
     return y
 
 
@@ -45,7 +46,8 @@ def _backward_kernel(gate, up, dy):
         dy=dy,
         dgate=dgate,
         dup=None if up is None else dup,
-        **settings(gate),
+        num_threads=num_threads(),
+        stream=stream(gate),
     )
     return dgate, dup
 
