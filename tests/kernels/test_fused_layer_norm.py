@@ -77,10 +77,10 @@ def backward(arguments: dict, saved: dict, dy, ds, num_threads: int = 0) -> dict
 
 def judge_gradients(arguments: dict, dy, ds) -> dict:
     """Differentiate the norm by hand: docs/ops/fused_layer_norm.md#backward."""
-    s = np.float64(arguments["x"])
+    s = np.asarray(arguments["x"], np.float64)
     if arguments.get("residual") is not None:
         s = s + arguments["residual"]
-    dy, weight = np.float64(dy), np.float64(arguments["weight"])
+    dy, weight = (np.asarray(a, np.float64) for a in (dy, arguments["weight"]))
     rows = tuple(range(s.ndim - 1))
     if s.shape[-1] == 0:
         return {"dx": s, "dresidual": s, "dweight": weight, "dbias": weight}
@@ -90,7 +90,7 @@ def judge_gradients(arguments: dict, dy, ds) -> dict:
     d = g - xhat * (g * xhat).mean(-1, keepdims=True)
     if not arguments["is_rms"]:
         d = d - g.mean(-1, keepdims=True)
-    d = d * rstd + (0 if ds is None else np.float64(ds))
+    d = d * rstd + (0 if ds is None else np.asarray(ds, np.float64))
     return {
         "dx": d,
         "dresidual": d,

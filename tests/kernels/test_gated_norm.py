@@ -65,12 +65,12 @@ def backward(arguments: dict, saved: dict, dy, num_threads: int = 0) -> dict:
 
 def judge_gradients(arguments: dict, dy) -> dict:
     """Differentiate by hand: docs/ops/gated_norm.md#backward."""
-    x, weight, dy = (np.float64(a) for a in (arguments["x"], arguments["weight"], dy))
+    x, weight, dy = (np.asarray(a, np.float64) for a in (arguments["x"], arguments["weight"], dy))
     size = arguments.get("group_size") or x.shape[-1]
     norm_first, z = arguments.get("norm_before_gate", True), arguments.get("z")
     gate = slope = 1.0
     if z is not None:
-        z = np.float64(z)
+        z = np.asarray(z, np.float64)
         sigmoid = 1 / (1 + np.exp(-z))
         gate, slope = z * sigmoid, sigmoid * (1 + z * (1 - sigmoid))
 
@@ -91,7 +91,7 @@ def judge_gradients(arguments: dict, dy) -> dict:
     g = inner * weight
     ds = rstd * (g - (0 if is_rms else means(g)) - xhat * means(g * xhat))
     rows = tuple(range(x.ndim - 1))
-    scaled = xhat * weight + np.float64(arguments.get("bias", 0.0))
+    scaled = xhat * weight + np.asarray(arguments.get("bias", 0.0), np.float64)
     found = {
         "dx": ds if norm_first else ds * gate,
         "dz": dy * scaled * slope if norm_first else ds * x * slope,

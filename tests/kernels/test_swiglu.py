@@ -31,7 +31,7 @@ def halves(arguments: dict) -> tuple[np.ndarray, np.ndarray]:
     gate, up = arguments["gate"], arguments.get("up")
     if up is None:
         gate, up = np.split(gate, 2, axis=-1)
-    return np.float64(gate), np.float64(up)
+    return np.asarray(gate, np.float64), np.asarray(up, np.float64)
 
 
 def forward(arguments: dict, num_threads: int = 0) -> np.ndarray:
@@ -51,7 +51,7 @@ def backward(arguments: dict, dy, num_threads: int = 0) -> dict:
 
 def judge_gradients(arguments: dict, dy) -> dict:
     """Differentiate by hand: docs/ops/swiglu.md#backward."""
-    (gate, up), dy = halves(arguments), np.float64(dy)
+    (gate, up), dy = halves(arguments), np.asarray(dy, np.float64)
     sigmoid = 1 / (1 + np.exp(-gate))
     dgate, dup = dy * up * sigmoid * (1 + gate * (1 - sigmoid)), dy * gate * sigmoid
     if arguments.get("up") is None:
@@ -103,7 +103,8 @@ def test_error_grows_with_the_gate_only():
     """In units in the last place: 4, and a quarter more per unit of |gate|."""
     gate = np.linspace(-80, 80, 200001).astype(np.float32)
     got = forward({"gate": gate, "up": np.ones_like(gate)})
-    want = np.float64(gate) / (1 + np.exp(-np.float64(gate)))
+    exact = np.asarray(gate, np.float64)
+    want = exact / (1 + np.exp(-exact))
     error = np.abs(got - want) / np.spacing(np.abs(want).astype(np.float32))
     assert (error <= 4 + np.abs(gate) / 4).all(), error.max()
 
