@@ -3,6 +3,8 @@
 Judge: the same call with one thread, one row, the whole text, or without the compiler.
 """
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -242,6 +244,21 @@ def test_exports_with_any_length(subject):
         for length in (7, 3, 11):
             x = subject.inputs(2, length, length, torch.float32).detach()
             torch.testing.assert_close(program(x), subject.call(module, x))
+    constants = [a for node in program.graph.nodes for a in node.args if isinstance(a, float)]
+    # torch's ahead-of-time compiler writes others as what its loader cannot read.
+    assert all(map(math.isfinite, constants))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@subjects
+def test_traces(subject):
+    """torch.jit.trace of an inference, its own check included."""
+    needs_kernel(subject)
+    module, x = subject.make(torch.float32), subject.inputs(2, 7, dtype=torch.float32).detach()
+    with torch.no_grad():
+        traced = torch.jit.trace(Called(subject, module), (x,))
+        x = subject.inputs(2, 7, 1, torch.float32).detach()
+        torch.testing.assert_close(traced(x), subject.call(module, x))
 
 
 @pytest.mark.parametrize("sample", [7, 200])

@@ -145,7 +145,7 @@ def attend(
         attn_mask=mask,
         is_causal=causal,
         scale=scale,
-        enable_gqa=groups != nheads,
+        enable_gqa=bool(groups != nheads),  # torch.jit.trace has tensors for sizes
     )
     return y.transpose(1, 2)
 

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import math
+import sys
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,7 @@ _LIBRARY = torch.library.Library("ssm", "FRAGMENT")
 
 # Looked up once: is_eager is part of every call.
 _is_compiling = torch.compiler.is_compiling
+_is_tracing = torch._C._is_tracing  # by torch.jit.trace
 _dispatch_depth = torch._C._len_torch_dispatch_stack
 _transform_level = torch._C._functorch.maybe_current_level
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
@@ -40,7 +42,7 @@ def is_eager(*tensors: torch.Tensor | None) -> bool:
     Source:
         A step of decoding is shorter than the dispatcher's way through Python.
     """
-    if _is_compiling() or _dispatch_depth() or _transform_level() is not None:
+    if _is_compiling() or _is_tracing() or _dispatch_depth() or _transform_level() is not None:
         return False
     if _forward_ad._current_level >= 0:  # a tensor may carry a tangent
         return False
@@ -188,6 +190,20 @@ def flat_size(shape: tuple[int, ...]) -> int:
 def unflatten(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """Return the view of this shape of a tensor whose length is :func:`flat_size` of it."""
     return tensor[: math.prod(shape)].view(shape)
+
+
+def finite(bound: float) -> float:
+    """Return a bound, or for an infinite one the largest float of its sign.
+
+    Source:
+        torch's ahead-of-time compiler writes an infinite constant as what it cannot read again.
+    """
+    return min(max(bound, -sys.float_info.max), sys.float_info.max)
+
+
+def unbounded(bound: float) -> float:
+    """Return what :func:`finite` was given."""
+    return math.copysign(math.inf, bound) if abs(bound) == sys.float_info.max else bound
 
 
 def define(schema: str, kernel: Callable, fake: Callable) -> Callable:

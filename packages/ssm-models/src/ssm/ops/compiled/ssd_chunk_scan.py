@@ -11,12 +11,14 @@ from ssm_kernels import (
 from ssm.ops.compiled.library import (
     define,
     differentiate,
+    finite,
     flat_size,
     is_eager,
     num_threads,
     refuse_as,
     refuse_second_gradient,
     stream,
+    unbounded,
     unflatten,
     wants_gradient,
     workspace,
@@ -78,8 +80,8 @@ def _forward(*args):
         y=y,
         final_states=final_states,
         checkpoints=_unflattened(checkpoints, *inputs) if save else None,
-        dt_low=dt_low,
-        dt_high=dt_high,
+        dt_low=unbounded(dt_low),
+        dt_high=unbounded(dt_high),
         softplus=softplus,
         state_per_sequence=per_sequence,
         num_threads=num_threads(),
@@ -120,8 +122,8 @@ def _backward_kernel(*args):
         dz=dz,
         ddt_bias=ddt_bias,
         dinitial_states=dinitial_states,
-        dt_low=dt_low,
-        dt_high=dt_high,
+        dt_low=unbounded(dt_low),
+        dt_high=unbounded(dt_high),
         softplus=softplus,
         state_per_sequence=per_sequence,
         num_threads=num_threads(),
@@ -229,7 +231,7 @@ def ssd_chunk_scan(
     # On a GPU the backward finds the states again: it needs none saved.
     save = save and not X.is_cuda
     call = _forward if is_eager(*inputs) else _fwd
-    low, high = float(dt_limit[0]), float(dt_limit[1])
+    low, high = (finite(float(bound)) for bound in dt_limit)
     y, final_states, _ = call(
         *inputs, seq_idx, low, high, bool(softplus), per_sequence, num_states, save
     )

@@ -26,11 +26,13 @@ from ssm_kernels import (
 from ssm.ops.compiled.library import (
     define,
     differentiate,
+    finite,
     is_eager,
     num_threads,
     refuse_as,
     refuse_second_gradient,
     stream,
+    unbounded,
     workspace,
 )
 from ssm.ops.python import check
@@ -72,7 +74,7 @@ def _cumsum(dt, A, dt_bias, seq_idx, chunk_size, softplus, low, high):
         dt_out=step,
         dA_cumsum=decay,
         softplus=softplus,
-        dt_limit=(low, high),
+        dt_limit=(unbounded(low), unbounded(high)),
         num_threads=num_threads(),
         stream=stream(dt),
     )
@@ -97,7 +99,7 @@ def _cumsum_bwd(dt, A, dt_bias, seq_idx, ddt_out, ddA_cumsum, softplus, low, hig
         dA=dA,
         ddt_bias=ddt_bias,
         softplus=softplus,
-        dt_limit=(low, high),
+        dt_limit=(unbounded(low), unbounded(high)),
         num_threads=num_threads(),
         stream=stream(dt),
         workspace=workspace(dt, ssd_chunk_cumsum_bwd_workspace, dt, ddt_out, ddA_cumsum),
@@ -159,7 +161,8 @@ def ssd_chunk_cumsum(
     check.check_chunk_size("ssd_chunk_cumsum", chunk_size)
     check.check_limit("ssd_chunk_cumsum", dt_limit)
     call = _cumsum if is_eager(*inputs, seq_idx) else _cumsum_op
-    return call(dt, A, dt_bias, seq_idx, chunk_size, bool(softplus), *map(float, dt_limit))
+    low, high = (finite(float(bound)) for bound in dt_limit)
+    return call(dt, A, dt_bias, seq_idx, chunk_size, bool(softplus), low, high)
 
 
 # What a chunk adds to the state -------------------------------------------------------------------
