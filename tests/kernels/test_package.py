@@ -241,6 +241,20 @@ def test_wrappers_pass_refusals_on():
         assert str(caught.value) == f"{function.__name__}: {rule}"
 
 
+@pytest.mark.parametrize("raised", [RuntimeError, KeyboardInterrupt, MemoryError])
+def test_says_why_an_array_gives_no_memory(raised):
+    class Silent:
+        def __dlpack__(self, **_):
+            raise raised("busy")
+
+    arguments = scan_arguments()
+    y = np.empty_like(arguments["u"])
+    with pytest.raises(TypeError if raised is RuntimeError else raised, match="busy") as caught:
+        ssm_kernels.selective_scan_fwd(**{**arguments, "u": Silent()}, y=y)
+    if raised is RuntimeError:
+        assert str(caught.value).endswith("got Silent: busy")
+
+
 # Process-wide choices ----------------------------------------------------------------------------
 
 

@@ -139,12 +139,25 @@ Exec settings(const char* op, int num_threads, std::intptr_t stream, const Outpu
     return exec;
 }
 
+/// What an array says when it is asked for its memory; nothing if it gives it, or is no array. A
+/// demand to stop, or the lack of memory, stays what it is.
+static std::string refusal_of(nb::handle object) {
+    if (!nb::hasattr(object, "__dlpack__")) return "";
+    try {
+        object.attr("__dlpack__")();
+    } catch (const nb::python_error& error) {
+        if (!error.matches(PyExc_Exception) || error.matches(PyExc_MemoryError)) throw;
+        return std::string(": ") + nb::str(error.value()).c_str();
+    }
+    return "";
+}
+
 void fail_type(const char* op, const char* name, nb::handle object, bool writable) {
     const nb::gil_scoped_acquire locked;  // settings() is called without
     const std::string type = nb::str(object.type().attr("__name__")).c_str();
     throw nb::type_error((std::string(op) + ": " + name + " must be " +
                           (writable ? "a writable array or tensor" : "an array or tensor") +
-                          " with DLPack and at most 6 axes, got " + type)
+                          " with DLPack and at most 6 axes, got " + type + refusal_of(object))
                              .c_str());
 }
 
