@@ -6,6 +6,7 @@ Judge: each row decoded alone by repeated whole forward passes, and the definiti
 import copy
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -200,6 +201,14 @@ def test_teacher_outputs_are_forced(model):
     assert out.sequences[:, 6:].tolist() == [greedy(model, row, 2)[6:] for row in teacher]
 
 
+def test_repetition_penalty_counts_taught_tokens(model):
+    ids = prompts(2)
+    teacher = torch.cat([ids, prompts(2, 3)], 1)
+    settings = {"max_length": 9, "repetition_penalty": 1e9}
+    got = model.generate(ids, teacher_outputs=teacher, **settings)
+    assert torch.equal(got, model.generate(teacher, **settings))
+
+
 def test_repetition_penalty_counts_prompt_and_new_tokens(model):
     ids = prompts(2)
     out = model.generate(
@@ -300,8 +309,9 @@ def test_do_sample_decides_between_drawing_and_the_best(model):
 
 
 def test_nothing_to_generate(model):
-    ids = prompts()
-    assert torch.equal(model.generate(ids, max_length=4), ids)
+    ids, state = prompts(), model.allocate_state(3)
+    assert torch.equal(model.generate(ids, max_length=4, state=state), ids)
+    assert state.seqlen_offset == 0
     assert model.generate(ids[:0], max_new_tokens=3).shape == (0, 7)
 
 
@@ -393,6 +403,13 @@ def test_every_integer_type_is_taken(model):
         got = model.generate(ids.to(dtype), max_new_tokens=torch.tensor(3))
         assert got.dtype == torch.int64
         assert torch.equal(got, want)
+    settings = {"max_new_tokens": 5, "seed": 0}
+    want = model.generate(ids, top_k=3, eos_token_id=[1, 2], **settings)
+    for kind in (np.int64, np.uint8, torch.tensor):
+        eos = [kind(1), kind(2)]
+        got = model.generate(ids, top_k=kind(3), eos_token_id=eos, **settings)
+        assert torch.equal(got, want)
+    model.generate(ids, max_new_tokens=1, eos_token_id=np.int64(1))
 
 
 @pytest.mark.parametrize(
@@ -400,6 +417,8 @@ def test_every_integer_type_is_taken(model):
     [
         ({"max_new_tokens": 1.5}, "generate: max_new_tokens must be an int, got 1.5"),
         ({"max_new_tokens": True}, "generate: max_new_tokens must be an int, got True"),
+        ({"max_length": 9, "top_k": 5.0}, "generate: top_k must be an int, got 5.0"),
+        ({"max_length": 9, "top_k": None}, "generate: top_k must be an int, got None"),
         ({"max_length": "x"}, "generate: max_length must be an int, got 'x'"),
         ({"max_length": 9, "pad_token_id": "x"}, "generate: pad_token_id must be an int, got 'x'"),
         ({"max_length": 9, "vocab_size": 2.0}, "generate: vocab_size must be an int, got 2.0"),

@@ -47,9 +47,8 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        _check(
-            isinstance(self.top_k, int) and self.top_k >= 0, "top_k", "not be negative", self.top_k
-        )
+        object.__setattr__(self, "top_k", _integer("top_k", self.top_k))
+        _check(self.top_k >= 0, "top_k", "not be negative", self.top_k)
         for name in ("top_p", "min_p", "temperature", "repetition_penalty"):
             check_number("generate", name, getattr(self, name))
         _check(0 <= self.top_p <= 1, "top_p", "lie in [0, 1]", self.top_p)
@@ -80,7 +79,8 @@ def generate(model, input_ids: Tensor, max_length: int | None = None, **kwargs):
         min_p: sample among tokens at least min_p times as likely as the likeliest; 0 is no limit.
         temperature: divides the logits before the three filters; 0 is greedy.
         repetition_penalty: divides positive and multiplies negative logits of tokens that the row
-            already holds (Keskar et al. 2019, arXiv:1909.05858); 1 is off.
+            already holds (Keskar et al. 2019, arXiv:1909.05858): those of input_ids and of the
+            result, not what a state has seen before; 1 is off.
         do_sample: False forces greedy; True demands that top_k is not 1.
         eos_token_id: int or list of int; a row that produced one is finished.
         pad_token_id: what a finished row goes on with; None takes the first eos_token_id.
@@ -107,7 +107,8 @@ def generate(model, input_ids: Tensor, max_length: int | None = None, **kwargs):
         TypeError: an argument that nobody knows, or one of the wrong Python type.
 
     Note:
-        A State that was passed in has seen every token of the result except the last.
+        A State that was passed in has seen every token of the result except the last. A call for
+        no new token leaves it as it was, without the prompt.
     """
     return_dict = kwargs.pop("return_dict_in_generate", False)
     output_scores = kwargs.pop("output_scores", False)
@@ -261,6 +262,8 @@ def _steps(
             _fail("teacher_outputs", f"have shape ({batch}, T)", tuple(teacher_outputs.shape))
         # What lies under the prompt is never read.
         taught = _checked_ids("teacher_outputs", teacher_outputs[:, length:], columns)
+    else:
+        taught = input_ids[:, :0]
     if state is None:
         state = model.allocate_state(batch)
     elif not isinstance(state, State):
@@ -270,9 +273,7 @@ def _steps(
     else:
         _check_room(state, input_ids, attention_mask, steps)
     end = torch.tensor(eos, dtype=torch.int64, device=input_ids.device)
-    pick = _picker(sampling, generator, input_ids, attention_mask, columns)
-    if teacher_outputs is not None:
-        pick = _taught(pick, taught)
+    pick = _picker(sampling, generator, input_ids, attention_mask, columns, taught)
 
     def prefill() -> Tensor:
         output = model(input_ids, state=state, num_last_tokens=1, attention_mask=attention_mask)
@@ -305,30 +306,31 @@ def _loop(prefill, decoder, steps, pick, end, pad_token_id, vocab_size, kept):
 
 
 def _picker(
-    sampling: Sampling, generator, input_ids: Tensor, attention_mask: Tensor | None, columns: int
+    sampling: Sampling,
+    generator,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    columns: int,
+    taught: Tensor,
 ) -> Callable[[Tensor, int], Tensor]:
     """Return (logits, step) -> tokens, with the memory that the repetition penalty needs."""
+
+    def choose(logits: Tensor, step: int) -> Tensor:
+        return taught[:, step] if step < taught.shape[1] else sample(logits, sampling, generator)
+
     if sampling.repetition_penalty == 1:
-        return lambda logits, step: sample(logits, sampling, generator)
+        return choose
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids)
     counts = torch.zeros(input_ids.shape[0], columns, dtype=torch.int64, device=input_ids.device)
     counts.scatter_add_(1, input_ids.long(), real.long())
 
     def pick(logits: Tensor, step: int) -> Tensor:
         seen = counts[:, : logits.shape[1]] > 0
-        penalized = penalize_repetition(logits, seen, sampling.repetition_penalty)
-        tokens = sample(penalized, sampling, generator)
+        tokens = choose(penalize_repetition(logits, seen, sampling.repetition_penalty), step)
         counts.scatter_(1, tokens[:, None], 1)
         return tokens
 
     return pick
-
-
-def _taught(pick, taught: Tensor):
-    def teach(logits: Tensor, step: int) -> Tensor:
-        return taught[:, step] if step < taught.shape[1] else pick(logits, step)
-
-    return teach
 
 
 def _pad_left(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -382,9 +384,13 @@ def _number_of_steps(length: int, max_length: int | None, max_new_tokens: int | 
 
 def _token_ids(name: str, value, vocab_size: int) -> list[int]:
     ids = [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+    try:
+        ids = [_integer(name, token) for token in ids]
+    except TypeError:
+        raise TypeError(
+            f"generate: {name} must be an int or a list of int, got {value!r}"
+        ) from None
     for token in ids:
-        if isinstance(token, bool) or not isinstance(token, int):
-            raise TypeError(f"generate: {name} must be an int or a list of int, got {value!r}")
         _check(0 <= token < vocab_size, name, f"lie in [0, {vocab_size})", token)
     return ids
 
