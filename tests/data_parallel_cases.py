@@ -3,7 +3,11 @@
 Run by tests/models/test_distributed.py on every rank. float64 to 1e-10.
 """
 
+import tempfile
+
+import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
@@ -98,3 +102,26 @@ def case_fsdp_generates(group):
     assert torch.equal(
         parallel.generate(prompt, max_length=8), whole.generate(prompt, max_length=8)
     )
+
+
+def case_fsdp_saves(group):
+    """Shards are refused; the whole state dict is saved as docs/distributed.md says."""
+    for settings in MODELS.values():
+        whole, parallel = build(settings), build(settings)
+        for layer in parallel.backbone.layers:
+            fully_shard(layer)
+        fully_shard(parallel)
+        with tempfile.TemporaryDirectory() as folder:
+            with pytest.raises(
+                ValueError, match=r"^save_pretrained: model must hold whole .*DTensor"
+            ):
+                parallel.save_pretrained(folder)
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            state_dict = get_model_state_dict(parallel, options=options)
+            if rank_of(group) == 0:
+                gathered = MambaLMHeadModel(whole.config, device="meta")
+                gathered.load_state_dict(state_dict, assign=True)
+                gathered.save_pretrained(folder)
+                loaded = MambaLMHeadModel.from_pretrained(folder, dtype=torch.float64)
+                for name, value in whole.state_dict().items():
+                    assert torch.equal(loaded.state_dict()[name], value), name

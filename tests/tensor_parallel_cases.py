@@ -3,6 +3,8 @@
 Judge: the same module without a process group, on all tokens, from the same seed. float64 to 1e-10.
 """
 
+import tempfile
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -257,6 +259,23 @@ def case_language_model(group):
             assert torch.equal(
                 parallel.generate(prompt, max_length=8), whole.generate(prompt, max_length=8)
             )
+
+
+def case_saves(group):
+    """The part of a rank is refused; the whole that all gather is saved."""
+    torch.manual_seed(5)
+    whole = MambaLMHeadModel(config(), dtype=torch.float64)
+    torch.manual_seed(5)
+    parallel = MambaLMHeadModel(config(), dtype=torch.float64, process_group=group)
+    with tempfile.TemporaryDirectory() as folder:
+        with pytest.raises(ValueError, match=r"^save_pretrained: model must hold whole .*gather_"):
+            parallel.save_pretrained(folder)
+        gathered = MambaLMHeadModel(config(), device="meta")
+        gathered.load_state_dict(gather_state_dict(parallel), assign=True)
+        gathered.save_pretrained(folder)
+        loaded = MambaLMHeadModel.from_pretrained(folder, dtype=torch.float64)
+        for name, value in whole.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], value), name
 
 
 def case_options_of_published_hybrids(group):

@@ -6,7 +6,9 @@ Judge: the tensors that were saved.
 import builtins
 import json
 import os
+import pickle
 import sys
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
@@ -318,6 +320,56 @@ def test_failed_shard_leaves_the_old_checkpoint(saved, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         m.save_pretrained(path, max_shard_size="2KB")
     assert {p.name: p.read_bytes() for p in path.iterdir()} == before
+
+
+def copied(m):
+    return pickle.loads(pickle.dumps(m))
+
+
+@pytest.mark.parametrize("copy", [lambda m: m, copied, deepcopy])
+@pytest.mark.parametrize("way", ["assign", "to_empty", "without lm_head"])
+def test_loading_ties_again(tmp_path, copy, way):
+    want = model()
+    state = {name: value.clone() for name, value in want.state_dict().items()}
+    m = copy(MambaLMHeadModel(want.config, device="meta"))
+    if way == "to_empty":
+        m.to_empty(device="cpu")
+    if way == "without lm_head":
+        del state["lm_head.weight"]
+    m.load_state_dict(state, assign=way != "to_empty", strict=way != "without lm_head")
+    assert m.lm_head.weight is m.backbone.embedding.weight
+    with torch.no_grad():
+        m.lm_head.weight += 1
+    m.save_pretrained(tmp_path)
+    assert equal(load(tmp_path), m)
+
+
+@pytest.mark.parametrize("format", ["safetensors", "mamba_ssm"])
+def test_two_weights_that_the_config_ties_are_not_saved(tmp_path, format):
+    m = model()
+    state = {name: value.clone() for name, value in m.state_dict().items()}
+    m.lm_head.weight = torch.nn.Parameter(m.lm_head.weight.detach().clone())
+    m.save_pretrained(tmp_path / "equal", format=format)
+    assert equal(load(tmp_path / "equal"), m)
+    state["lm_head.weight"] += 1
+    m.load_state_dict(state)
+    assert torch.equal(m.lm_head.weight, state["lm_head.weight"])
+    with pytest.raises(ValueError, match=r"^save_pretrained: lm_head.weight must be backbone.emb"):
+        m.save_pretrained(tmp_path / "new", format=format)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("rows", [11, 16])
+def test_loading_leaves_a_replaced_head(rows):
+    m = model()
+    m.lm_head = torch.nn.Linear(8, rows, bias=False)
+    state = {name: value.clone() for name, value in m.state_dict().items()}
+    for assign in (False, True):
+        m.load_state_dict(state, assign=assign)
+        assert torch.equal(m.lm_head.weight, state["lm_head.weight"])
+    m.lm_head = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(8, rows, bias=False))
+    m.load_state_dict(m.state_dict())
+    assert hasattr(m.lm_head, "parametrizations")
 
 
 def test_saved_files_follow_the_umask(tmp_path):

@@ -215,6 +215,7 @@ class MambaLMHeadModel(nn.Module):
         settings = {"n_residuals_per_layer": per_layer, **(initializer_cfg or {})}
         self.apply(partial(init_weights, n_layer=config.n_layer, **settings))
         self.tie_weights()
+        self.register_load_state_dict_post_hook(_tie_loaded)
 
     def tie_weights(self) -> None:
         """Make lm_head share the weight of the embedding, if the config says so."""
@@ -444,3 +445,41 @@ class MambaLMHeadModel(nn.Module):
         from ssm.utils.weights import save_pretrained
 
         save_pretrained(self, save_directory, **kwargs)
+
+
+def _tie_loaded(model: MambaLMHeadModel, keys) -> None:
+    """Tie again what ``to_empty``, or loading with ``assign=True``, has made two parameters."""
+    if not model.config.tie_embeddings:
+        return
+    head, embedding = (
+        module._parameters.get("weight") for module in (model.lm_head, model.backbone.embedding)
+    )
+    # A head that was replaced, sharded or parametrised is not ours to tie.
+    if type(head) is not nn.Parameter or type(embedding) is not nn.Parameter:
+        return
+    head_missing, embedding_missing = (
+        any(name.endswith(ending) for name in keys.missing_keys)
+        for ending in ("lm_head.weight", "backbone.embedding.weight")
+    )
+    only_embedding = head_missing and not embedding_missing
+    # Two weights that differ stay, so that none is lost without a word; saving refuses them.
+    if head.shape == embedding.shape and (only_embedding or same_values(head, embedding)):
+        model.tie_weights()
+
+
+def same_values(first: Tensor, second: Tensor) -> bool:
+    """Compare two tensors that should be one.
+
+    Args:
+        first: on any device.
+        second: likewise; it may be the same storage.
+
+    Returns:
+        Whether shapes, dtypes and values are the same; on "meta" no values differ.
+    """
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    if first.is_meta or second.is_meta:
+        return first.is_meta and second.is_meta
+    shared = first.device == second.device and first.data_ptr() == second.data_ptr()
+    return shared or torch.equal(first, second.to(first.device))

@@ -8,7 +8,9 @@ import re
 import torch
 from torch import Tensor
 
+from ssm.distributed.layout import shards_of
 from ssm.models.config import OUR_FIELDS, MambaConfig
+from ssm.models.lm import same_values
 from ssm.modules.precision import at_least_fp32
 from ssm.utils import dialects
 from ssm.utils.checkpoint import TIED
@@ -85,6 +87,35 @@ def choose_format(config: MambaConfig, format: str) -> tuple[dialects.Dialect, d
         "save_pretrained: format hf must have a family for the config, got none: "
         + "; ".join(f"{name}: {reason}" for name, reason in pairs)
     )
+
+
+def check_whole(model) -> None:
+    """Refuse a model from which a file would not be what its config says.
+
+    Args:
+        model: with ``config``.
+
+    Raises:
+        ValueError: its parameters are parts of one rank, or the config ties two that differ.
+    """
+    rule = "save_pretrained: model must hold whole parameters, got"
+    if next(shards_of(model), None) is not None:
+        raise ValueError(
+            f"{rule} those of one rank of process_group; load gather_state_dict(model) into a "
+            "model without it, and save that"
+        )
+    state = model.state_dict()
+    # A DTensor, by what it can do: its class is not in every build of torch.
+    if any(hasattr(tensor, "full_tensor") for tensor in state.values()):
+        raise ValueError(
+            f"{rule} DTensor; load get_model_state_dict(model, options=StateDictOptions("
+            "full_state_dict=True)) into a model that is not sharded, and save that"
+        )
+    if model.config.tie_embeddings and not same_values(*(state[name] for name in TIED)):
+        raise ValueError(
+            f"save_pretrained: {TIED[0]} must be {TIED[1]} if the config ties them, got different "
+            "tensors; model.tie_weights() before training makes them one"
+        )
 
 
 def tensors_to_write(

@@ -18,7 +18,15 @@ from ssm.utils import dialects
 from ssm.utils.checkpoint import TIED, Checkpoint, different_twins, open_checkpoint, plan_reading
 from ssm.utils.files import named_path, write_files
 from ssm.utils.hub import BIN_FILE, CONFIG_FILE, SAFETENSORS_FILE, find_directory
-from ssm.utils.saving import FP32_NAMES, choose_format, kept, parse_size, spread, tensors_to_write
+from ssm.utils.saving import (
+    FP32_NAMES,
+    check_whole,
+    choose_format,
+    kept,
+    parse_size,
+    spread,
+    tensors_to_write,
+)
 from ssm.utils.tensor_files import INDEX_ENDING
 
 # Two tensors that should be one are compared in pieces of this size.
@@ -138,13 +146,15 @@ def save_pretrained(
     Raises:
         TypeError: dtype is none, or save_directory neither a str nor a path.
         ValueError: the format is not known or cannot say what the model is, dtype is not floating
-            point, or save_directory is empty. Nothing is written then.
+            point, save_directory is empty, the model holds parts of parameters (docs/distributed.md
+            says how to save it), or two weights that the config ties. Nothing is written then.
         OSError: the directory cannot be written.
     """
     directory = named_path("save_pretrained", save_directory)
     check_dtype("save_pretrained", dtype)
     dialect, values = choose_format(model.config, format)
     limit = parse_size(max_shard_size)
+    check_whole(model)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = tensors_to_write(model, dialect, dtype, keep_twin=format == "mamba_ssm")
     writes: dict[str, Callable[[Path], object]] = {}
