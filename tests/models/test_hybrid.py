@@ -286,6 +286,61 @@ def test_exports_with_any_length():
         close(program(ids), m(ids))
 
 
+class Wrapped(torch.nn.Module):
+    """A linear behind another module, which has no weight of its own."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.base = linear
+
+    def forward(self, x):
+        return self.base(x)
+
+
+class Integers(torch.nn.Module):
+    """A linear whose weight is held as int8 with a scale per row."""
+
+    def __init__(self, linear):
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("weight", (linear.weight / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight * self.scale, self.bias)
+
+
+class Hidden(torch.nn.Module):
+    """A linear that shows no parameter, and whose weight is a method, as torch quantises it."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.held = [linear]
+
+    def forward(self, x):
+        return self.held[0](x)
+
+    def weight(self):
+        return self.held[0].weight
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [(Wrapped, "float64"), (Integers, "float64"), (Hidden, "float32")]
+)
+def test_decodes_with_replaced_projections(kind, dtype):
+    m, ids = model(dtype=getattr(torch, dtype), attn_cfg={"num_heads": 2}).eval(), tokens()
+    for module in list(m.backbone.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is torch.nn.Linear:
+                setattr(module, name, kind(child))
+    state = m.allocate_state(2)
+    with torch.no_grad():
+        parts = [m(part, state=state).logits for part in ids.split([3, 1, 2], dim=1)]
+        assert_close("logits", torch.cat(parts, 1), m(ids).logits, TOLERANCES["matrix", dtype])
+    assert state.key_value_memory_dict[1][0].dtype == getattr(torch, dtype)
+
+
 def test_deepcopy_and_pickle():
     m, ids = model(), tokens()
     for copied in (copy.deepcopy(m), pickle.loads(pickle.dumps(m))):

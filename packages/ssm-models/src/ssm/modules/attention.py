@@ -315,7 +315,8 @@ class MHA(nn.Module):
         Args:
             batch_size: B.
             max_seqlen: T; 0 or None starts without slots, for a cache that grows.
-            dtype: of kv_cache and conv_state; None takes the model dtype.
+            dtype: of kv_cache and conv_state; None takes the model dtype, torch's default where no
+                parameter is floating point.
             **kwargs: accepted and unused, as in mamba_ssm.
 
         Returns:
@@ -324,16 +325,20 @@ class MHA(nn.Module):
             lengths: (B,) int64.
         """
         check_dtype("MHA", dtype)
-        weight = self.out_proj.weight
-        dtype = weight.dtype if dtype is None else dtype
+        # What replaced a projection may hold integers, or no parameter at all.
+        parameters = [*self.out_proj.parameters(), *self.parameters()]
+        if dtype is None:
+            found = (p.dtype for p in parameters if p.is_floating_point())
+            dtype = next(found, torch.get_default_dtype())
+        device = parameters[0].device if parameters else None
         check_int("MHA", "batch_size", batch_size, 0)
         if max_seqlen is not None:
             check_int("MHA", "max_seqlen", max_seqlen, 0)
         cache, *conv, lengths = self.state_shapes(batch_size)
         cache = (batch_size, max_seqlen or 0, *cache[2:])
         return (
-            *(torch.zeros(shape, device=weight.device, dtype=dtype) for shape in (cache, *conv)),
-            torch.zeros(lengths, device=weight.device, dtype=torch.int64),
+            *(torch.zeros(shape, device=device, dtype=dtype) for shape in (cache, *conv)),
+            torch.zeros(lengths, device=device, dtype=torch.int64),
         )
 
     def state_shapes(self, rows: int) -> tuple[tuple[int | None, ...], ...]:
