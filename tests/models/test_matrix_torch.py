@@ -220,6 +220,24 @@ def test_compiles_once_for_every_length(subject):
     assert counter.frame_count <= 2
 
 
+@pytest.mark.parametrize("subject", COMPILED, ids=str)
+def test_compiles_with_a_state_of_any_rows(subject):
+    """A state that comes from outside has a symbolic size of its own."""
+    needs_kernel(subject)
+    module = subject.make()
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="eager")
+    with torch.no_grad():
+        for rows in (2, 3):
+            x, states = subject.inputs(rows, 5), [module.allocate_state(rows) for _ in range(2)]
+            for part in x.split([4, 1], dim=1):
+                got, want = (
+                    subject.call(function, part, state=state)
+                    for function, state in zip((compiled, module), states, strict=True)
+                )
+                assert_close("compiled", got, want, EXACT)
+
+
 class Called(nn.Module):
     """A subject as one module, called as its rows of the matrix call it."""
 

@@ -139,7 +139,9 @@ def check_shapes(layer: nn.Module, states: LayerState, rows: int) -> None:
     shapes = [tuple(state.shape) for state in states]
     wanted = layer.state_shapes(rows)
     fits = len(shapes) == len(wanted) and all(
-        len(shape) == len(want) and all(w in (None, n) for n, w in zip(shape, want, strict=True))
+        len(shape) == len(want)
+        # `w in (None, n)` is False to torch.compile for a size n that it does not know.
+        and all(w is None or w == n for n, w in zip(shape, want, strict=True))
         for shape, want in zip(shapes, wanted, strict=True)
     )
     owner = type(layer).__name__
@@ -148,7 +150,8 @@ def check_shapes(layer: nn.Module, states: LayerState, rows: int) -> None:
         raise ValueError(
             f"{owner}: state must have shapes {text}, got {', '.join(map(str, shapes))}"
         )
-    device = next(layer.parameters()).device
+    # A quantised layer may have no parameter: its states need only be together then.
+    device = next(layer.parameters(), states[0]).device
     for state in states:
         if state.is_floating_point() != (state.dim() > 1) or state.is_complex():
             kind = "a floating point" if state.dim() > 1 else "an integer"
