@@ -53,6 +53,17 @@ def test_to_casts_every_tensor():
     assert repr(state) == "State(layers=2, batch=2, seqlen_offset=7)"
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_to_refuses_a_dtype_that_is_not_floating(dtype):
+    state = filled()
+    before = list(state.key_value_memory_dict.values())
+    for given in (dtype, torch.empty(0, dtype=dtype)):
+        with pytest.raises(ValueError, match=f"State: dtype must be floating point, got {dtype}"):
+            state.to(given)
+    held = state.key_value_memory_dict.values()
+    assert all(a is b for a, b in zip(held, before, strict=True))
+
+
 def counted(rows=3) -> State:
     """A state whose tensors say which row they are."""
     row = torch.arange(rows, dtype=torch.float64)

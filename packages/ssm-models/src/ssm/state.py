@@ -194,7 +194,13 @@ class State:
         """Move or cast as ``torch.Tensor.to`` does, in place; return the state.
 
         Tensors of integers, such as lengths, are moved and not cast.
+
+        Raises:
+            ValueError: the dtype is not floating point; nothing is changed then.
         """
+        dtype = torch.empty(0).to(*args, **kwargs).dtype
+        if not dtype.is_floating_point:
+            raise ValueError(f"State: dtype must be floating point, got {dtype}")
 
         def move(tensor: Tensor) -> Tensor:
             if tensor.is_floating_point():
