@@ -393,6 +393,8 @@ def case_refusals(group):
         *(ContextOperators, None),
     )
     refuses(TypeError, f"own_steps: group {rule}", own_steps, 4, "gloo")
+    refuses(ValueError, "own_steps: seqlen must not be negative, got -1", own_steps, -1, group)
+    refuses(TypeError, "own_steps: seqlen must be an int, got 5.0", own_steps, 5.0, group)
     packed = SeqMeta(cu_seqlens=torch.tensor([0, 4]))
     rule = "seq_meta must hold seq_idx or mask of this rank's steps"
     arguments = {"seq_meta": packed, "context_group": group}

@@ -392,6 +392,11 @@ def case_refusals(group):
         "shard_state_dict: dt_bias must have 4 entries along axis 0, got shape (2,)",
         *(shard_state_dict, model, model.state_dict()),
     )
+    refuses(
+        ValueError,
+        "shard_state_dict: state_dict must hold entries of the module, got 'module.D'",
+        *(shard_state_dict, model, {"module.D": torch.zeros(4)}),
+    )
     language_model = MambaLMHeadModel(config(), process_group=group, sequence_parallel=True)
     refuses(
         ValueError,
@@ -413,3 +418,22 @@ def case_refusals(group):
         headdim=4,
         process_group=alone,
     )
+
+
+def case_one_group_for_heads_and_steps(group):
+    """A rank would attend from its steps with its heads to steps with others; refused at once."""
+    twin = dist.new_group([0, 1])
+    rule = "context_group must share no rank but this one with process_group, got [0, 1] in both"
+    x, ids = torch.zeros(1, 2, 8), torch.zeros(1, 2, dtype=torch.long)
+    mixer = Mamba2(8, headdim=4, process_group=group, sequence_parallel=False)
+    attention = MHA(8, 2, process_group=group, sequence_parallel=False)
+    language_model = MambaLMHeadModel(config(), process_group=group)
+    for context_group in (group, twin):
+        refuses(ValueError, f"Mamba2: {rule}", mixer, x, context_group=context_group)
+        refuses(ValueError, f"MHA: {rule}", attention, x, context_group=context_group)
+        refuses(
+            ValueError,
+            f"MambaLMHeadModel: {rule}",
+            *(language_model, ids),
+            context_group=context_group,
+        )

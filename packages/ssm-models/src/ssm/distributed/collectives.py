@@ -40,6 +40,28 @@ def check_group(owner: str, name: str, group) -> int:
     return group.size()
 
 
+def check_apart(owner: str, context_group, process_group) -> None:
+    """Refuse a rank that would hold other steps and other heads than this one at once.
+
+    Args:
+        owner: class name for messages.
+        context_group: ranks that hold parts of the steps, or None.
+        process_group: ranks that hold parts of the heads, or None.
+
+    Raises:
+        ValueError: the groups share more than this process.
+    """
+    if context_group is None or process_group is None:
+        return
+    ranks = dist.get_process_group_ranks
+    shared = sorted({*ranks(context_group)} & {*ranks(process_group)})
+    if len(shared) > 1:
+        raise ValueError(
+            f"{owner}: context_group must share no rank but this one with process_group, "
+            f"got {shared} in both"
+        )
+
+
 def rank_of(group) -> int:
     """Return the number of this process in a group.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ssm import ops
 from ssm.distributed.carry import carry, links
-from ssm.distributed.collectives import check_group, rank_of, summed
+from ssm.distributed.collectives import check_apart, check_group, rank_of, summed
 from ssm.seq_meta import SeqMeta
 
 
@@ -26,8 +27,16 @@ def own_steps(seqlen: int, group) -> slice:
 
     Returns:
         A slice of the axis of time.
+
+    Raises:
+        TypeError: seqlen is no int, or group no process group.
+        ValueError: seqlen is negative, or this process is not in the group.
     """
     ranks = check_group("own_steps", "group", group)
+    if isinstance(seqlen, bool) or not isinstance(seqlen, Integral):
+        raise TypeError(f"own_steps: seqlen must be an int, got {seqlen!r}")
+    if seqlen < 0:
+        raise ValueError(f"own_steps: seqlen must not be negative, got {seqlen}")
     rank = rank_of(group)
     return slice(seqlen * rank // ranks, seqlen * (rank + 1) // ranks)
 
@@ -67,22 +76,24 @@ def sum_gradients(model: nn.Module, group) -> None:
             parameter.grad = part.view_as(parameter)
 
 
-def operators(owner: str, group):
+def operators(owner: str, group, process_group=None):
     """Return what holds the operators over time: ``ssm.ops``, or the same ones over the ranks.
 
     Args:
         owner: class name for messages.
         group: ranks that hold consecutive parts of the sequence; None is one.
+        process_group: ranks that hold parts of the heads; None is one.
 
     Returns:
         An object with ``selective_scan``, ``ssd_chunk_scan`` and ``dw_causal_conv``.
 
     Raises:
         TypeError: group is no process group.
-        ValueError: this process is not in the group.
+        ValueError: this process is not in the group, or other ranks are in both.
     """
     if group is None or check_group(owner, "context_group", group) == 1:
         return ops
+    check_apart(owner, group, process_group)
     return ContextOperators(group)
 
 

@@ -191,8 +191,14 @@ def shard_state_dict(
         given.
 
     Raises:
-        ValueError: a split entry has the wrong length along its axis.
+        ValueError: the module has no such entry, or a split one has the wrong length along its
+            axis.
     """
+    unknown = state_dict.keys() - module.state_dict().keys()
+    if unknown:
+        raise ValueError(
+            f"shard_state_dict: state_dict must hold entries of the module, got {min(unknown)!r}"
+        )
     cut = dict(state_dict)
     for name, shard in shards_of(module):
         if name not in cut:

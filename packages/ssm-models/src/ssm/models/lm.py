@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ssm.distributed.collectives import (
+    check_apart,
     check_group,
     join_tokens,
     same_random_state,
@@ -300,6 +301,7 @@ class MambaLMHeadModel(nn.Module):
         )
         if context_group is not None:
             check_group("MambaLMHeadModel", "context_group", context_group)
+            check_apart("MambaLMHeadModel", context_group, self.backbone.process_group)
             mixer_kwargs["context_group"] = context_group
             if seq_meta is not None and seq_meta.state_per_sequence:
                 raise ValueError(

@@ -443,7 +443,7 @@ class MHA(nn.Module):
             # A NaN in padding would reach the weight gradient of in_proj as 0 * NaN.
             x = x.masked_fill(own_skipped(keep, x, self.process_group, parts_outside), 0)
         if context_group is not None:
-            over_time = operators("MHA", context_group)
+            over_time = operators("MHA", context_group, self.process_group)
             parts = parts_of(batch, seqlen, x.device, seq_meta, context_group)
         else:
             over_time = ops

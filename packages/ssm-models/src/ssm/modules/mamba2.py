@@ -456,7 +456,7 @@ class Mamba2(nn.Module):
 
     def _scan(self, z, xBC, dt, layer_state, seq_meta, context_group):
         """Any number of tokens, as in ``_step`` with L after B; returns (y, new state or None)."""
-        over_time = operators("Mamba2", context_group)
+        over_time = operators("Mamba2", context_group, self.process_group)
         conv_inputs = xBC.transpose(1, 2)  # a view: the operators take any strides
         arguments = (conv_inputs, *conv_parameters(self.conv1d), "silu")
         conv_state = ssm_state = conv_last = None
