@@ -46,7 +46,7 @@ class State:
         max_batch_size: rows of every tensor.
         max_seqlen: tokens that the state can take; None where no layer has a limit.
         seqlen_offset: tokens seen so far, padding included; one number for all rows, so that of
-            the longest.
+            the longest. Language models advance it, a mixer called alone does not.
 
     Raises:
         TypeError: a number is no int.
