@@ -81,7 +81,7 @@ class SSMLM(LM):
                 raise ValueError("SSMLM: tokenizer must be given beside a model, got None")
             tokenizer = ByteVocabulary()
         self.tokenizer = tokenizer
-        self._device = self.model.lm_head.weight.device
+        self._device = self.model.backbone.embedding.weight.device
 
     @property
     def prefix_token(self) -> int:
