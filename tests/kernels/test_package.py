@@ -227,7 +227,7 @@ def test_other_frameworks_are_served_through_their_namespace():
 def test_wrappers_pass_refusals_on():
     arguments = scan_arguments()
     for changed, error, sentence in (
-        ({"u": [1.0]}, TypeError, "u must be an array or tensor with DLPack, got list"),
+        ({"u": [1.0]}, TypeError, "u must have shape, dtype and DLPack, got list"),
         ({"A": arguments["A"][0]}, ValueError, "A must have shape (D, N), got (3,)"),
         ({"u": arguments["u"][0]}, ValueError, "u must have shape (B, D, L), got (5, 9)"),
     ):

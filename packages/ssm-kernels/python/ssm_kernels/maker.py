@@ -11,7 +11,7 @@ class Maker:
     def __init__(self, op: str, name: str, array):
         if not all(hasattr(array, need) for need in ("shape", "dtype", "__dlpack__")):
             raise TypeError(
-                f"{op}: {name} must be an array or tensor with DLPack, got {type(array).__name__}"
+                f"{op}: {name} must have shape, dtype and DLPack, got {type(array).__name__}"
             )
         if hasattr(array, "__array_namespace__"):
             home = array.__array_namespace__()
