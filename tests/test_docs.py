@@ -8,7 +8,7 @@ options that exist. A comment above a block changes that:
     <!-- test: skip, REASON -->  do not run this block; the reason is shown in the summary
 """
 
-import importlib
+import importlib.util
 import inspect
 import os
 import re
@@ -83,6 +83,9 @@ def test_python_blocks_run(page, sandbox):
         refuse_reasonless_skip(match)
         if match["mark"] == "skip":
             skipped.append(match["reason"])
+            continue
+        if "transformers" in match["code"] and not importlib.util.find_spec("transformers"):
+            skipped.append("transformers is not installed")
             continue
         # Blank lines in front give a traceback the line numbers of the page.
         exec(compile("\n" * (line - 1) + match["code"], str(page), "exec"), namespace)
