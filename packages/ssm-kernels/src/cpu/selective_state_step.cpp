@@ -87,6 +87,7 @@ SSM_INLINE void advance_states(const Channels<T>& at, std::int64_t first, std::i
 template <class T, bool kTied, int kGroup, bool kSingle>
 void advance(const Channels<T>& given, std::int64_t width, std::int64_t dstate) {
     constexpr int n = kLanes<T>, group = n < kGroup ? n : kGroup;
+    // A copy that nothing can point to: stores do not make it be read again.
     const Channels<T> at = given;
     const Vec<T> b = load<T>(at.B), c = load<T>(at.C);
     for (std::int64_t i = 0; i < width; i += n) {
