@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import ssm_kernels
-from ssm_kernels import _build
 
 from tools.checkout import ROOT
+
+CUDA = ssm_kernels.info()["cuda"]
 
 # Beyond these, fewer blocks run at a time than the launch bounds of the kernels promise: 65536
 # registers of a multiprocessor over the threads of a block and the blocks that a file asks for.
@@ -54,8 +55,8 @@ SOURCES = sorted(
 
 def reports() -> dict[str, str]:
     """Return what ptxas said of each CUDA source."""
-    if not _build.CUDA.startswith("built"):
-        pytest.skip(f"_cuda is {_build.CUDA}")
+    if not CUDA.startswith("built"):
+        pytest.skip(f"_cuda is {CUDA}")
     folder = Path(ssm_kernels.__file__).parents[2] / "src"
     found = {path.stem: path.read_text() for path in sorted(folder.glob("*.ptxas"))}
     if not found:
@@ -94,7 +95,7 @@ def test_kernels_spill_nothing_and_keep_to_their_registers():
 
 def architectures(kind: str) -> list[tuple[str, int]]:
     """Return name and number of the architectures that the build says it is for."""
-    found = re.findall(rf"\b({kind}_(\d+)a?)\b", _build.CUDA)
+    found = re.findall(rf"\b({kind}_(\d+)a?)\b", CUDA)
     return [(name, int(number)) for name, number in found]
 
 
@@ -161,7 +162,7 @@ def test_matrices_are_multiplied_by_tensor_cores(code):
         is_half = "Bf16" in name or "F16" in name
         for word in TENSOR if is_half else ("HMMA", "LDGSTS"):
             used = re.search(rf"\b{word}\b", lines) is not None
-            wanted = word != "HMMA" or "on tensor cores" in _build.CUDA
+            wanted = word != "HMMA" or "on tensor cores" in CUDA
             wanted = wanted and not (word == "LDGSTS" and source in MAKING)
             what = "is missing" if wanted else "is there"
             assert used == wanted, f"{name} on {arch}: {word} {what}"
@@ -171,7 +172,7 @@ def test_warpgroups_of_hopper_multiply_beside_each_other(code):
     source, found = code
     for (arch, name), lines in found.items():
         is_for_them = arch == "sm_90a" and "ForwardOnHopper" in name
-        wanted = is_for_them and "on tensor cores" in _build.CUDA
+        wanted = is_for_them and "on tensor cores" in CUDA
         # Products, their operands from and to shared memory, and copies to it.
         for word in ("HGMMA", "LDSM", "STSM", "LDGSTS") if wanted else ("HGMMA",):
             used = re.search(rf"\b{word}\b", lines) is not None
@@ -195,8 +196,8 @@ def test_every_kernel_is_in_the_extension_module():
 
 
 def test_module_knows_the_gpus_that_it_runs_on():
-    if not _build.CUDA.startswith("built"):
-        pytest.skip(f"_cuda is {_build.CUDA}")
+    if not CUDA.startswith("built"):
+        pytest.skip(f"_cuda is {CUDA}")
     from ssm_kernels import _cuda
 
     wanted = set()
@@ -219,8 +220,8 @@ def test_module_knows_the_gpus_that_it_runs_on():
 
 
 def test_module_loads_without_a_driver():
-    if not _build.CUDA.startswith("built"):
-        pytest.skip(f"_cuda is {_build.CUDA}")
+    if not CUDA.startswith("built"):
+        pytest.skip(f"_cuda is {CUDA}")
     from ssm_kernels import _cuda
 
     assert _cuda.architectures

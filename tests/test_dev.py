@@ -139,6 +139,36 @@ def test_prints_its_commands():
     assert all(command in result.stdout for command in dev.COMMANDS)
 
 
+@pytest.mark.parametrize(
+    ("command", "programs", "wanted"),
+    [
+        (["demo"], [], ["cpu_package"]),
+        (["demo"], ["nvidia-smi"], ["all"]),
+        (["demo", "--cuda"], ["nvcc"], ["all"]),
+        (["build"], [], ["all"]),
+        (["test"], [], ["all", "meson-test-prereq"]),
+    ],
+)
+def test_compiles_what_runs(tmp_path, monkeypatch, command, programs, wanted):
+    """The demo waits neither for the tests nor, without a GPU, for the CUDA kernels."""
+    called = []
+    monkeypatch.setattr(dev, "setup", lambda arguments: None)
+    monkeypatch.setattr(dev, "setup_cutlass", lambda: "")
+    monkeypatch.setattr(dev, "listing", lambda: "")
+    monkeypatch.setattr(dev, "VENV", tmp_path / "venv")
+    monkeypatch.setattr(dev, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(dev, "JUNIT", tmp_path / "build/junit")
+    monkeypatch.setattr(dev, "check_machine", lambda python: None)
+    monkeypatch.setattr(dev.shutil, "which", lambda name: name if name in programs else None)
+    monkeypatch.setattr(dev, "link", lambda: None)
+    monkeypatch.setattr(dev, "call", lambda *words: called.append(words) or 0)
+    monkeypatch.setattr(sys, "argv", ["dev.py", *command])
+    (tmp_path / "build").mkdir()
+    dev.main()
+    (compiled,) = [words for words in called if words[0] == "ninja"]
+    assert list(compiled[compiled.index("-j") + 2 :]) == wanted
+
+
 def test_links_the_checkout(tmp_path, monkeypatch):
     site = tmp_path / "venv/lib/python3.11/site-packages"
     for folder in (site, tmp_path / "venv/bin", tmp_path / "build/packages/ssm-kernels/python"):

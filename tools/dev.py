@@ -10,8 +10,9 @@ Usage: python3 tools/dev.py demo | test [SUITE...] | build | setup
     test    build, then run every test; the last line is `N passed, N failed, N skipped`
     demo    build, then let a small Mamba language model write text
 
---cuda insists on the CUDA kernels, which are otherwise built where nvcc is found, and puts nvcc
-into .venv where there is none. The CUTLASS headers follow nvcc; without them kernels are slower.
+--cuda insists on the CUDA kernels, which are otherwise built where nvcc is found (for the demo: and
+a GPU), and puts nvcc into .venv where there is none. The CUTLASS headers follow nvcc; without them
+kernels are slower.
 
 A step that has nothing to do costs next to nothing, so there is no reason to call them one by one.
 """
@@ -260,8 +261,8 @@ def link() -> None:
         script.chmod(0o755)
 
 
-def build(arguments: argparse.Namespace) -> None:
-    """Configure when there is a reason to, and compile."""
+def build(arguments: argparse.Namespace, *targets: str) -> None:
+    """Configure when there is a reason to, and compile: both modules, or what is named."""
     setup(arguments)
     if arguments.cuda:
         setup_cuda()
@@ -280,7 +281,7 @@ def build(arguments: argparse.Namespace) -> None:
         )
         must("meson setup", "meson", "setup", *known, *options, BUILD)
         stamp.write_text(now)
-    must("meson compile", "meson", "compile", "-C", BUILD, "-j", str(arguments.jobs))
+    must("compiling", "ninja", "-C", BUILD, "-j", str(arguments.jobs), *(targets or ["all"]))
     link()
 
 
@@ -326,7 +327,7 @@ def summarise(testlog: Path, junit: Path) -> tuple[Counter, list[str], Counter]:
 
 def test(arguments: argparse.Namespace) -> int:
     """Build, run the tests, print the summary; return the exit status."""
-    build(arguments)
+    build(arguments, "all", "meson-test-prereq")
     setup_disassembler()
     testlog = BUILD / "meson-logs/testlog.json"
     # What an earlier run left must not count for this one.
@@ -345,8 +346,11 @@ def test(arguments: argparse.Namespace) -> int:
 
 
 def demo(arguments: argparse.Namespace) -> int:
-    """Build, then stream text from the committed model; return the exit status."""
-    build(arguments)
+    """Build what it runs on, then stream text from the committed model; return the exit status."""
+    if arguments.cuda or shutil.which("nvidia-smi"):
+        build(arguments)
+    else:
+        build(arguments, "cpu_package")
     return call(VENV / "bin/python", ROOT / "tools/demo.py")
 
 

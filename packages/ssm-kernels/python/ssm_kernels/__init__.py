@@ -151,10 +151,15 @@ def info() -> dict:
     Raises:
         RuntimeError: SSM_ISA names no instruction set, or one that this processor lacks.
     """
+    import importlib.util
     import platform
 
     from . import _build
 
+    cuda = _build.CUDA
+    if cuda.startswith("built") and importlib.util.find_spec(f"{__name__}._cuda") is None:
+        # A build tree where only the CPU's part was asked for, as the demo does without a GPU.
+        cuda = "not built: `python3 tools/dev.py build` compiles it"
     return {
         "version": __version__,
         "isa": active_isa(),
@@ -162,7 +167,7 @@ def info() -> dict:
         "num_threads": get_num_threads(),
         "operators": _build.OPERATORS,
         "openmp": _build.OPENMP,
-        "cuda": _build.CUDA,
+        "cuda": cuda,
         "cutlass": _build.CUTLASS,
         "compiler": _build.COMPILER,
         "buildtype": _build.BUILDTYPE,
