@@ -52,6 +52,14 @@ def table() -> int | None:
     return address
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _working_memory_is_guarded() -> None:
+    """Let no block of working memory that an earlier call left hide that one is too small."""
+    from ssm_kernels import _cpu
+
+    _cpu._guard_scratch(True)
+
+
 @pytest.fixture(autouse=True)
 def _elements_are_aligned(request: pytest.FixtureRequest) -> None:
     """Skip the arrays at odd addresses, which a GPU cannot read and the front refuses there."""

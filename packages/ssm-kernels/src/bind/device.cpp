@@ -3,6 +3,7 @@
 
 #include "../op/ceiling.h"
 #include "../op/cuda_kernels.h"
+#include "../op/scratch.h"
 #include "../op/vmath.h"
 #include "tensor_arg.h"
 
@@ -40,6 +41,10 @@ Raises:
             use_cuda_kernels(reinterpret_cast<const cuda::Kernels*>(address));
         },
         "address"_a, "Take the CUDA kernels whose table lies at an address; 0 takes none.");
+    module.def(
+        "_guard_scratch", &guard_scratch, "on"_a,
+        "For tests: working memory is new in every call, begins as NaN and ends where access "
+        "does.");
     module.def(
         "_noop",
         [](const Input& a, const Input& b, const Input& c, const Input& d, const Input& e,

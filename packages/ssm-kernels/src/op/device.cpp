@@ -1,15 +1,11 @@
-// Process-wide choices: instruction set, threads, working memory.
+// Process-wide choices: instruction set and threads.
 #include <ssm/device.h>
 
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <new>
 #include <stdexcept>
 #include <string>
-
-#include "huge_pages.h"
-#include "scratch.h"
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -43,16 +39,6 @@ Isa choose_isa() {
 }
 
 std::atomic<int> thread_setting{0};
-
-constexpr std::align_val_t kAlignment{64};
-
-struct KeptBlock {
-    void* data = nullptr;
-    std::size_t bytes = 0;
-    bool lent = false;
-    ~KeptBlock() { ::operator delete(data, kAlignment); }
-};
-thread_local KeptBlock kept;
 
 #if defined(__x86_64__)
 // Parts of x86-64-v3 that __builtin_cpu_supports does not know everywhere.
@@ -119,30 +105,5 @@ void set_num_threads(int count) {
 }
 
 const char* version() { return SSM_VERSION; }
-
-Scratch::Scratch(std::size_t bytes) : data_(nullptr) {
-    if (bytes == 0) return;
-    if (kept.lent || bytes >= kFreshBytes) {
-        data_ = ::operator new(bytes, kAlignment);
-        prefer_huge_pages(data_, bytes);
-        return;
-    }
-    if (kept.bytes < bytes) {
-        ::operator delete(kept.data, kAlignment);
-        kept.data = nullptr;
-        kept.bytes = 0;
-        kept.data = ::operator new(bytes, kAlignment);
-        kept.bytes = bytes;
-    }
-    kept.lent = true;
-    data_ = kept.data;
-}
-
-Scratch::~Scratch() {
-    if (data_ != nullptr && data_ == kept.data)
-        kept.lent = false;
-    else
-        ::operator delete(data_, kAlignment);
-}
 
 }  // namespace ssm

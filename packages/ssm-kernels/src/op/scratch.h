@@ -17,6 +17,12 @@ class Scratch {
 
   private:
     void* data_;
+    std::size_t guarded_;  // bytes before the guard, 0 without one
 };
+
+/// For tests: from now on every block is new, begins as NaN, and ends (to a cache line) where
+/// access does. A block that an earlier call left too large, or with the right values, would hide a
+/// fault.
+void guard_scratch(bool on);  // throws std::runtime_error where the system has no such memory
 
 }  // namespace ssm
