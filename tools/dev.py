@@ -347,10 +347,8 @@ def test(arguments: argparse.Namespace) -> int:
 
 def demo(arguments: argparse.Namespace) -> int:
     """Build what it runs on, then stream text from the committed model; return the exit status."""
-    if arguments.cuda or shutil.which("nvidia-smi"):
-        build(arguments)
-    else:
-        build(arguments, "cpu_package")
+    for_gpu = arguments.cuda or shutil.which("nvidia-smi")
+    build(arguments, "all" if for_gpu else "cpu_package")
     return call(VENV / "bin/python", ROOT / "tools/demo.py")
 
 
