@@ -204,7 +204,7 @@ void differentiate_head(const SsdChunkScanArgs& args, const SsdShape& shape,
                         const AdjointTile<T>& tile, const GroupTile<T>& group,
                         const HeadParameters<T>& heads, const StepSizes<T>& sizes,
                         const HeadSums<T>& sums, const T* state, T* dstate, std::int64_t h,
-                        std::int64_t steps) {
+                        std::int64_t steps, Ahead& ahead) {
     const std::int64_t pitch = shape.padded_headdim;
     const T *const size = sizes.size + h * kChunk, *const decay = sizes.decay + h * kChunk;
     const T* const skip = heads.skip + h * pitch;
@@ -230,7 +230,7 @@ void differentiate_head(const SsdChunkScanArgs& args, const SsdShape& shape,
     for (std::int64_t t = 0; t < steps; ++t) weight[t] = ends.out_of[t] * size[t];
     write_input_gradient(tile, shape, group, dstate, weight, skip, steps);
     scale_steps(tile.X, tile.g, ends.into, pitch, steps);
-    advance_state(dstate, shape, group.C, tile.X, ends.total, steps);
+    advance_state(dstate, shape, group.C, tile.X, ends.total, steps, ahead);
 
     // The decay of a step stands in what enters and reaches it or a later step, in what an earlier
     // one leaves, and in what passes through.

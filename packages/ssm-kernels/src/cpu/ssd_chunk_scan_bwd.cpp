@@ -63,8 +63,8 @@ struct BackwardTile {
           fresh(entries + kChunks * shape.most_heads() * shape.state_elements()),
           dstates(fresh + shape.state_elements()),
           adjoint(dstates + shape.most_heads() * shape.state_elements(), shape),
-          group(adjoint.X + AdjointTile<T>::elements(shape), shape),
-          heads(group.B + GroupTile<T>::elements(shape), shape),
+          group(adjoint.X + AdjointTile<T>::elements(shape)),
+          heads(group.memory + GroupTile<T>::elements(shape), shape),
           sizes(heads.rate + HeadParameters<T>::elements(shape), shape) {}
 
     T* entry(const SsdShape& shape, std::int64_t chunk, std::int64_t h) const {
@@ -102,7 +102,7 @@ void store_steps(const TensorView& view, const T* tile, const SsdShape& shape,
 // The states that enter the chunks of the stretch from `begin` on, from its checkpoint. Only the
 // last sequence of a chunk goes on to the next.
 template <class T>
-void compute_entries(const Call<T>& call, const HeadBlock& block, const BackwardTile<T>& tile,
+void compute_entries(const Call<T>& call, const HeadBlock& block, BackwardTile<T>& tile,
                      const Run* run, const Run* runs_end, std::int64_t begin) {
     const SsdChunkScanArgs& args = call.args;
     const SsdShape& shape = call.plan.shape;
@@ -133,7 +133,9 @@ void compute_entries(const Call<T>& call, const HeadBlock& block, const Backward
             for (std::int64_t i = 0; i < kChunk; ++i)
                 weight[i] = ends.out_of[i] * tile.sizes.size[h * kChunk + i];
             scale_steps(tile.adjoint.X, tile.adjoint.X, weight, pitch, segment.steps);
-            advance_state(state, shape, tile.group.B, tile.adjoint.X, ends.total, segment.steps);
+            Ahead ahead = look_at_chunk<T>(shape, block, h, segment.end, {&args.X}, {&args.B});
+            advance_state(state, shape, tile.group.B, tile.adjoint.X, ends.total, segment.steps,
+                          ahead);
         }
     }
 }
@@ -145,7 +147,7 @@ void differentiate_segment(const Call<T>& call, const HeadBlock& block, std::int
     const SsdShape& shape = plan.shape;
     const AdjointTile<T>& adjoint = tile.adjoint;
     tile.group.load_all(args, plan.products, block, segment);
-    const auto transpose = [&](T* to, T* from) {
+    const auto transpose = [&](T* to, const T* from) {
         load_tile(to, kChunk, dense_plane(from, 1, shape.dstate), shape.dstate, segment.steps);
     };
     transpose(adjoint.B_t, tile.group.B);
@@ -171,8 +173,11 @@ void differentiate_segment(const Call<T>& call, const HeadBlock& block, std::int
         load_steps(adjoint.X, args.X, shape, block, head, segment);
         load_steps(adjoint.g, grads.dy, shape, block, head, segment);
         if (args.z.ndim >= 0) load_steps(adjoint.z, args.z, shape, block, head, segment);
+        Ahead ahead = look_at_chunk<T>(shape, block, h, segment.begin - kChunk,
+                                       {&args.X, &args.z, &grads.dy, &grads.dX, &grads.dz},
+                                       {&args.B, &args.C});
         differentiate_head(args, shape, adjoint, tile.group, tile.heads, tile.sizes,
-                           plan.head_sums(block.row, head), state, dstate, h, segment.steps);
+                           plan.head_sums(block.row, head), state, dstate, h, segment.steps, ahead);
         store_steps(grads.dX, adjoint.y, shape, block, head, segment);
         if (args.z.ndim >= 0) store_steps(grads.dz, adjoint.z, shape, block, head, segment);
         if (segment.enters && segment.first->state_in >= 0 && grads.dinitial_states.ndim >= 0)

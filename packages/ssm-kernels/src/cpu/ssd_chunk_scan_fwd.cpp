@@ -36,8 +36,8 @@ struct ForwardTile {
           wX(X + kChunk * shape.padded_headdim),
           z(wX + kChunk * shape.padded_headdim),
           y(z + kChunk * shape.padded_headdim),
-          group(y + kChunk * shape.padded_headdim, shape),
-          heads(group.B + GroupTile<T>::elements(shape), shape),
+          group(y + kChunk * shape.padded_headdim),
+          heads(group.memory + GroupTile<T>::elements(shape), shape),
           sizes(heads.rate + HeadParameters<T>::elements(shape), shape) {}
 };
 
@@ -79,14 +79,14 @@ void scan_head(const SsdChunkScanArgs& args, const SsdShape& shape, const HeadBl
     const bool is_empty = segment.enters && enters_empty(args, *segment.first);
     write_outputs(y, shape, tile.group, is_empty ? nullptr : state, tile.mix, tile.X,
                   tile.heads.skip + h * pitch, ends, z, steps);
-    advance_state(state, shape, tile.group.B, tile.wX, ends.total, steps);
+    Ahead ahead = look_at_chunk<T>(shape, block, h, segment.end, {&args.X, &args.y, &args.z},
+                                   {&args.B, &args.C});
+    advance_state(state, shape, tile.group.B, tile.wX, ends.total, steps, ahead);
     if (!in_place)
         Segment::for_pieces(segment, [&](std::int64_t at, std::int64_t t, std::int64_t count) {
             store_tile(steps_plane(args.y, block.row, head, t), tile.y + at * pitch, pitch, count,
                        shape.headdim);
         });
-    for (const TensorView* view : {&args.X, &args.y, &args.z})
-        if (view->ndim >= 0) request_steps(*view, shape, block.row, head, segment.end);
     if (segment.leaves && args.final_states.ndim >= 0 && segment.last->state_out != Run::kNone)
         store_state(state_plane(args.final_states, segment.last->state_out, head), state, shape);
 }
@@ -109,7 +109,7 @@ void scan_block(const SsdChunkScanArgs& args, const Runs& runs, const SsdShape& 
         Segment segments[kChunk];
         const std::int64_t count = cut_chunk(segments, run, runs_end, begin, end);
         for (const Segment* segment = segments; segment < segments + count; ++segment) {
-            tile.group.load_all(args, products, block, *segment);
+            tile.group.find_all(args, products, block, *segment);
             tile.sizes.load_from(args, tile.heads, block, *segment);
             for (std::int64_t h = 0; h < block.count; ++h)
                 scan_head(args, shape, block, *segment, tile, h);

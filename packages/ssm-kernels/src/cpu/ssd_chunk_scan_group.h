@@ -10,10 +10,11 @@ void clear(T* area, std::int64_t count) {
     if (count > 0) std::memset(area, 0, sizeof(T) * static_cast<std::size_t>(count));
 }
 
-/// A local array as a plane.
+/// An array of the compute type as a plane.
 template <class T>
-SSM_INLINE Plane dense_plane(T* data, std::int64_t row_stride, std::int64_t column_stride) {
-    return {data, sizeof(T) == sizeof(double) ? DType::f64 : DType::f32, row_stride, column_stride};
+SSM_INLINE Plane dense_plane(const T* data, std::int64_t row_stride, std::int64_t column_stride) {
+    return {const_cast<T*>(data), sizeof(T) == sizeof(double) ? DType::f64 : DType::f32, row_stride,
+            column_stride};
 }
 
 /// One of B and C at the steps of a segment, [step][state].
@@ -25,6 +26,19 @@ void load_steps_of_group(T* tile, const TensorView& view, const SsdShape& shape,
         load_tile(tile + at * shape.dstate, shape.dstate, steps_plane(view, row, group, t), count,
                   shape.dstate);
     });
+}
+
+/// The same without a copy if it lies like that already. (Rows with gaps between them may fall on
+/// each other in the cache.)
+template <class T>
+const T* steps_of_group(T* tile, const TensorView& view, const SsdShape& shape, std::int64_t row,
+                        std::int64_t head, const Segment& segment) {
+    const Plane plane = steps_plane(view, row, group_of(shape, view, head), segment.first_step());
+    if (segment.first == segment.last && plane.row_stride == shape.dstate &&
+        is_dense<T>(plane, shape.dstate))
+        return static_cast<const T*>(plane.data);
+    load_steps_of_group(tile, view, shape, row, head, segment);
+    return tile;
 }
 
 /// C_i . B_j of the pairs of steps of all segments, [j][i] for i from j on: computed once per call,
@@ -72,8 +86,8 @@ struct PairProducts {
 
   private:
     void multiply(const SsdChunkScanArgs& args, const Segment& segment, std::int64_t row,
-                  std::int64_t head, T* B, T* C_t) const {
-        load_steps_of_group(B, args.B, shape, row, head, segment);
+                  std::int64_t head, T* B_tile, T* C_t) const {
+        const T* const B = steps_of_group(B_tile, args.B, shape, row, head, segment);
         Segment::for_pieces(segment, [&](std::int64_t at, std::int64_t t, std::int64_t count) {
             const Plane plane = steps_plane(args.C, row, group_of(shape, args.C, head), t);
             load_tile(C_t + at, kChunk, transposed(plane), shape.dstate, count);
@@ -94,23 +108,38 @@ struct PairProducts {
 /// B and C of one segment, and their products.
 template <class T>
 struct GroupTile {
-    T* B;                   // [step][state]
-    T* C;                   // [step][state]
+    T* memory;
+    const T* B = nullptr;   // [step][state]
+    const T* C = nullptr;   // [step][state]
     const T* CB = nullptr;  // [j][i]  C_i . B_j, for i from j on
 
     static std::int64_t elements(const SsdShape& shape) { return 2 * kChunk * shape.dstate; }
 
-    GroupTile(T* memory, const SsdShape& shape) : B(memory), C(B + kChunk * shape.dstate) {}
+    explicit GroupTile(T* memory) : memory(memory) {}
 
+    /// Copies: the backward reads each element in several orders.
     void load_B(const SsdChunkScanArgs& args, const SsdShape& shape, const HeadBlock& block,
-                const Segment& segment) const {
-        load_steps_of_group(B, args.B, shape, block.row, block.first, segment);
+                const Segment& segment) {
+        load_steps_of_group(memory, args.B, shape, block.row, block.first, segment);
+        B = memory;
     }
 
     void load_all(const SsdChunkScanArgs& args, const PairProducts<T>& products,
                   const HeadBlock& block, const Segment& segment) {
         load_B(args, products.shape, block, segment);
-        load_steps_of_group(C, args.C, products.shape, block.row, block.first, segment);
+        T* const tile = memory + kChunk * products.shape.dstate;
+        load_steps_of_group(tile, args.C, products.shape, block.row, block.first, segment);
+        C = tile;
+        CB = products.of(block.row, block.first, segment);
+    }
+
+    /// As load_all, but without copies where that is possible.
+    void find_all(const SsdChunkScanArgs& args, const PairProducts<T>& products,
+                  const HeadBlock& block, const Segment& segment) {
+        const SsdShape& shape = products.shape;
+        B = steps_of_group(memory, args.B, shape, block.row, block.first, segment);
+        C = steps_of_group(memory + kChunk * shape.dstate, args.C, shape, block.row, block.first,
+                           segment);
         CB = products.of(block.row, block.first, segment);
     }
 };

@@ -29,14 +29,65 @@ void store_state(Plane plane, const T* state, const SsdShape& shape) {
     }
 }
 
-/// Asks for the steps of a head in the chunk from `begin` on.
-SSM_INLINE void request_steps(const TensorView& view, const SsdShape& shape, std::int64_t row,
-                              std::int64_t head, std::int64_t begin) {
-    const std::int64_t steps = min(kChunk, shape.seqlen - begin);
-    if (steps <= 0) return;
-    const Plane plane = steps_plane(view, row, head, begin);
-    for (std::int64_t t = 0; t < max(steps, shape.headdim); ++t)
-        request_line(plane, t, steps, shape.headdim);
+/// What another chunk reads and writes, asked for a few lines at a time into the second-level
+/// cache: rows of steps may lie pages apart, which the processor does not foresee, and all of them
+/// at once would wait for each other.
+struct Ahead {
+    static constexpr int kMost = 7;
+    const char* line[kMost];
+    std::int64_t pitch[kMost], bytes[kMost], left[kMost];
+    int count = 0;
+    std::int64_t times;     // that `request` is called
+    std::int64_t pace = 0;  // lines of each plane per call
+    std::int64_t most = 0;  // lines of one plane that are left
+
+    explicit Ahead(std::int64_t times) : times(times) {}
+
+    /// Adds the rows of a plane, or its columns where these are adjacent elements.
+    SSM_INLINE void add(Ahead& ahead, const Plane& plane, std::int64_t rows, std::int64_t columns) {
+        const bool by_row = plane.column_stride == 1;
+        if (rows <= 0 || (!by_row && plane.row_stride != 1)) return;
+        const std::int64_t size = dtype_bytes(plane.dtype), lines = by_row ? rows : columns;
+        const int i = ahead.count++;
+        ahead.line[i] = static_cast<const char*>(plane.data);
+        ahead.pitch[i] = (by_row ? plane.row_stride : plane.column_stride) * size;
+        ahead.bytes[i] = (by_row ? columns : rows) * size;
+        ahead.left[i] = lines;
+        ahead.most = max(ahead.most, lines);
+        ahead.pace = (ahead.most + ahead.times - 1) / ahead.times;
+    }
+
+    SSM_INLINE void request(Ahead& ahead) {
+        if (ahead.most <= 0) return;
+        ahead.most -= ahead.pace;
+        for (std::int64_t k = 0; k < ahead.pace; ++k)
+            for (int i = 0; i < ahead.count; ++i) {
+                if (ahead.left[i]-- <= 0) continue;
+                for (std::int64_t at = 0; at < ahead.bytes[i]; at += 64)
+                    __builtin_prefetch(ahead.line[i] + at, 0, 2);
+                ahead.line[i] += ahead.pitch[i];
+            }
+    }
+};
+
+/// What head h of a block takes from the chunk at `begin`, if there is one: its own steps in
+/// `views`, and its share of the group's in `group_views`. Asked for while the state advances.
+template <class T, std::size_t kViews, std::size_t kGroupViews>
+Ahead look_at_chunk(const SsdShape& shape, const HeadBlock& block, std::int64_t h,
+                    std::int64_t begin, const TensorView* const (&views)[kViews],
+                    const TensorView* const (&group_views)[kGroupViews]) {
+    const std::int64_t row_blocks = (shape.dstate + kBlockRows - 1) / kBlockRows;
+    Ahead ahead(shape.padded_headdim / kPanel<T> * row_blocks);
+    if (begin < 0 || begin >= shape.seqlen || ahead.times == 0) return ahead;
+    const std::int64_t head = block.first + h, steps = min(kChunk, shape.seqlen - begin);
+    for (const TensorView* view : views)
+        if (view->ndim >= 0)
+            Ahead::add(ahead, steps_plane(*view, block.row, head, begin), steps, shape.headdim);
+    const std::int64_t from = steps * h / block.count, to = steps * (h + 1) / block.count;
+    for (const TensorView* view : group_views)
+        Ahead::add(ahead, steps_plane(*view, block.row, group_of(shape, *view, head), begin + from),
+                   to - from, shape.dstate);
+    return ahead;
 }
 
 /// Whether a sequence starts from nothing.
@@ -111,13 +162,15 @@ void load_scaled(T* X, T* wX, const T* weight, const SsdShape& shape, const Plan
         }
 }
 
-/// state = decay * state + B^T V for the steps of a segment; V is [step][channel].
+/// state = decay * state + B^T V for the steps of a segment; V is [step][channel]. Asks for a part
+/// of `ahead` before each block of rows.
 template <class T>
 void advance_state(T* state, const SsdShape& shape, const T* B, const T* V, T decay,
-                   std::int64_t steps) {
+                   std::int64_t steps, Ahead& ahead) {
     const std::int64_t pitch = shape.padded_headdim;
     for (std::int64_t p = 0; p < pitch; p += kPanel<T>)
         for_row_blocks(shape.dstate, [&]<int R>(std::int64_t n) {
+            Ahead::request(ahead);
             T* const place = state + p * shape.dstate + n * kPanel<T>;
             Block<T, R> h;
             Block<T, R>::load_from(h, place, kPanel<T>);
