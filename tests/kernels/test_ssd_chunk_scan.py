@@ -29,6 +29,9 @@ MORE = (
     SsdCase("tiles_seq_idx", 2, 200, 2, 4, 3, 1, layout="seq_idx mask"),
     SsdCase("wide", 1, 97, 2, 70, 33, 1, skip="channel"),
     SsdCase("exact_tiles", 2, 192, 2, 32, 16, 1),
+    # Whole vectors with something between them: skipped steps, another group.
+    SsdCase("exact_holes", 2, 70, 2, 32, 16, 1, layout="cu_seqlens mask"),
+    SsdCase("exact_groups", 1, 70, 4, 32, 16, 1, 2, 2),
     SsdCase("no_state", 2, 40, 2, 3, 0, 1),
     SsdCase("no_channels", 2, 40, 2, 0, 3, 1),
     SsdCase("no_heads", 2, 40, 0, 3, 4, 1),
