@@ -157,6 +157,33 @@ def test_subclasses_stay_what_they_are(backend):
         assert torch.equal(y.as_subclass(torch.Tensor), ops.swiglu(gate))
 
 
+class Wrapped(torch.Tensor):
+    """A subclass without data of its own: whoever reads it past the dispatcher finds none."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        inside = [a.inner if isinstance(a, cls) else a for a in args]
+        return cls(function(*inside, **(kwargs or {})))
+
+
+@BACKENDS
+@pytest.mark.parametrize("which", [0, 1])
+def test_subclasses_decide_what_operators_do(backend, which):
+    given = torch.randn(2, 2, 6)
+    wrapped = [Wrapped(t) if i == which else t for i, t in enumerate(given)]
+    with use_backend(backend):
+        y = ops.swiglu(*wrapped)
+        assert type(y) is Wrapped
+        assert torch.equal(y.inner, ops.swiglu(*given))
+
+
 def test_overlapping_state_is_refused():
     state = torch.zeros(16).as_strided((2, 3, 4), (4, 4, 1))
     x, B = torch.randn(2, 3), torch.randn(2, 4)

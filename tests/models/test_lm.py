@@ -168,18 +168,18 @@ def test_initial_values():
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory():
-    m, ids = model(), tokens()
-    want = torch.autograd.grad(m(ids).logits.square().sum(), m.parameters())
-    calls = []
+    m, ids, calls = model(), tokens(), []
     m.backbone.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    want = torch.autograd.grad(m(ids).logits.square().sum(), m.parameters())
+    assert len(calls) == 1  # only where it is asked for
     m.gradient_checkpointing_enable()
     got = torch.autograd.grad(m(ids).logits.square().sum(), m.parameters())
-    assert len(calls) == 2
+    assert len(calls) == 3
     for a, b in zip(got, want, strict=True):
         close(a, b)
     m.gradient_checkpointing_disable()
     torch.autograd.grad(m(ids).logits.square().sum(), m.parameters())
-    assert len(calls) == 3
+    assert len(calls) == 4
 
 
 @pytest.mark.parametrize("shape", SHAPES)
