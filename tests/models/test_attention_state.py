@@ -378,12 +378,13 @@ def test_a_smaller_offset_forgets_the_last_tokens():
         close(m(x[:, 3:], params), m(x)[:, 3:])
 
 
-def test_lengths_per_sample_say_what_each_row_holds():
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_lengths_per_sample_say_what_each_row_holds(dtype):
     m, x = mha("rotary", layer_idx=0), inputs()
     params = InferenceParams(max_seqlen=10)
     with torch.no_grad():
         m(x, params)
-        params.seqlen_offset, params.lengths_per_sample = 5, torch.tensor([2, 5], dtype=torch.int32)
+        params.seqlen_offset, params.lengths_per_sample = 5, torch.tensor([2, 5], dtype=dtype)
         y = m(x[:, 6:], params)
         for row, length in enumerate((2, 5)):
             alone = torch.cat([x[row, :length], x[row, 6:]])[None]

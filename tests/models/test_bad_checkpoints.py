@@ -189,6 +189,13 @@ SHARDED = {
 }
 
 
+@pytest.mark.parametrize("size", [0, -1, True, 1.5, None, "0KB", "3 parsecs"])
+def test_bad_shard_size(tmp_path, size):
+    with pytest.raises(ValueError, match="save_pretrained: max_shard_size must be a number of bytes"):
+        model().save_pretrained(tmp_path / "new", max_shard_size=size)
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("damage", SHARDED)
 def test_bad_index(tmp_path, damage):
     change, kind, message = SHARDED[damage]

@@ -150,6 +150,13 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(family, said):
     assert not difference(*forms)
 
 
+@pytest.mark.parametrize("family", dialects.FAMILIES)
+def test_a_vocabulary_is_not_padded(family):
+    values = {"model_type": family, **LEAST.get(family, {}), "vocab_size": 61}
+    config = read_values(dialects.find(values), values, dialects.GENERIC)
+    assert (config.vocab_size, config.pad_vocab_size_multiple) == (61, 1)
+
+
 @pytest.mark.parametrize("case", ["mamba", "bamba-biased", "granitemoehybrid-rope"])
 def test_model_that_was_saved_without_its_head(saved, case, tmp_path):
     _, theirs, ours = saved(case)
