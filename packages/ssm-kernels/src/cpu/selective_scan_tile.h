@@ -68,8 +68,7 @@ SSM_INLINE Plane sequence_plane(const TensorView& view, const ScanBlock& block, 
 /// What a block reads and writes of its next tile: asked for while this one is computed, a few
 /// lines per step.
 struct NextTile {
-    Plane planes[8];
-    std::int64_t rows[8];
+    Stripes planes[8];
     int count = 0;
     std::int64_t width;
 
@@ -82,13 +81,11 @@ struct NextTile {
             if (view->ndim >= 0 && steps > 0) add(sequence_plane(*view, block, t0), steps);
     }
     void add(const Plane& plane, std::int64_t height) {
-        planes[count] = plane;
-        rows[count++] = height;
+        planes[count++] = Stripes(plane, height, width);
     }
 
     SSM_INLINE void request(const NextTile& next, int plane, std::int64_t line) {
-        if (plane < next.count)
-            request_line(next.planes[plane], line, next.rows[plane], next.width);
+        if (plane < next.count) request_stripe(next.planes[plane], line);
     }
 };
 

@@ -33,40 +33,24 @@ void store_state(Plane plane, const T* state, const SsdShape& shape) {
 /// cache: rows of steps may lie pages apart, which the processor does not foresee, and all of them
 /// at once would wait for each other.
 struct Ahead {
-    static constexpr int kMost = 7;
-    const char* line[kMost];
-    std::int64_t pitch[kMost], bytes[kMost], left[kMost];
+    Stripes stripes[7];
     int count = 0;
     std::int64_t times;     // that `request` is called
-    std::int64_t pace = 0;  // lines of each plane per call
-    std::int64_t most = 0;  // lines of one plane that are left
+    std::int64_t pace = 0;  // of each of them per call
+    std::int64_t next = 0, end = 0;
 
     explicit Ahead(std::int64_t times) : times(times) {}
 
-    /// Adds the rows of a plane, or its columns where these are adjacent elements.
-    SSM_INLINE void add(Ahead& ahead, const Plane& plane, std::int64_t rows, std::int64_t columns) {
-        const bool by_row = plane.column_stride == 1;
-        if (rows <= 0 || (!by_row && plane.row_stride != 1)) return;
-        const std::int64_t size = dtype_bytes(plane.dtype), lines = by_row ? rows : columns;
-        const int i = ahead.count++;
-        ahead.line[i] = static_cast<const char*>(plane.data);
-        ahead.pitch[i] = (by_row ? plane.row_stride : plane.column_stride) * size;
-        ahead.bytes[i] = (by_row ? columns : rows) * size;
-        ahead.left[i] = lines;
-        ahead.most = max(ahead.most, lines);
-        ahead.pace = (ahead.most + ahead.times - 1) / ahead.times;
+    SSM_INLINE void add(Ahead& ahead, const Stripes& more) {
+        ahead.stripes[ahead.count++] = more;
+        ahead.end = max(ahead.end, more.count);
+        ahead.pace = (ahead.end + ahead.times - 1) / ahead.times;
     }
 
     SSM_INLINE void request(Ahead& ahead) {
-        if (ahead.most <= 0) return;
-        ahead.most -= ahead.pace;
-        for (std::int64_t k = 0; k < ahead.pace; ++k)
-            for (int i = 0; i < ahead.count; ++i) {
-                if (ahead.left[i]-- <= 0) continue;
-                for (std::int64_t at = 0; at < ahead.bytes[i]; at += 64)
-                    __builtin_prefetch(ahead.line[i] + at, 0, 2);
-                ahead.line[i] += ahead.pitch[i];
-            }
+        const std::int64_t end = min(ahead.next + ahead.pace, ahead.end);
+        for (; ahead.next < end; ++ahead.next)
+            for (int i = 0; i < ahead.count; ++i) request_stripe(ahead.stripes[i], ahead.next);
     }
 };
 
@@ -82,11 +66,12 @@ Ahead look_at_chunk(const SsdShape& shape, const HeadBlock& block, std::int64_t 
     const std::int64_t head = block.first + h, steps = min(kChunk, shape.seqlen - begin);
     for (const TensorView* view : views)
         if (view->ndim >= 0)
-            Ahead::add(ahead, steps_plane(*view, block.row, head, begin), steps, shape.headdim);
+            Ahead::add(ahead, {steps_plane(*view, block.row, head, begin), steps, shape.headdim});
     const std::int64_t from = steps * h / block.count, to = steps * (h + 1) / block.count;
     for (const TensorView* view : group_views)
-        Ahead::add(ahead, steps_plane(*view, block.row, group_of(shape, *view, head), begin + from),
-                   to - from, shape.dstate);
+        Ahead::add(ahead,
+                   {steps_plane(*view, block.row, group_of(shape, *view, head), begin + from),
+                    to - from, shape.dstate});
     return ahead;
 }
 

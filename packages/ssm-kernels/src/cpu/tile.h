@@ -462,19 +462,30 @@ static inline void store_tile(const Plane& plane, const T* tile, std::int64_t pi
     });
 }
 
-/// Asks for row `index` of a rectangle that is read or written next, or for that column where
-/// columns are adjacent elements, into the second-level cache: rows may lie pages apart, which the
-/// processor does not foresee. (Always inlined: GCC takes a function of nothing but prefetches for
-/// one without effects.)
-SSM_INLINE void request_line(const Plane& plane, std::int64_t index, std::int64_t rows,
-                             std::int64_t columns) {
-    const bool by_row = plane.column_stride == 1;
-    if ((!by_row && plane.row_stride != 1) || index >= (by_row ? rows : columns)) return;
-    const std::int64_t bytes = dtype_bytes(plane.dtype);
-    const char* const line = static_cast<const char*>(plane.data) +
-                             index * (by_row ? plane.row_stride : plane.column_stride) * bytes;
-    for (std::int64_t at = 0; at < (by_row ? columns : rows) * bytes; at += 64)
-        __builtin_prefetch(line + at, 0, 2);
+/// A rectangle as the lines that are adjacent elements: its rows or its columns, none if neither
+/// is.
+struct Stripes {
+    const char* data;
+    std::int64_t pitch, bytes, count;
+
+    Stripes() = default;
+    Stripes(const Plane& plane, std::int64_t rows, std::int64_t columns)
+        : data(static_cast<const char*>(plane.data)) {
+        const bool by_row = plane.column_stride == 1;
+        const std::int64_t size = dtype_bytes(plane.dtype);
+        pitch = (by_row ? plane.row_stride : plane.column_stride) * size;
+        bytes = (by_row ? columns : rows) * size;
+        count = by_row ? rows : plane.row_stride == 1 ? columns : 0;
+    }
+};
+
+/// Asks for one of them, read or written next, into the second-level cache: they may lie pages
+/// apart, which the processor does not foresee. (Always inlined: GCC takes a function of
+/// nothing but prefetches for one without effects.)
+SSM_INLINE void request_stripe(const Stripes& stripes, std::int64_t index) {
+    if (index >= stripes.count) return;
+    const char* const line = stripes.data + index * stripes.pitch;
+    for (std::int64_t at = 0; at < stripes.bytes; at += 64) __builtin_prefetch(line + at, 0, 2);
 }
 
 }  // namespace ssm::cpu::SSM_ISA
