@@ -2,11 +2,12 @@
 """Time the operators against their reference, torch and what the machine can do at most.
 
 Usage: tools/bench.py [OP] [--workload NAME] [--device cpu|cuda] [--iters N] [--threads N]
-                      [--json FILE]
+                      [--mamba-repo CLONE] [--json FILE]
 
 Per workload a table with the rows python (the reference), cpu and cuda (the compiled operator),
 dispatch (``ssm.ops``, what a user calls) and torch-only peers; workloads of an operator that has a
-backward get a second table, forward and backward. Implementations are timed in turn within one run:
+backward get a second table, forward and backward. A clone of state-spaces/mamba adds rows with its
+own functions in plain PyTorch (they need einops). Implementations are timed in turn within one run:
 compare ratios of one run, not times of two. ``of bound`` is the share of the binding ceiling: the
 largest of moved bytes / copy rate of a buffer of that size, multiply-adds / multiply-add rate and
 exponentials / exponential rate, as counted in tools/bench/<op>.py and measured in the same run.
@@ -16,8 +17,8 @@ otherwise the exit status is 1 and there is no report. SSM_ISA chooses the instr
 
 JSON (schema 1): an object with
     schema, device, iters, threads, isa, commit, modified, machine {processor, cores, l2_bytes,
-    l3_bytes, system}, versions {python, torch, numpy, ssm_kernels, ssm_models}, load_average
-    [before, after]; null where there is nothing to tell;
+    l3_bytes, system}, versions {python, torch, numpy, ssm_kernels, ssm_models}, mamba_ssm (commit
+    of the clone), load_average [before, after]; null where there is nothing to tell;
     ceilings {fma_per_s, exp_per_s, copy_l2_bytes_per_s, copy_bytes_per_s,
     copy_streamed_bytes_per_s} or null; noop_us: an empty compiled call with 8 torch tensors;
     workloads: a list of {op, workload, direction ("forward" | "forward+backward"), sizes, options,
@@ -38,20 +39,19 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.checkout import ROOT, find_packages
+from tools.goldens import clone
+from tools.goldens.files import Fault
 
 SCHEMA = 1
 # Gradients are compared on shapes cut to this: they need the whole graph of the reference.
 REDUCED = {"seqlen": 100, "rows": 37}
-
-
-class Fault(Exception):
-    """A reason to stop; its text is the whole message."""
 
 
 def workloads_of(op: str) -> ModuleType:
@@ -129,11 +129,19 @@ def run(arguments: argparse.Namespace) -> dict:
             report["noop_us"] = measure.noop_seconds() * 1e6
         except Exception as error:  # without the library the torch rows are still worth having
             ceilings, why_not = None, f"no ceilings: {type(error).__name__}: {error}"
+    upstream, report["mamba_ssm"] = {}, None
+    if arguments.mamba_repo:
+        from tools import upstream_peers
+
+        report["mamba_ssm"] = clone.check(clone.MAMBA, arguments.mamba_repo, True)
+        upstream = upstream_peers.load(arguments.mamba_repo)
     timed = []
     keep_freed_memory()
     for op, module, case in selected(arguments):
         tell(f"{op} {case.name}")
         problem = module.setup(case, device)
+        if problem.args[0].dtype == torch.float32:  # upstream's formulas mix no element types
+            problem = replace(problem, peers=problem.peers + upstream.get(op, ()))
         small = module.setup(case.reduced(**REDUCED), device)
         rows = {
             name: (function and functools.partial(function, **problem.options), note)
@@ -146,7 +154,7 @@ def run(arguments: argparse.Namespace) -> dict:
             except AttributeError as error:  # a library from before this operator
                 rows[name] = (None, f"unavailable: {error}")
         compared = {n: f for n, (f, _) in rows.items() if f is not None and n != "python"}
-        compared |= {p.name: p.function for p in problem.peers if p.differentiable}
+        compared |= {p.name: p.function for p in problem.peers if not p.yardstick}
         try:
             verify.verify(op, problem, small, compared)
         except AssertionError as error:
@@ -190,7 +198,7 @@ def time_table(op, case, direction, problem, work, rows, iters, synchronize) -> 
     calls, notes, saved = {}, {}, {}
     rows = dict(rows)
     for peer in problem.peers:
-        if peer.differentiable or direction == "forward":
+        if direction == "forward" or not (peer.yardstick or peer.slow_backward):
             rows[peer.name] = (peer.function, "")
     for name, (function, note) in rows.items():
         notes[name] = note
@@ -354,9 +362,14 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
     parser.add_argument("--iters", type=positive, default=20, help="samples per row, default 20")
     parser.add_argument("--threads", type=positive, help="default: torch's own choice")
+    parser.add_argument(
+        "--mamba-repo", type=Path, metavar="CLONE", help="of state-spaces/mamba: rows of its own"
+    )
     parser.add_argument("--json", type=json_file, metavar="FILE", help="also write the report")
     parser.add_argument("--first-call", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.mamba_repo and arguments.device != "cpu":
+        parser.error("--mamba-repo must go with --device cpu, got cuda: there its kernels count")
     find_packages()
     try:
         if arguments.first_call:

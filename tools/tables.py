@@ -17,6 +17,8 @@ def print_machine(report: dict, why_not: str) -> None:
         f"{versions['ssm_kernels']}, commit {(report['commit'] or 'unknown')[:12]}"
         f"{' and changes' if report['modified'] else ''}"
     )
+    if report["mamba_ssm"]:
+        print(f"mamba_ssm at {report['mamba_ssm'][:12]}")
     load = report["load_average"][0]
     if load > machine["cores"] / 2:
         print(f"the machine was busy: load average {load:.1f} at the start; times are too long")

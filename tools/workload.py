@@ -50,12 +50,14 @@ class Peer:
     Attributes:
         name: what the row is called.
         function: takes the arguments of the operator.
-        differentiable: also a row of the forward and backward table.
+        yardstick: what a copy takes: no result to compare and no backward.
+        slow_backward: its gradients are compared, but its backward would be timed for minutes.
     """
 
     name: str
     function: Callable
-    differentiable: bool = True
+    yardstick: bool = False
+    slow_backward: bool = False
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,6 @@ def setup(case, device) -> Problem:
         both=Work(9 * nbytes(x) + 3 * parameters, 4 * per_element * x.numel()),
         peers=(
             Peer("torch add + norm", _torch_norm),
-            Peer("torch copy of both", copy, differentiable=False),
+            Peer("torch copy of both", copy, yardstick=True),
         ),
     )

@@ -50,6 +50,6 @@ def setup(case, device) -> Problem:
         both=Work(8 * nbytes(x) + 3 * nbytes(weight), 20 * elements, 2 * elements),
         peers=(
             Peer("torch norm * silu", torch_norm),
-            Peer("torch copy of one", copy, differentiable=False),
+            Peer("torch copy of one", copy, yardstick=True),
         ),
     )

@@ -50,6 +50,6 @@ def setup(case, device) -> Problem:
         both=Work(2 * nbytes(*args) + nbytes(*args) + 2 * half, 11 * elements, 2 * elements),
         peers=(
             Peer("torch silu * up", _torch_swiglu),
-            Peer("torch copy of one", copy, differentiable=False),
+            Peer("torch copy of one", copy, yardstick=True),
         ),
     )

@@ -222,5 +222,5 @@ def installed(repository: Repository, names: tuple[str, ...], device: str) -> di
     except ImportError as error:
         raise Fault(
             f"{error.name} must be installed to import {repository.name} on {device}, got "
-            f"{type(error).__name__}: {error}; only refreshing upstream's goldens needs it"
+            f"{type(error).__name__}: {error}; nothing but running upstream's code needs it"
         ) from None
