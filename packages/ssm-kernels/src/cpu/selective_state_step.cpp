@@ -312,7 +312,6 @@ void step_block(const StepBlock<T>& block, std::int64_t state_row) {
     const bool is_gated = args.z.ndim >= 0, y_in_place = block.whole && is_dense<T>(args.y, 3);
     for (std::int64_t token = 0; token < shape.tokens; ++token) {
         const T* const x = block.activations(args.x, token, tile.x);
-        if (is_gated) gate(tile.z, block.activations(args.z, token, tile.z), block.width);
         prepare(block, x, block.activations(args.dt, token, tile.dt), bias, rate_of, tile.rate,
                 tile.drive);
         const T* const B = block.matrix(args.B, token, tile.B);
@@ -326,6 +325,7 @@ void step_block(const StepBlock<T>& block, std::int64_t state_row) {
             advance<T, true>(at, block.width, shape);
         else
             advance<T, false>(at, block.width, shape);
+        if (is_gated) gate(tile.z, block.activations(args.z, token, tile.z), block.width);
         for (std::int64_t i = 0; i < block.width; i += n) {
             Vec<T> sum = load<T>(y + i);
             if (skip != nullptr) sum += load<T>(skip + i) * load<T>(x + i);

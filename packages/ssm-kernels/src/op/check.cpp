@@ -143,7 +143,7 @@ void Checker::dtype(std::string_view name, const TensorView& view, DType wanted)
         fail(name, std::string("have dtype ") + dtype_name(wanted), dtype_name(view.dtype));
 }
 
-void Checker::device(std::string_view name, const TensorView& view) const {
+void Checker::device(std::string_view name, const TensorView& view) {
     if (view.device.type != device_.type || view.device.index != device_.index)
         fail(name, "be on " + device_text(device_), device_text(view.device));
     std::int64_t count = 1;
@@ -154,28 +154,29 @@ void Checker::device(std::string_view name, const TensorView& view) const {
     if (device_.type == DeviceType::cuda && count > 0 && address % bytes != 0)
         fail(name, "be aligned to its elements of " + std::to_string(bytes) + " bytes on a GPU",
              "address " + std::to_string(address));
+    note(name, view);
 }
 
 void Checker::input(std::string_view name, const TensorView& view,
-                    std::initializer_list<Axis> axes) const {
+                    std::initializer_list<Axis> axes) {
     shape(name, view, axes);
     floating(name, view);
     device(name, view);
 }
 
 void Checker::optional_input(std::string_view name, const TensorView& view,
-                             std::initializer_list<Axis> axes) const {
+                             std::initializer_list<Axis> axes) {
     if (present(view)) input(name, view, axes);
 }
 
 void Checker::indices(std::string_view name, const TensorView& view,
-                      std::initializer_list<Axis> axes) const {
+                      std::initializer_list<Axis> axes) {
     shape(name, view, axes);
     dtype(name, view, DType::i32);
     device(name, view);
 }
 
-void Checker::state_indices(const TensorView& view, std::int64_t batch, std::int64_t rows) const {
+void Checker::state_indices(const TensorView& view, std::int64_t batch, std::int64_t rows) {
     indices("state_indices", view, {{"B", batch}});
     if (device_.type != DeviceType::cpu) return;  // reading them would wait for the device
     const auto row_of = [&view](std::int64_t b) {
@@ -223,22 +224,60 @@ void Checker::no_overlap(std::string_view name, const TensorView& view) const {
     }
 }
 
-void Checker::apart(std::string_view name, const TensorView& view, std::string_view other_name,
-                    const TensorView& other) const {
-    if (!present(other) || view.data != other.data || is_empty(view) || is_empty(other)) return;
-    std::string rule("not share memory with ");
-    fail(name, rule.append(other_name), "the same address");
+void Checker::note(std::string_view name, const TensorView& view) {
+    if (is_empty(view)) return;
+    for (int i = 0; i < place_count_; ++i) {
+        if (places_[i].data != view.data) continue;
+        if (places_[i].name == name) return;
+        if (places_[i].written) refuse_shared(places_[i].name, name);
+    }
+    if (place_count_ == kMostPlaces) throw std::logic_error("more arguments than places");
+    places_[place_count_++] = {name, view.data, false};
+}
+
+void Checker::claim(std::string_view name, const TensorView& view, std::string_view from_name) {
+    for (int i = 0; i < place_count_; ++i) {
+        if (places_[i].data != view.data) continue;
+        if (places_[i].name != name && places_[i].name != from_name)
+            refuse_shared(name, places_[i].name);
+        places_[i].written = true;
+    }
+}
+
+void Checker::written(std::string_view name, const TensorView& view) {
+    carried(name, view, name, view);
+}
+
+void Checker::carried(std::string_view name, const TensorView& view, std::string_view from_name,
+                      const TensorView& from) {
+    no_overlap(name, view);
+    if (is_empty(view)) return;
+    bool same = present(from) && view.dtype == from.dtype;
+    for (int i = 0; same && i < view.ndim; ++i) same = view.stride[i] == from.stride[i];
+    claim(name, view, same ? from_name : name);
+}
+
+void Checker::refuse_shared(std::string_view name, std::string_view other) const {
+    fail(name, std::string("not share memory with ").append(other), "the same address");
 }
 
 void Checker::output(std::string_view name, const TensorView& view,
-                     std::initializer_list<Axis> axes) const {
+                     std::initializer_list<Axis> axes) {
     input(name, view, axes);
-    no_overlap(name, view);
+    written(name, view);
 }
 
 void Checker::optional_output(std::string_view name, const TensorView& view,
-                              std::initializer_list<Axis> axes) const {
+                              std::initializer_list<Axis> axes) {
     if (present(view)) output(name, view, axes);
+}
+
+void Checker::optional_carried(std::string_view name, const TensorView& view,
+                               std::initializer_list<Axis> axes, std::string_view from_name,
+                               const TensorView& from) {
+    if (!present(view)) return;
+    input(name, view, axes);
+    carried(name, view, from_name, from);
 }
 
 void Checker::contiguous(std::string_view name, const TensorView& view) const {

@@ -24,7 +24,7 @@ TensorView without_middle_axis(TensorView weight) {
     return weight;
 }
 
-TensorView canonical_weight(const Checker& check, const DwCausalConvArgs& args) {
+TensorView canonical_weight(Checker& check, const DwCausalConvArgs& args) {
     const Axis dim{"D", args.x.shape[1]};
     check.given("weight", args.weight);
     if (args.weight.ndim == 3) {
@@ -47,9 +47,9 @@ struct Checked {
 
 // Checks the inputs in argument order. `states` are the arguments of shape (S, D, W - 1), of which
 // the first one given says what S is.
-Checked check_inputs(const DwCausalConvArgs& given, std::initializer_list<TensorView> states) {
+Checked check_inputs(Checker& check, const DwCausalConvArgs& given,
+                     std::initializer_list<TensorView> states) {
     DwCausalConvArgs args = given;
-    const Checker check(kOp, args.x.device);
     check.rank("x", args.x, 3, "(B, D, L)");
     const Axis batch{"B", args.x.shape[0]}, dim{"D", args.x.shape[1]}, seqlen{"L", args.x.shape[2]};
     check.input("x", args.x, {batch, dim, seqlen});
@@ -75,11 +75,11 @@ Checked check_inputs(const DwCausalConvArgs& given, std::initializer_list<Tensor
 }  // namespace
 
 void dw_causal_conv_fwd(const DwCausalConvArgs& given, const Exec& exec) {
-    const Checked in = check_inputs(given, {given.initial_state, given.final_state});
-    const Checker check(kOp, in.args.x.device);
+    Checker check(kOp, given.x.device);
+    const Checked in = check_inputs(check, given, {given.initial_state, given.final_state});
     check.output("y", in.args.y, {in.batch, in.dim, in.seqlen});
-    check.apart("y", in.args.y, "x", in.args.x);
-    check.optional_output("final_state", in.args.final_state, {in.states, in.dim, in.memory});
+    check.optional_carried("final_state", in.args.final_state, {in.states, in.dim, in.memory},
+                           "initial_state", in.args.initial_state);
     if (const auto* gpu = cuda_kernels(kOp, in.args.x.device))
         return gpu->dw_causal_conv_fwd(in.args, in.num_states, exec);
     const RunTable runs(kOp, in.args.seq_idx, in.batch.size, in.seqlen.size,
@@ -90,14 +90,12 @@ void dw_causal_conv_fwd(const DwCausalConvArgs& given, const Exec& exec) {
 void dw_causal_conv_bwd(const DwCausalConvArgs& given, const DwCausalConvGrads& given_grads,
                         const Exec& exec) {
     DwCausalConvGrads grads = given_grads;
+    Checker check(kOp, given.x.device);
     const Checked in =
-        check_inputs(given, {given.initial_state, grads.dfinal_state, grads.dinitial_state});
-    const Checker check(kOp, in.args.x.device);
+        check_inputs(check, given, {given.initial_state, grads.dfinal_state, grads.dinitial_state});
     check.input("dy", grads.dy, {in.batch, in.dim, in.seqlen});
     check.optional_input("dfinal_state", grads.dfinal_state, {in.states, in.dim, in.memory});
     check.output("dx", grads.dx, {in.batch, in.dim, in.seqlen});
-    check.apart("dx", grads.dx, "x", in.args.x);
-    check.apart("dx", grads.dx, "dy", grads.dy);
     check.given("dweight", grads.dweight);
     check.same_shape("dweight", grads.dweight, given.weight);
     grads.dweight = without_middle_axis(grads.dweight);
@@ -117,7 +115,7 @@ void dw_causal_conv_bwd(const DwCausalConvArgs& given, const DwCausalConvGrads& 
 std::int64_t dw_causal_conv_bwd_workspace(const DwCausalConvArgs& given,
                                           const DwCausalConvGrads& grads) {
     DwCausalConvArgs args = given;
-    const Checker check(kOp, args.x.device);
+    Checker check(kOp, args.x.device);
     check.rank("x", args.x, 3, "(B, D, L)");
     check.floating("x", args.x);
     args.weight = canonical_weight(check, args);

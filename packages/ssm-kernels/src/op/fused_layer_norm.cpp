@@ -14,7 +14,7 @@ namespace {
 
 constexpr const char* kOp = "fused_layer_norm";
 
-void check_inputs(const RowChecker& check, const FusedLayerNormArgs& args) {
+void check_inputs(RowChecker& check, const FusedLayerNormArgs& args) {
     check.main("x");
     const Axis dim{"D", args.x.shape[args.x.ndim - 1]};
     check.input("weight", args.weight, {dim});
@@ -26,15 +26,16 @@ void check_inputs(const RowChecker& check, const FusedLayerNormArgs& args) {
 
 void fused_layer_norm_fwd(const FusedLayerNormArgs& given, const Exec& exec) {
     FusedLayerNormArgs args = given;
-    const RowChecker check(kOp, given.x);
+    RowChecker check(kOp, given.x);
     check_inputs(check, args);
     check.output_like_main("y", args.y);
-    check.optional_output_like_main("residual_out", args.residual_out);
-    if (present(args.mean)) {
-        if (args.is_rms) check.fail("mean", "be None with is_rms", "an array");
-        check.statistic("mean", args.mean, {"M", row_count(args.x)});
-    }
-    if (present(args.rstd)) check.statistic("rstd", args.rstd, {"M", row_count(args.x)});
+    check.optional_like_main("residual_out", args.residual_out);
+    if (present(args.residual_out))
+        check.carried("residual_out", args.residual_out, "residual", args.residual);
+    if (args.is_rms && present(args.mean)) check.fail("mean", "be None with is_rms", "an array");
+    const Axis rows{"M", row_count(args.x)};
+    check.optional_output_statistic("mean", args.mean, rows);
+    check.optional_output_statistic("rstd", args.rstd, rows);
     // Written so that NaN is refused as well.
     if (!(args.eps > 0)) check.fail("eps", "be positive", number_text(args.eps));
     for (TensorView* view : {&args.x, &args.residual, &args.y, &args.residual_out})
@@ -48,7 +49,7 @@ void fused_layer_norm_bwd(const FusedLayerNormArgs& given, const FusedLayerNormG
                           const Exec& exec) {
     FusedLayerNormArgs args = given;
     FusedLayerNormGrads grads = given_grads;
-    const RowChecker check(kOp, given.x);
+    RowChecker check(kOp, given.x);
     check_inputs(check, args);
     if (args.is_rms) {
         if (present(args.mean)) check.fail("mean", "be None with is_rms", "an array");

@@ -15,7 +15,7 @@ namespace {
 constexpr const char* kOp = "gated_norm";
 
 /// Checks x and group_size, puts the size of a group in place of kWholeRow and returns the axis M.
-Axis check_sizes(const RowChecker& check, GatedNormArgs& args) {
+Axis check_sizes(RowChecker& check, GatedNormArgs& args) {
     check.main("x");
     const std::int64_t dim = args.x.shape[args.x.ndim - 1];
     if (args.group_size == kWholeRow) {
@@ -30,7 +30,7 @@ Axis check_sizes(const RowChecker& check, GatedNormArgs& args) {
 }
 
 /// Checks the inputs and returns the axis M.
-Axis check_inputs(const RowChecker& check, GatedNormArgs& args) {
+Axis check_inputs(RowChecker& check, GatedNormArgs& args) {
     check.main("x");
     const Axis dim{"D", args.x.shape[args.x.ndim - 1]};
     check.input("weight", args.weight, {dim});
@@ -39,7 +39,7 @@ Axis check_inputs(const RowChecker& check, GatedNormArgs& args) {
     return check_sizes(check, args);
 }
 
-void refuse_mean(const RowChecker& check, const GatedNormArgs& args) {
+void refuse_mean(RowChecker& check, const GatedNormArgs& args) {
     if (args.is_rms && present(args.mean)) check.fail("mean", "be None with is_rms", "an array");
 }
 
@@ -47,12 +47,12 @@ void refuse_mean(const RowChecker& check, const GatedNormArgs& args) {
 
 void gated_norm_fwd(const GatedNormArgs& given, const Exec& exec) {
     GatedNormArgs args = given;
-    const RowChecker check(kOp, given.x);
+    RowChecker check(kOp, given.x);
     const Axis groups = check_inputs(check, args);
     check.output_like_main("y", args.y);
     refuse_mean(check, args);
-    if (present(args.mean)) check.statistic("mean", args.mean, groups);
-    if (present(args.rstd)) check.statistic("rstd", args.rstd, groups);
+    check.optional_output_statistic("mean", args.mean, groups);
+    check.optional_output_statistic("rstd", args.rstd, groups);
     // Written so that NaN is refused as well.
     if (!(args.eps > 0)) check.fail("eps", "be positive", number_text(args.eps));
     for (TensorView* view : {&args.x, &args.z, &args.y}) *view = merge_rows(*view);
@@ -64,7 +64,7 @@ void gated_norm_bwd(const GatedNormArgs& given, const GatedNormGrads& given_grad
                     const Exec& exec) {
     GatedNormArgs args = given;
     GatedNormGrads grads = given_grads;
-    const RowChecker check(kOp, given.x);
+    RowChecker check(kOp, given.x);
     const Axis groups = check_inputs(check, args);
     refuse_mean(check, args);
     if (!args.is_rms) {
@@ -93,7 +93,8 @@ void gated_norm_bwd(const GatedNormArgs& given, const GatedNormGrads& given_grad
 
 std::int64_t gated_norm_bwd_workspace(const GatedNormArgs& given) {
     GatedNormArgs args = given;
-    check_sizes(RowChecker(kOp, given.x), args);
+    RowChecker check(kOp, given.x);
+    check_sizes(check, args);
     const auto* gpu = cuda_kernels(kOp, args.x.device);
     return gpu != nullptr ? gpu->gated_norm_bwd_workspace(args) : 0;
 }

@@ -43,38 +43,50 @@ std::string number_text(double value) {
     return text.find_first_of(".en") == std::string::npos ? text + ".0" : text;
 }
 
-void RowChecker::main(std::string_view name) const {
+void RowChecker::main(std::string_view name) {
     given(name, main_);
     if (main_.ndim < 1) fail(name, "have shape (..., D)", "()");
     floating(name, main_);
     device(name, main_);
 }
 
-void RowChecker::like_main(std::string_view name, const TensorView& view) const {
+void RowChecker::like_main(std::string_view name, const TensorView& view) {
+    like(name, view, main_);
+}
+
+void RowChecker::like(std::string_view name, const TensorView& view, const TensorView& other) {
     given(name, view);
-    bool same = view.ndim == main_.ndim;
-    for (int i = 0; same && i < view.ndim; ++i) same = view.shape[i] == main_.shape[i];
-    if (!same) fail(name, "have shape (..., D) = " + shape_text(main_), shape_text(view));
+    bool same = view.ndim == other.ndim;
+    for (int i = 0; same && i < view.ndim; ++i) same = view.shape[i] == other.shape[i];
+    if (!same) fail(name, "have shape (..., D) = " + shape_text(other), shape_text(view));
     floating(name, view);
     device(name, view);
 }
 
-void RowChecker::optional_like_main(std::string_view name, const TensorView& view) const {
+void RowChecker::optional_like_main(std::string_view name, const TensorView& view) {
     if (present(view)) like_main(name, view);
 }
 
-void RowChecker::output_like_main(std::string_view name, const TensorView& view) const {
+void RowChecker::output_like_main(std::string_view name, const TensorView& view) {
     like_main(name, view);
-    no_overlap(name, view);
+    written(name, view);
 }
 
-void RowChecker::optional_output_like_main(std::string_view name, const TensorView& view) const {
+void RowChecker::optional_output_like_main(std::string_view name, const TensorView& view) {
     if (present(view)) output_like_main(name, view);
 }
 
-void RowChecker::statistic(std::string_view name, const TensorView& view, Axis axis) const {
-    output(name, view, {axis});
+void RowChecker::statistic(std::string_view name, const TensorView& view, Axis axis) {
+    input(name, view, {axis});
+    no_overlap(name, view);
     dtype(name, view, main_.dtype == DType::f64 ? DType::f64 : DType::f32);
+}
+
+void RowChecker::optional_output_statistic(std::string_view name, const TensorView& view,
+                                           Axis axis) {
+    if (!present(view)) return;
+    statistic(name, view, axis);
+    written(name, view);
 }
 
 }  // namespace ssm

@@ -21,13 +21,15 @@ class RowChecker : public Checker {
     RowChecker(std::string_view op, const TensorView& main)
         : Checker(op, main.device), op_(op), main_(main) {}
 
-    void main(std::string_view name) const;
-    void like_main(std::string_view name, const TensorView& view) const;
-    void optional_like_main(std::string_view name, const TensorView& view) const;
-    void output_like_main(std::string_view name, const TensorView& view) const;
-    void optional_output_like_main(std::string_view name, const TensorView& view) const;
-    /// An output, or a former one, in the compute type.
-    void statistic(std::string_view name, const TensorView& view, Axis axis) const;
+    void main(std::string_view name);
+    void like_main(std::string_view name, const TensorView& view);
+    void like(std::string_view name, const TensorView& view, const TensorView& other);
+    void optional_like_main(std::string_view name, const TensorView& view);
+    void output_like_main(std::string_view name, const TensorView& view);
+    void optional_output_like_main(std::string_view name, const TensorView& view);
+    /// A former output, in the compute type.
+    void statistic(std::string_view name, const TensorView& view, Axis axis);
+    void optional_output_statistic(std::string_view name, const TensorView& view, Axis axis);
 
   private:
     std::string_view op_;

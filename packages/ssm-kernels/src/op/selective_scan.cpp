@@ -17,7 +17,7 @@ namespace {
 constexpr const char* kOp = "selective_scan";
 
 // B or C as (D, N), or as (B, G, N, L) with a group axis put in where it was left out.
-TensorView canonical_input(const Checker& check, std::string_view name, TensorView view,
+TensorView canonical_input(Checker& check, std::string_view name, TensorView view,
                            const SelectiveScanArgs& args) {
     const std::int64_t batch = args.u.shape[0], dim = args.u.shape[1], seqlen = args.u.shape[2];
     const std::int64_t dstate = args.A.shape[1];
@@ -45,7 +45,7 @@ TensorView canonical_input(const Checker& check, std::string_view name, TensorVi
 }
 
 /// u, A, B and C, which say how large the problem is.
-void check_sizes(const Checker& check, SelectiveScanArgs& args) {
+void check_sizes(Checker& check, SelectiveScanArgs& args) {
     check.rank("u", args.u, 3, "(B, D, L)");
     check.floating("u", args.u);
     check.rank("A", args.A, 2, "(D, N)");
@@ -61,9 +61,9 @@ struct Checked {
 
 // Checks the inputs in argument order and brings B and C to their canonical form.
 // `states` are the arguments of shape (S, D, N), of which the first one given says what S is.
-Checked check_inputs(const SelectiveScanArgs& given, std::initializer_list<TensorView> states) {
+Checked check_inputs(Checker& check, const SelectiveScanArgs& given,
+                     std::initializer_list<TensorView> states) {
     SelectiveScanArgs args = given;
-    const Checker check(kOp, args.u.device);
     check.rank("u", args.u, 3, "(B, D, L)");
     const Axis batch{"B", args.u.shape[0]}, dim{"D", args.u.shape[1]}, seqlen{"L", args.u.shape[2]};
     check.input("u", args.u, {batch, dim, seqlen});
@@ -92,8 +92,7 @@ Checked check_inputs(const SelectiveScanArgs& given, std::initializer_list<Tenso
     return {args, num_states};
 }
 
-void check_checkpoints(const SelectiveScanArgs& args) {
-    const Checker check(kOp, args.u.device);
+void check_checkpoints(Checker& check, const SelectiveScanArgs& args) {
     const std::int64_t chunks =
         (args.u.shape[2] + kSelectiveScanCheckpoint - 1) / kSelectiveScanCheckpoint;
     check.input("checkpoints", args.checkpoints,
@@ -109,7 +108,8 @@ void check_checkpoints(const SelectiveScanArgs& args) {
 /// What one direction's entry of the table says; 0 on the CPU.
 std::int64_t workspace_bytes(SelectiveScanArgs args,
                              std::int64_t (*cuda::Kernels::*entry)(const SelectiveScanArgs&)) {
-    check_sizes(Checker(kOp, args.u.device), args);
+    Checker check(kOp, args.u.device);
+    check_sizes(check, args);
     const auto* gpu = cuda_kernels(kOp, args.u.device);
     return gpu != nullptr ? (gpu->*entry)(args) : 0;
 }
@@ -117,13 +117,18 @@ std::int64_t workspace_bytes(SelectiveScanArgs args,
 }  // namespace
 
 void selective_scan_fwd(const SelectiveScanArgs& given, const Exec& exec) {
-    const auto [args, num_states] = check_inputs(given, {given.initial_state, given.last_state});
-    const Checker check(kOp, args.u.device);
+    Checker check(kOp, given.u.device);
+    const auto [args, num_states] =
+        check_inputs(check, given, {given.initial_state, given.last_state});
     const Axis batch{"B", args.u.shape[0]}, dim{"D", args.u.shape[1]}, seqlen{"L", args.u.shape[2]};
     check.output("y", args.y, {batch, dim, seqlen});
-    check.optional_output("last_state", args.last_state,
-                          {{"S", num_states}, dim, {"N", args.A.shape[1]}});
-    if (present(args.checkpoints)) check_checkpoints(args);
+    check.optional_carried("last_state", args.last_state,
+                           {{"S", num_states}, dim, {"N", args.A.shape[1]}}, "initial_state",
+                           args.initial_state);
+    if (present(args.checkpoints)) {
+        check_checkpoints(check, args);
+        check.written("checkpoints", args.checkpoints);
+    }
     if (const auto* gpu = cuda_kernels(kOp, args.u.device)) {
         const WithWorkspace with(kOp, exec, args.u.device, gpu->selective_scan_fwd_workspace(args));
         return gpu->selective_scan_fwd(args, num_states, with.exec());
@@ -143,13 +148,13 @@ std::int64_t selective_scan_bwd_workspace(const SelectiveScanArgs& args) {
 
 void selective_scan_bwd(const SelectiveScanArgs& given, const SelectiveScanGrads& grads,
                         const Exec& exec) {
+    Checker check(kOp, given.u.device);
     const auto [args, num_states] =
-        check_inputs(given, {given.initial_state, grads.dlast_state, grads.dinitial_state});
-    const Checker check(kOp, args.u.device);
+        check_inputs(check, given, {given.initial_state, grads.dlast_state, grads.dinitial_state});
     const Axis batch{"B", args.u.shape[0]}, dim{"D", args.u.shape[1]}, seqlen{"L", args.u.shape[2]};
     const Axis dstate{"N", args.A.shape[1]}, states{"S", num_states};
     check.given("checkpoints", args.checkpoints);
-    check_checkpoints(args);
+    check_checkpoints(check, args);
     check.input("dy", grads.dy, {batch, dim, seqlen});
     check.optional_input("dlast_state", grads.dlast_state, {states, dim, dstate});
     check.output("du", grads.du, {batch, dim, seqlen});
@@ -160,8 +165,8 @@ void selective_scan_bwd(const SelectiveScanArgs& given, const SelectiveScanGrads
     canonical.dC = canonical_input(check, "dC", grads.dC, args);
     check.same_shape("dB", canonical.dB, args.B);
     check.same_shape("dC", canonical.dC, args.C);
-    check.no_overlap("dB", grads.dB);
-    check.no_overlap("dC", grads.dC);
+    check.written("dB", grads.dB);
+    check.written("dC", grads.dC);
     if (present(args.D)) check.output("dD", grads.dD, {dim});
     if (present(args.z)) check.output("dz", grads.dz, {batch, dim, seqlen});
     if (present(args.dt_bias)) check.output("ddt_bias", grads.ddt_bias, {dim});

@@ -24,7 +24,7 @@ struct Axes {
     Axis states;  // S
 };
 
-void check_group_input(const Checker& check, std::string_view name, const TensorView& view,
+void check_group_input(Checker& check, std::string_view name, const TensorView& view,
                        const Axes& axes) {
     check.given(name, view);
     const Axis groups{"G", view.ndim == 4 ? view.shape[2] : 1};
@@ -42,8 +42,8 @@ std::string number_text(double value) {
 
 // Checks the inputs in argument order. `states` are the arguments of shape (S, H, P, N), of which
 // the first one given says what S is.
-Axes check_inputs(const SsdChunkScanArgs& args, std::initializer_list<TensorView> states) {
-    const Checker check(kOp, args.X.device);
+Axes check_inputs(Checker& check, const SsdChunkScanArgs& args,
+                  std::initializer_list<TensorView> states) {
     check.rank("X", args.X, 4, "(B, L, H, P)");
     const std::int64_t* const sizes = args.X.shape;
     Axes axes{{"B", sizes[0]}, {"L", sizes[1]}, {"H", sizes[2]},
@@ -83,7 +83,7 @@ Axes check_inputs(const SsdChunkScanArgs& args, std::initializer_list<TensorView
     return axes;
 }
 
-void check_checkpoints(const Checker& check, const SsdChunkScanArgs& args, const Axes& axes) {
+void check_checkpoints(Checker& check, const SsdChunkScanArgs& args, const Axes& axes) {
     const std::int64_t saved =
         (axes.seqlen.size + kSsdChunkScanCheckpoint - 1) / kSsdChunkScanCheckpoint;
     check.input("checkpoints", args.checkpoints,
@@ -96,7 +96,7 @@ void check_checkpoints(const Checker& check, const SsdChunkScanArgs& args, const
 /// What one direction's entry of the table says; 0 on the CPU.
 std::int64_t workspace_bytes(const SsdChunkScanArgs& args,
                              std::int64_t (*cuda::Kernels::*entry)(const SsdChunkScanArgs&)) {
-    const Checker check(kOp, args.X.device);
+    Checker check(kOp, args.X.device);
     check.rank("X", args.X, 4, "(B, L, H, P)");
     const Axis batch{"B", args.X.shape[0]}, seqlen{"L", args.X.shape[1]},
         heads{"H", args.X.shape[2]};
@@ -110,12 +110,16 @@ std::int64_t workspace_bytes(const SsdChunkScanArgs& args,
 }  // namespace
 
 void ssd_chunk_scan_fwd(const SsdChunkScanArgs& args, const Exec& exec) {
-    const Axes axes = check_inputs(args, {args.initial_states, args.final_states});
-    const Checker check(kOp, args.X.device);
+    Checker check(kOp, args.X.device);
+    const Axes axes = check_inputs(check, args, {args.initial_states, args.final_states});
     check.output("y", args.y, {axes.batch, axes.seqlen, axes.heads, axes.headdim});
-    check.optional_output("final_states", args.final_states,
-                          {axes.states, axes.heads, axes.headdim, axes.dstate});
-    if (present(args.checkpoints)) check_checkpoints(check, args, axes);
+    check.optional_carried("final_states", args.final_states,
+                           {axes.states, axes.heads, axes.headdim, axes.dstate}, "initial_states",
+                           args.initial_states);
+    if (present(args.checkpoints)) {
+        check_checkpoints(check, args, axes);
+        check.written("checkpoints", args.checkpoints);
+    }
     if (const auto* gpu = cuda_kernels(kOp, args.X.device)) {
         const WithWorkspace with(kOp, exec, args.X.device, gpu->ssd_chunk_scan_fwd_workspace(args));
         return gpu->ssd_chunk_scan_fwd(args, axes.states.size, with.exec());
@@ -135,9 +139,9 @@ std::int64_t ssd_chunk_scan_bwd_workspace(const SsdChunkScanArgs& args) {
 
 void ssd_chunk_scan_bwd(const SsdChunkScanArgs& args, const SsdChunkScanGrads& grads,
                         const Exec& exec) {
-    const Axes axes =
-        check_inputs(args, {args.initial_states, grads.dfinal_states, grads.dinitial_states});
-    const Checker check(kOp, args.X.device);
+    Checker check(kOp, args.X.device);
+    const Axes axes = check_inputs(
+        check, args, {args.initial_states, grads.dfinal_states, grads.dinitial_states});
     const auto* gpu = cuda_kernels(kOp, args.X.device);
     if (gpu == nullptr) {
         check.given("checkpoints", args.checkpoints);

@@ -46,7 +46,7 @@ class StageChecker : public Checker {
     }
     /// The first argument: any sizes of this rank.
     void main_input(std::string_view name, const TensorView& view, int ndim,
-                    std::string_view letters) const {
+                    std::string_view letters) {
         rank(name, view, ndim, letters);
         floating(name, view);
         cuda_kernels(op_, view.device);  // refuses a device that nothing serves
@@ -62,7 +62,7 @@ class StageChecker : public Checker {
     }
     /// (B, H, C, Q) with the chunks of L steps; Q is its own.
     void in_chunks(std::string_view name, const TensorView& view, const Axis& batch,
-                   const Axis& heads, std::int64_t seqlen) const {
+                   const Axis& heads, std::int64_t seqlen) {
         rank(name, view, 4, form("(B, H, C, Q)", {batch.size, heads.size}, ", C, Q)"));
         const Axis chunks{"C", view.shape[2]}, steps{"Q", view.shape[3]};
         shape(name, view, {batch, heads, chunks, steps});
@@ -77,12 +77,12 @@ class StageChecker : public Checker {
     }
     /// B or C of `heads` heads.
     void matrix(std::string_view name, const TensorView& view, const Axis& batch,
-                const Axis& seqlen, std::int64_t heads) const {
+                const Axis& seqlen, std::int64_t heads) {
         rank(name, view, 4, form("(B, L, G, N)", {batch.size, seqlen.size}, ", 1, N)"));
         input(name, view, {batch, seqlen, {"G", view.shape[2]}, {"N", view.shape[3]}});
         groups(name, view.shape[2], heads);
     }
-    void ids(const TensorView& view, const Axis& batch, const Axis& seqlen) const {
+    void ids(const TensorView& view, const Axis& batch, const Axis& seqlen) {
         if (present(view)) indices("seq_idx", view, {batch, seqlen});
     }
 
@@ -133,7 +133,7 @@ constexpr const char* kPassing = "ssd_state_passing";
 constexpr const char* kBmm = "ssd_bmm_chunk";
 constexpr const char* kOutput = "ssd_chunk_output";
 
-void check_range(const StageChecker& check, const SsdChunkCumsumArgs& args) {
+void check_range(StageChecker& check, const SsdChunkCumsumArgs& args) {
     // Written so that NaN is refused as well.
     if (!(args.dt_low <= args.dt_high))
         check.fail("dt_limit", "be (low, high)",
@@ -146,7 +146,7 @@ void check_ids(const SsdChunkCumsumArgs& args, const Sizes& sizes) {
                  RunTable::kAnyNumber);
 }
 
-Sizes check_inputs(const StageChecker& check, const SsdChunkCumsumArgs& args) {
+Sizes check_inputs(StageChecker& check, const SsdChunkCumsumArgs& args) {
     check.main_input("dt", args.dt, 3, "(B, L, H)");
     Sizes sizes;
     sizes.batch.size = args.dt.shape[0];
@@ -158,7 +158,7 @@ Sizes check_inputs(const StageChecker& check, const SsdChunkCumsumArgs& args) {
     return sizes;
 }
 
-Sizes check_inputs(const StageChecker& check, const SsdChunkStateArgs& args) {
+Sizes check_inputs(StageChecker& check, const SsdChunkStateArgs& args) {
     check.main_input("x", args.x, 4, "(B, L, H, P)");
     Sizes sizes;
     sizes.batch.size = args.x.shape[0];
@@ -177,8 +177,8 @@ Sizes check_inputs(const StageChecker& check, const SsdChunkStateArgs& args) {
 }
 
 // `states`, by its name, gives the sizes: of the forward the input, of the backward what it saved.
-Sizes check_inputs(const StageChecker& check, const SsdStatePassingArgs& args,
-                   std::string_view name, const TensorView& states) {
+Sizes check_inputs(StageChecker& check, const SsdStatePassingArgs& args, std::string_view name,
+                   const TensorView& states) {
     check.main_input(name, states, 5, "(B, C, H, P, N)");
     Sizes sizes;
     sizes.batch.size = states.shape[0];
@@ -208,7 +208,7 @@ Sizes check_inputs(const StageChecker& check, const SsdStatePassingArgs& args,
 
 // `products`, by its name, gives the chunk: of the forward the output, of the backward its
 // gradient.
-Sizes check_inputs(const StageChecker& check, const SsdBmmChunkArgs& args, std::string_view name,
+Sizes check_inputs(StageChecker& check, const SsdBmmChunkArgs& args, std::string_view name,
                    const TensorView& products) {
     check.main_input("C", args.C, 4, "(B, L, G, N)");
     Sizes sizes;
@@ -231,7 +231,7 @@ Sizes check_inputs(const StageChecker& check, const SsdBmmChunkArgs& args, std::
     return sizes;
 }
 
-Sizes check_inputs(const StageChecker& check, const SsdChunkOutputArgs& args) {
+Sizes check_inputs(StageChecker& check, const SsdChunkOutputArgs& args) {
     check.main_input("x", args.x, 4, "(B, L, H, P)");
     Sizes sizes;
     sizes.batch.size = args.x.shape[0];
@@ -274,10 +274,10 @@ void spread_over_channels(TensorView& D, const Sizes& sizes) {
 }  // namespace
 
 void ssd_chunk_cumsum_fwd(const SsdChunkCumsumArgs& args, const Exec& exec) {
-    const StageChecker check(kCumsum, args.dt);
+    StageChecker check(kCumsum, args.dt);
     const Sizes sizes = check_inputs(check, args);
     check.in_chunks("dt_out", args.dt_out, sizes.batch, sizes.heads, sizes.seqlen.size);
-    check.no_overlap("dt_out", args.dt_out);
+    check.written("dt_out", args.dt_out);
     check.output(
         "dA_cumsum", args.dA_cumsum,
         {sizes.batch, sizes.heads, {"C", args.dt_out.shape[2]}, {"Q", args.dt_out.shape[3]}});
@@ -290,7 +290,7 @@ void ssd_chunk_cumsum_fwd(const SsdChunkCumsumArgs& args, const Exec& exec) {
 
 void ssd_chunk_cumsum_bwd(const SsdChunkCumsumArgs& args, const SsdChunkCumsumGrads& grads,
                           const Exec& exec) {
-    const StageChecker check(kCumsum, args.dt);
+    StageChecker check(kCumsum, args.dt);
     const Sizes sizes = check_inputs(check, args);
     const bool has_steps = present(grads.ddt_out);
     const TensorView& first = has_steps ? grads.ddt_out : grads.ddA_cumsum;
@@ -313,7 +313,7 @@ void ssd_chunk_cumsum_bwd(const SsdChunkCumsumArgs& args, const SsdChunkCumsumGr
 
 std::int64_t ssd_chunk_cumsum_bwd_workspace(const SsdChunkCumsumArgs& args,
                                             const SsdChunkCumsumGrads& grads) {
-    const StageChecker check(kCumsum, args.dt);
+    StageChecker check(kCumsum, args.dt);
     check.main_input("dt", args.dt, 3, "(B, L, H)");
     const bool has_steps = present(grads.ddt_out);
     check.rank(has_steps ? "ddt_out" : "ddA_cumsum", has_steps ? grads.ddt_out : grads.ddA_cumsum,
@@ -323,7 +323,7 @@ std::int64_t ssd_chunk_cumsum_bwd_workspace(const SsdChunkCumsumArgs& args,
 }
 
 void ssd_chunk_state_fwd(const SsdChunkStateArgs& args, const Exec& exec) {
-    const StageChecker check(kState, args.x);
+    StageChecker check(kState, args.x);
     const Sizes sizes = check_inputs(check, args);
     check.output("states", args.states,
                  {sizes.batch, sizes.chunks, sizes.heads, sizes.headdim, sizes.dstate});
@@ -335,7 +335,7 @@ void ssd_chunk_state_fwd(const SsdChunkStateArgs& args, const Exec& exec) {
 
 void ssd_chunk_state_bwd(const SsdChunkStateArgs& args, const SsdChunkStateGrads& grads,
                          const Exec& exec) {
-    const StageChecker check(kState, args.x);
+    StageChecker check(kState, args.x);
     const Sizes sizes = check_inputs(check, args);
     check.input("dstates", grads.dstates,
                 {sizes.batch, sizes.chunks, sizes.heads, sizes.headdim, sizes.dstate});
@@ -351,12 +351,13 @@ void ssd_chunk_state_bwd(const SsdChunkStateArgs& args, const SsdChunkStateGrads
 }
 
 void ssd_state_passing_fwd(const SsdStatePassingArgs& args, const Exec& exec) {
-    const StageChecker check(kPassing, args.states);
+    StageChecker check(kPassing, args.states);
     const Sizes sizes = check_inputs(check, args, "states", args.states);
     check.output("states_in", args.states_in,
                  {sizes.batch, sizes.chunks, sizes.heads, sizes.headdim, sizes.dstate});
-    check.optional_output("final_states", args.final_states,
-                          {sizes.batch, sizes.heads, sizes.headdim, sizes.dstate});
+    check.optional_carried("final_states", args.final_states,
+                           {sizes.batch, sizes.heads, sizes.headdim, sizes.dstate},
+                           "initial_states", args.initial_states);
     if (const auto* gpu = cuda_kernels(kPassing, args.states.device))
         return gpu->ssd_state_passing_fwd(args, exec);
     const Origins origins(kPassing, args.seq_idx, sizes);
@@ -365,7 +366,7 @@ void ssd_state_passing_fwd(const SsdStatePassingArgs& args, const Exec& exec) {
 
 void ssd_state_passing_bwd(const SsdStatePassingArgs& args, const SsdStatePassingGrads& grads,
                            const Exec& exec) {
-    const StageChecker check(kPassing, args.states_in);
+    StageChecker check(kPassing, args.states_in);
     const Sizes sizes = check_inputs(check, args, "states_in", args.states_in);
     check.optional_input("dstates_in", grads.dstates_in,
                          {sizes.batch, sizes.chunks, sizes.heads, sizes.headdim, sizes.dstate});
@@ -387,14 +388,14 @@ void ssd_state_passing_bwd(const SsdStatePassingArgs& args, const SsdStatePassin
 }
 
 std::int64_t ssd_state_passing_bwd_workspace(const SsdStatePassingArgs& args) {
-    const StageChecker check(kPassing, args.states_in);
+    StageChecker check(kPassing, args.states_in);
     check_inputs(check, args, "states_in", args.states_in);
     const auto* gpu = cuda_kernels(kPassing, args.states_in.device);
     return gpu != nullptr ? gpu->ssd_state_passing_bwd_workspace(args) : 0;
 }
 
 void ssd_bmm_chunk_fwd(const SsdBmmChunkArgs& args, const Exec& exec) {
-    const StageChecker check(kBmm, args.C);
+    StageChecker check(kBmm, args.C);
     const Sizes sizes = check_inputs(check, args, "CB", args.CB);
     check.output("CB", args.CB,
                  {sizes.batch, sizes.chunks, sizes.groups, sizes.steps, sizes.steps});
@@ -405,7 +406,7 @@ void ssd_bmm_chunk_fwd(const SsdBmmChunkArgs& args, const Exec& exec) {
 
 void ssd_bmm_chunk_bwd(const SsdBmmChunkArgs& args, const SsdBmmChunkGrads& grads,
                        const Exec& exec) {
-    const StageChecker check(kBmm, args.C);
+    StageChecker check(kBmm, args.C);
     const Sizes sizes = check_inputs(check, args, "dCB", grads.dCB);
     check.input("dCB", grads.dCB,
                 {sizes.batch, sizes.chunks, sizes.groups, sizes.steps, sizes.steps});
@@ -417,7 +418,7 @@ void ssd_bmm_chunk_bwd(const SsdBmmChunkArgs& args, const SsdBmmChunkGrads& grad
 }
 
 void ssd_chunk_output_fwd(const SsdChunkOutputArgs& given, const Exec& exec) {
-    const StageChecker check(kOutput, given.x);
+    StageChecker check(kOutput, given.x);
     const Sizes sizes = check_inputs(check, given);
     SsdChunkOutputArgs args = given;
     spread_over_channels(args.D, sizes);
@@ -430,7 +431,7 @@ void ssd_chunk_output_fwd(const SsdChunkOutputArgs& given, const Exec& exec) {
 
 void ssd_chunk_output_bwd(const SsdChunkOutputArgs& given, const SsdChunkOutputGrads& grads,
                           const Exec& exec) {
-    const StageChecker check(kOutput, given.x);
+    StageChecker check(kOutput, given.x);
     const Sizes sizes = check_inputs(check, given);
     SsdChunkOutputArgs args = given;
     spread_over_channels(args.D, sizes);
@@ -458,7 +459,7 @@ void ssd_chunk_output_bwd(const SsdChunkOutputArgs& given, const SsdChunkOutputG
 }
 
 std::int64_t ssd_chunk_output_bwd_workspace(const SsdChunkOutputArgs& args) {
-    const StageChecker check(kOutput, args.x);
+    StageChecker check(kOutput, args.x);
     check.main_input("x", args.x, 4, "(B, L, H, P)");
     check.rank("dt", args.dt, 4, "(B, H, C, Q)");
     check.rank("CB", args.CB, 5, "(B, C, G, Q, Q)");

@@ -26,8 +26,7 @@ TensorView half_of(const TensorView& packed, int which) {
 }
 
 /// Checks gate and up; makes two halves of a packed gate.
-void check_inputs(SwigluArgs& args) {
-    const RowChecker check(kOp, args.gate);
+void check_inputs(RowChecker& check, SwigluArgs& args) {
     check.main("gate");
     if (present(args.up)) return check.like_main("up", args.up);
     const std::int64_t width = args.gate.shape[args.gate.ndim - 1];
@@ -57,8 +56,10 @@ void merge(std::initializer_list<TensorView*> views) {
 
 void swiglu_fwd(const SwigluArgs& given, const Exec& exec) {
     SwigluArgs args = given;
-    check_inputs(args);
-    RowChecker(kOp, args.gate).output_like_main("y", args.y);
+    RowChecker check(kOp, given.gate);
+    check_inputs(check, args);
+    check.like("y", args.y, args.gate);
+    check.written("y", args.y);
     merge({&args.gate, &args.up, &args.y});
     if (const auto* gpu = cuda_kernels(kOp, args.gate.device)) return gpu->swiglu_fwd(args, exec);
     cpu::swiglu_fwd.active()(args, thread_count(exec));
@@ -67,9 +68,9 @@ void swiglu_fwd(const SwigluArgs& given, const Exec& exec) {
 void swiglu_bwd(const SwigluArgs& given, const SwigluGrads& given_grads, const Exec& exec) {
     SwigluArgs args = given;
     SwigluGrads grads = given_grads;
-    check_inputs(args);
-    RowChecker(kOp, args.gate).like_main("dy", grads.dy);
-    const RowChecker check(kOp, given.gate);
+    RowChecker check(kOp, given.gate);
+    check_inputs(check, args);
+    check.like("dy", grads.dy, args.gate);
     check.output_like_main("dgate", grads.dgate);
     if (present(given.up)) {
         check.output_like_main("dup", grads.dup);

@@ -12,7 +12,7 @@ namespace ssm {
 void vmath(const char* function, const TensorView& x, const TensorView& y) {
     constexpr const char* kFunctions[] = {"exp2",     "exp_bounded", "log1p_unit",
                                           "softplus", "sigmoid",     "silu"};
-    const Checker check("vmath", x.device);
+    Checker check("vmath", x.device);
     check.rank("x", x, 1, "(n,)");
     check.output("y", y, {{"n", x.shape[0]}});
     check.contiguous("x", x);
