@@ -474,6 +474,21 @@ def test_rejects_mamba1_sentences():
         assert str(caught.value) == f"{OP}: {sentence}"
 
 
+@pytest.mark.parametrize(
+    ("indices", "twice"), [([0, 0, 1, 2], 0), ([3, 0, -1, 3], 3), ([-1, 1, 0, 0], 0)]
+)
+def test_rejects_rows_named_twice_anywhere(indices, twice):
+    per_row = ("x", "dt", "B", "C", "z", "y", "state")
+    arguments = {
+        n: np.tile(a, (2, *(1,) * (a.ndim - 1))) if n in per_row else a for n, a in small().items()
+    }
+    arguments["state_indices"] = np.array([-1, 2, -1, 0], np.int32)
+    ssm_kernels.selective_state_step_fwd(**arguments)
+    arguments["state_indices"] = np.array(indices, np.int32)
+    with pytest.raises(ValueError, match=f"state_indices must not name a row twice, got {twice}$"):
+        ssm_kernels.selective_state_step_fwd(**arguments)
+
+
 @pytest.mark.parametrize("name", ["x", "dt", "A", "B", "C", "z", "y"])
 def test_rejects_a_state_in_the_place_of_another_argument(name):
     arguments = small()

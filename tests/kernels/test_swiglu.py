@@ -211,6 +211,21 @@ def test_mixed_dtypes_and_stride_zero():
     assert_close("dup", got["dup"], want["dup"], TOLERANCES[f"{OP}_bwd", "float32"])
 
 
+def test_axes_of_which_some_follow_one_another():
+    rng = np.random.default_rng(0)
+    # The first two axes are one with a single stride, the third has one place, the fourth is apart.
+    gate, up, dy, y, dgate, dup = (
+        rng.standard_normal((6, 9, 20), "f4")[:, :8:2].reshape(2, 3, 1, 4, 20) for _ in range(6)
+    )
+    assert np.array(gate.strides)[[0, 1, 3, 4]].tolist() == [2160, 720, 160, 4]
+    ssm_kernels.swiglu_fwd(gate, up, y=y)
+    ssm_kernels.swiglu_bwd(gate, up, dy=dy, dgate=dgate, dup=dup)
+    dense = {"gate": gate.copy(), "up": up.copy()}
+    np.testing.assert_array_equal(y, forward(dense))
+    for name, want in backward(dense, dy.copy()).items():
+        np.testing.assert_array_equal({"dgate": dgate, "dup": dup}[name], want)
+
+
 @pytest.mark.parametrize("main", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("name", ["gate", "up", "y", "dy", "dgate", "dup"])
 def test_each_array_alone_in_another_dtype(name, main):

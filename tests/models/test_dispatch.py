@@ -365,6 +365,24 @@ def test_compiles_under_a_forced_backend(monkeypatch):
 
 LOADED = "{m for m in sys.modules if m.startswith(('ssm_kernels', 'ssm.ops.compiled'))}"
 
+# Notes the calls of the steps' kernels, which raise `fault` if there is one.
+RECORD = """
+import ssm_kernels
+STEPS = ("dw_causal_conv_step_fwd", "selective_state_step_fwd")
+called, fault = [], None
+
+def record(name, kernel):
+    def recorded(*args, **kwargs):
+        called.append(name)
+        if fault:
+            raise fault
+        return kernel(*args, **kwargs)
+    setattr(ssm_kernels, name, recorded)
+
+for name in STEPS:
+    record(name, getattr(ssm_kernels, name))
+pass"""
+
 
 @pytest.mark.parametrize(
     ("code", "backend"),
@@ -377,14 +395,24 @@ LOADED = "{m for m in sys.modules if m.startswith(('ssm_kernels', 'ssm.ops.compi
             f"assert d.has_cpu_kernels(); assert a == {LOADED}",
             "",
         ),
+        # The steps are called once, on the CPU whatever the default is, and choose no backend.
+        (f"{RECORD}; import ssm.ops; assert called == [*STEPS]", ""),
+        (
+            f"{RECORD}; import torch; torch.set_default_device('meta'); import ssm.ops, os; "
+            "assert called == [*STEPS]; os.environ['SSM_BACKEND'] = 'python'; "
+            "assert 'python is forced' in ssm.utils.dispatch.why('selective_state_step')",
+            "",
+        ),
+        (f"{RECORD}; import ssm.ops; assert called == []", "python"),
         # A fault waits for the first use.
+        (f"{RECORD}; fault = OSError; import ssm.ops; assert called == [STEPS[0]]", ""),
         ("sys.modules['ssm_kernels'] = None; import ssm.ops", ""),
         ("import ssm.ops", "nonsense"),
     ],
 )
 def test_what_importing_loads(code, backend):
     env = {**os.environ, "SSM_BACKEND": backend}
-    code = f"import sys; {code}"
+    code = f"import sys\n{code}"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert result.returncode == 0, result.stderr
     assert result.stdout + result.stderr == ""

@@ -8,6 +8,7 @@ is read once, at first use.
 
 import contextlib
 import contextvars
+import functools
 import importlib
 import os
 import types
@@ -200,8 +201,24 @@ def load_cpu_kernels() -> None:
     Source:
         This project's design: the first call is at steady speed.
     """
-    if os.environ.get("SSM_BACKEND") != "python":
-        has_cpu_kernels()
+    if os.environ.get("SSM_BACKEND") != "python" and has_cpu_kernels():
+        _call_steps()
+
+
+def _call_steps() -> None:
+    """Call the steps of decoding once, on one thread.
+
+    They take microseconds, and what the first call in a process has to find, pages of the library
+    and tables of torch, takes ten times as long.
+    """
+    zeros = functools.partial(torch.zeros, dtype=torch.float32, device="cpu")
+    with contextlib.suppress(Exception), torch.no_grad():  # whoever calls next will hear of a fault
+        lines, states = zeros(1, 64), zeros(64, 16)
+        row, matrix = lines[0], states[:1]
+        _load("dw_causal_conv_step", "cpu")(lines, zeros(1, 64, 4), states[:, :4], row)
+        _load("selective_state_step", "cpu")(
+            zeros(1, 64, 16), lines, lines, states, matrix, matrix, row, lines, row
+        )
 
 
 def has_cpu_kernels() -> bool:
