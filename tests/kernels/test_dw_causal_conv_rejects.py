@@ -56,6 +56,10 @@ REJECTED = {
         {"state_per_sequence": True, "seq_idx": IDS},
         "seq_idx must be below the number of states 2, got 2",
     ),
+    "seq_idx_without_states": (
+        {"state_per_sequence": True, "seq_idx": IDS, "initial_state": ZEROS((0, 3, 3))},
+        "seq_idx must be below the number of states 0, got 0",
+    ),
     "y_missing": ({"y": None}, "y must be given, got None"),
     "y_shape": ({"y": ZEROS((2, 3, 4))}, "y must have shape (B, D, L) = (2, 3, 5), got (2, 3, 4)"),
     "y_overlap": (
