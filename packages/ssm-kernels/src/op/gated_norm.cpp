@@ -39,7 +39,7 @@ Axis check_inputs(RowChecker& check, GatedNormArgs& args) {
     return check_sizes(check, args);
 }
 
-void refuse_mean(RowChecker& check, const GatedNormArgs& args) {
+void refuse_mean(const RowChecker& check, const GatedNormArgs& args) {
     if (args.is_rms && present(args.mean)) check.fail("mean", "be None with is_rms", "an array");
 }
 

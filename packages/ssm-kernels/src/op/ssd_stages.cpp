@@ -133,7 +133,7 @@ constexpr const char* kPassing = "ssd_state_passing";
 constexpr const char* kBmm = "ssd_bmm_chunk";
 constexpr const char* kOutput = "ssd_chunk_output";
 
-void check_range(StageChecker& check, const SsdChunkCumsumArgs& args) {
+void check_range(const StageChecker& check, const SsdChunkCumsumArgs& args) {
     // Written so that NaN is refused as well.
     if (!(args.dt_low <= args.dt_high))
         check.fail("dt_limit", "be (low, high)",
