@@ -167,10 +167,12 @@ void scan_blocks(const SelectiveScanArgs& args, const Runs& runs, const ScanShap
         const std::int64_t steps = min(kScanSteps, shape.seqlen - t0);
         for (std::int64_t i = 0; i < count; ++i) {
             if (i == 0) tiles[i].load_groups(args, shape, blocks[i], t0, steps);
-            NextTile next({&args.u, &args.delta, &args.z, &args.y}, blocks[i], t0 + steps,
-                          shape.seqlen);
-            if (args.checkpoints.ndim >= 0 && t0 + steps < shape.seqlen)
-                next.add(checkpoint_plane(args.checkpoints, blocks[i], t0 + steps), shape.dstate);
+            const bool is_last = i + 1 == count;
+            const ScanBlock& upcoming = blocks[is_last ? 0 : i + 1];
+            const std::int64_t t_next = is_last ? t0 + steps : t0;
+            NextTile next({&args.u, &args.delta, &args.z, &args.y}, upcoming, t_next, shape.seqlen);
+            if (args.checkpoints.ndim >= 0 && t_next < shape.seqlen)
+                next.add(checkpoint_plane(args.checkpoints, upcoming, t_next), shape.dstate);
             scan_tile(args, runs, shape, blocks[i], tiles[i], next, run, t0, steps);
         }
         while (run < end_run && run->end <= t0 + steps) ++run;

@@ -65,8 +65,9 @@ SSM_INLINE Plane sequence_plane(const TensorView& view, const ScanBlock& block, 
         view.stride[2], view.stride[1]);
 }
 
-/// What a block reads and writes of its next tile: asked for while this one is computed, a few
-/// lines per step.
+/// What is read and written of the tile that is computed next, asked for while this one is, a few
+/// lines per step. Not earlier: where rows lie a power of two apart, their lines share few places
+/// of the cache, and those of several tiles would push each other out.
 struct NextTile {
     Stripes planes[8];
     int count = 0;
