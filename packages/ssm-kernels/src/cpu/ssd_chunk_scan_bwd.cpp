@@ -133,7 +133,8 @@ void compute_entries(const Call<T>& call, const HeadBlock& block, BackwardTile<T
             for (std::int64_t i = 0; i < kChunk; ++i)
                 weight[i] = ends.out_of[i] * tile.sizes.size[h * kChunk + i];
             scale_steps(tile.adjoint.X, tile.adjoint.X, weight, pitch, segment.steps);
-            Ahead ahead = look_at_chunk<T>(shape, block, h, segment.end, {&args.X}, {&args.B});
+            Ahead ahead =
+                look_ahead<T>(shape, block, h, segment.begin, segment.end, {&args.X}, {&args.B});
             advance_state(state, shape, tile.group.B, tile.adjoint.X, ends.total, segment.steps,
                           ahead);
         }
@@ -173,9 +174,9 @@ void differentiate_segment(const Call<T>& call, const HeadBlock& block, std::int
         load_steps(adjoint.X, args.X, shape, block, head, segment);
         load_steps(adjoint.g, grads.dy, shape, block, head, segment);
         if (args.z.ndim >= 0) load_steps(adjoint.z, args.z, shape, block, head, segment);
-        Ahead ahead = look_at_chunk<T>(shape, block, h, segment.begin - kChunk,
-                                       {&args.X, &args.z, &grads.dy, &grads.dX, &grads.dz},
-                                       {&args.B, &args.C});
+        Ahead ahead =
+            look_ahead<T>(shape, block, h, segment.begin, segment.begin - kChunk,
+                          {&args.X, &args.z, &grads.dy, &grads.dX, &grads.dz}, {&args.B, &args.C});
         differentiate_head(args, shape, adjoint, tile.group, tile.heads, tile.sizes,
                            plan.head_sums(block.row, head), state, dstate, h, segment.steps, ahead);
         store_steps(grads.dX, adjoint.y, shape, block, head, segment);

@@ -79,8 +79,8 @@ void scan_head(const SsdChunkScanArgs& args, const SsdShape& shape, const HeadBl
     const bool is_empty = segment.enters && enters_empty(args, *segment.first);
     write_outputs(y, shape, tile.group, is_empty ? nullptr : state, tile.mix, tile.X,
                   tile.heads.skip + h * pitch, ends, z, steps);
-    Ahead ahead = look_at_chunk<T>(shape, block, h, segment.end, {&args.X, &args.y, &args.z},
-                                   {&args.B, &args.C});
+    Ahead ahead = look_ahead<T>(shape, block, h, segment.begin, segment.end,
+                                {&args.X, &args.y, &args.z}, {&args.B, &args.C});
     advance_state(state, shape, tile.group.B, tile.wX, ends.total, steps, ahead);
     if (!in_place)
         Segment::for_pieces(segment, [&](std::int64_t at, std::int64_t t, std::int64_t count) {

@@ -29,9 +29,9 @@ void store_state(Plane plane, const T* state, const SsdShape& shape) {
     }
 }
 
-/// What another chunk reads and writes, asked for a few lines at a time into the second-level
-/// cache: rows of steps may lie pages apart, which the processor does not foresee, and all of them
-/// at once would wait for each other.
+/// What is read and written next, asked for a few lines at a time into the second-level cache: rows
+/// of steps may lie pages apart, which the processor does not foresee, and all of them at once
+/// would wait for each other.
 struct Ahead {
     Stripes stripes[7];
     int count = 0;
@@ -54,24 +54,26 @@ struct Ahead {
     }
 };
 
-/// What head h of a block takes from the chunk at `begin`, if there is one: its own steps in
-/// `views`, and its share of the group's in `group_views`. Asked for while the state advances.
+/// What is computed after head h of a block in the chunk at `now`: the next head there, or in the
+/// chunk at `then` the first head, if there is such a chunk. `views` are of heads, `group_views` of
+/// their group. Asked for while the state advances; what is asked for earlier may be gone again.
 template <class T, std::size_t kViews, std::size_t kGroupViews>
-Ahead look_at_chunk(const SsdShape& shape, const HeadBlock& block, std::int64_t h,
-                    std::int64_t begin, const TensorView* const (&views)[kViews],
-                    const TensorView* const (&group_views)[kGroupViews]) {
+Ahead look_ahead(const SsdShape& shape, const HeadBlock& block, std::int64_t h, std::int64_t now,
+                 std::int64_t then, const TensorView* const (&views)[kViews],
+                 const TensorView* const (&group_views)[kGroupViews]) {
     const std::int64_t row_blocks = (shape.dstate + kBlockRows - 1) / kBlockRows;
     Ahead ahead(shape.padded_headdim / kPanel<T> * row_blocks);
+    const bool is_last = h + 1 == block.count;
+    const std::int64_t begin = is_last ? then : now, head = block.first + (is_last ? 0 : h + 1);
     if (begin < 0 || begin >= shape.seqlen || ahead.times == 0) return ahead;
-    const std::int64_t head = block.first + h, steps = min(kChunk, shape.seqlen - begin);
+    const std::int64_t steps = min(kChunk, shape.seqlen - begin);
     for (const TensorView* view : views)
         if (view->ndim >= 0)
             Ahead::add(ahead, {steps_plane(*view, block.row, head, begin), steps, shape.headdim});
-    const std::int64_t from = steps * h / block.count, to = steps * (h + 1) / block.count;
-    for (const TensorView* view : group_views)
-        Ahead::add(ahead,
-                   {steps_plane(*view, block.row, group_of(shape, *view, head), begin + from),
-                    to - from, shape.dstate});
+    if (is_last)
+        for (const TensorView* view : group_views)
+            Ahead::add(ahead, {steps_plane(*view, block.row, group_of(shape, *view, head), begin),
+                               steps, shape.dstate});
     return ahead;
 }
 
