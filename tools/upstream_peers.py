@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from torch.nn.functional import pad
-
 from tools.goldens import clone
 from tools.goldens.files import Fault
 from tools.gpu_peers import per_channel
-from tools.workload import Peer
+from tools.workload import Peer, whole_chunks
 
 _MODULES = (
     "ops.selective_scan_interface",
@@ -59,12 +57,8 @@ def _chunked(function: Callable, size: int) -> Callable:
 
     def call(X, dt, A, B, C, chunk_size, D):
         seqlen, nheads = X.shape[1:3]
-        missing = -seqlen % size
         B, C = (m.repeat_interleave(nheads // m.shape[2], 2) for m in (B, C))
-        arguments = X * dt[..., None], A * dt, B, C
-        if missing:
-            arguments = (pad(t, (0, 0) * (t.ndim - 2) + (0, missing)) for t in arguments)
-        y, _ = function(*arguments, size)
+        y, _ = function(*(whole_chunks(t, size) for t in (X * dt[..., None], A * dt, B, C)), size)
         return y[:, :seqlen] + D[:, None] * X
 
     return call

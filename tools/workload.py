@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,12 @@ class Draw:
 def channel_last(tensor: torch.Tensor) -> torch.Tensor:
     """Return equal values (..., D, L) that lie in memory as (..., L, D)."""
     return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def whole_chunks(tensor: torch.Tensor, size: int) -> torch.Tensor:
+    """Return (B, L, ...) with zeros behind, as far as L is no multiple of a size."""
+    missing = -tensor.shape[1] % size
+    return pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, missing)) if missing else tensor
 
 
 def nbytes(*tensors: torch.Tensor | None) -> int:

@@ -4,12 +4,12 @@ Judge: functions with upstream's names and arguments that follow the formulas, i
 here; the operators' references.
 """
 
-import subprocess
 import sys
 
 import pytest
 import torch
 
+from tests.clones import commit_all
 from tools import bench, upstream_peers, verify
 from tools.goldens import clone
 from tools.goldens.files import Fault
@@ -64,9 +64,7 @@ def repository(tmp_path):
         path = tmp_path / "mamba_ssm" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    identity = ("-c", "user.name=Test", "-c", "user.email=test@localhost")
-    for command in ("init --quiet", "add .", "commit --quiet --message first"):
-        subprocess.run(["git", "-C", tmp_path, *identity, *command.split()], check=True)
+    commit_all(tmp_path)
     before = dict(sys.modules)
     yield tmp_path
     for name in set(sys.modules) - set(before):

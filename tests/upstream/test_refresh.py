@@ -14,18 +14,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests import goldens
+from tests.clones import commit_all, git
 from tools import refresh_goldens
 from tools.goldens import clone, upstream
 from tools.goldens.files import Fault, encode
 
 TOOL = Path(refresh_goldens.__file__)
-IDENTITY = ("-c", "user.name=Test", "-c", "user.email=test@localhost")
-
-
-def git(folder: Path, *arguments: str) -> str:
-    return subprocess.run(
-        ["git", "-C", folder, *IDENTITY, *arguments], check=True, capture_output=True, text=True
-    ).stdout.strip()
 
 
 @pytest.fixture
@@ -35,9 +29,7 @@ def repository(tmp_path: Path) -> Path:
     package = folder / "mamba_ssm"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
-    git(folder, "init", "--quiet")
-    git(folder, "add", ".")
-    git(folder, "commit", "--quiet", "--message", "first")
+    commit_all(folder)
     return folder
 
 

@@ -11,9 +11,9 @@ head, are counted as exponentials only.
 """
 
 import torch
-from torch.nn.functional import pad, softplus
+from torch.nn.functional import softplus
 
-from tools.workload import Case, Draw, Peer, Problem, Work, nbytes
+from tools.workload import Case, Draw, Peer, Problem, Work, nbytes, whole_chunks
 
 CASES = (
     Case(
@@ -45,7 +45,7 @@ def _torch_chunks(X, dt, A, B, C, chunk_size, D):
 
     def chunked(t):
         # Steps of size zero fill the last chunk.
-        return pad(t, (0, 0) * (t.ndim - 2) + (0, -seqlen % size)).unflatten(1, (-1, size))
+        return whole_chunks(t, size).unflatten(1, (-1, size))
 
     x = chunked(X * dt[..., None])  # (B, C, Q, H, P)
     B, C = (chunked(m[:, :, 0]) for m in (B, C))  # (B, C, Q, N)

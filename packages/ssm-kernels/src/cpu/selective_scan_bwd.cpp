@@ -91,11 +91,9 @@ void differentiate_split(const SelectiveScanArgs& args, const SelectiveScanGrads
             const bool is_last = index + 1 == last;
             const ScanBlock upcoming = shape.block(row, is_last ? first : index + 1, kLanes<T>);
             const std::int64_t t_next = is_last ? t0 - kScanSteps : t0;
-            NextTile next(
+            const NextTile next(
                 {&args.u, &args.delta, &grads.dy, &grads.du, &grads.ddelta, &args.z, &grads.dz},
-                upcoming, t_next, shape.seqlen);
-            if (t_next >= 0)
-                next.add(checkpoint_plane(args.checkpoints, upcoming, t_next), shape.dstate);
+                args.checkpoints, shape, upcoming, t_next);
             differentiate_tile(args, grads, runs, shape, block, tile, grad,
                                plan.block_sums(row, index), next, t0, steps, in_range, after);
             store_tile(sequence_plane(grads.du, block, t0), grad.ddtu, kScanChannels, steps,

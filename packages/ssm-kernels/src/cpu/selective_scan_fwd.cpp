@@ -170,9 +170,8 @@ void scan_blocks(const SelectiveScanArgs& args, const Runs& runs, const ScanShap
             const bool is_last = i + 1 == count;
             const ScanBlock& upcoming = blocks[is_last ? 0 : i + 1];
             const std::int64_t t_next = is_last ? t0 + steps : t0;
-            NextTile next({&args.u, &args.delta, &args.z, &args.y}, upcoming, t_next, shape.seqlen);
-            if (args.checkpoints.ndim >= 0 && t_next < shape.seqlen)
-                next.add(checkpoint_plane(args.checkpoints, upcoming, t_next), shape.dstate);
+            const NextTile next({&args.u, &args.delta, &args.z, &args.y}, args.checkpoints, shape,
+                                upcoming, t_next);
             scan_tile(args, runs, shape, blocks[i], tiles[i], next, run, t0, steps);
         }
         while (run < end_run && run->end <= t0 + steps) ++run;

@@ -65,31 +65,6 @@ SSM_INLINE Plane sequence_plane(const TensorView& view, const ScanBlock& block, 
         view.stride[2], view.stride[1]);
 }
 
-/// What is read and written of the tile that is computed next, asked for while this one is, a few
-/// lines per step. Not earlier: where rows lie a power of two apart, their lines share few places
-/// of the cache, and those of several tiles would push each other out.
-struct NextTile {
-    Stripes planes[8];
-    int count = 0;
-    std::int64_t width;
-
-    /// The steps from t0 on of the tensors that are given; none if that is outside [0, seqlen).
-    NextTile(std::initializer_list<const TensorView*> views, const ScanBlock& block,
-             std::int64_t t0, std::int64_t seqlen)
-        : width(block.width) {
-        const std::int64_t steps = t0 < 0 ? 0 : min(kScanSteps, seqlen - t0);
-        for (const TensorView* view : views)
-            if (view->ndim >= 0 && steps > 0) add(sequence_plane(*view, block, t0), steps);
-    }
-    void add(const Plane& plane, std::int64_t height) {
-        planes[count++] = Stripes(plane, height, width);
-    }
-
-    SSM_INLINE void request(const NextTile& next, int plane, std::int64_t line) {
-        if (plane < next.count) request_stripe(next.planes[plane], line);
-    }
-};
-
 /// (D, N), or (S, D, N) at one sequence: rows are states, columns are channels.
 SSM_INLINE Plane channel_state_plane(const TensorView& view, std::int64_t sequence,
                                      std::int64_t channel) {
@@ -106,6 +81,30 @@ SSM_INLINE Plane checkpoint_plane(const TensorView& view, const ScanBlock& block
                         block.channel * view.stride[3],
                     view.stride[2], view.stride[3]);
 }
+
+/// What is read and written of the tile that is computed next, asked for while this one is, a few
+/// lines per step. Not earlier: where rows lie a power of two apart, their lines share few places
+/// of the cache, and those of several tiles would push each other out.
+struct NextTile {
+    Stripes planes[8];
+    int count = 0;
+
+    /// The steps from t0 on of what is given; nothing if that is outside of the sequence.
+    NextTile(std::initializer_list<const TensorView*> views, const TensorView& checkpoints,
+             const ScanShape& shape, const ScanBlock& block, std::int64_t t0) {
+        const std::int64_t steps = min(kScanSteps, shape.seqlen - t0);
+        if (t0 < 0 || steps <= 0) return;
+        for (const TensorView* view : views)
+            if (view->ndim >= 0)
+                planes[count++] = {sequence_plane(*view, block, t0), steps, block.width};
+        if (checkpoints.ndim >= 0)
+            planes[count++] = {checkpoint_plane(checkpoints, block, t0), shape.dstate, block.width};
+    }
+
+    SSM_INLINE void request(const NextTile& next, int plane, std::int64_t line) {
+        if (plane < next.count) request_stripe(next.planes[plane], line);
+    }
+};
 
 /// (B, G, N, L) from step t0 on, for the group of a channel: rows are steps, columns are states.
 SSM_INLINE Plane group_plane(const TensorView& view, const ScanShape& shape, const ScanBlock& block,

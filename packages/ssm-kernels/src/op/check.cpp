@@ -78,6 +78,12 @@ bool is_float(DType dtype) {
            dtype == DType::f16;
 }
 
+bool has_shape_of(const TensorView& view, const TensorView& other) {
+    bool same = view.ndim == other.ndim;
+    for (int i = 0; same && i < view.ndim; ++i) same = view.shape[i] == other.shape[i];
+    return same;
+}
+
 std::int64_t element_bytes(DType dtype) {
     switch (dtype) {
         case DType::f64:
@@ -124,9 +130,7 @@ void Checker::shape(std::string_view name, const TensorView& view,
 
 void Checker::same_shape(std::string_view name, const TensorView& view,
                          const TensorView& like) const {
-    bool same = view.ndim == like.ndim;
-    for (int i = 0; same && i < view.ndim; ++i) same = view.shape[i] == like.shape[i];
-    if (!same) fail(name, "have shape " + shape_text(like), shape_text(view));
+    if (!has_shape_of(view, like)) fail(name, "have shape " + shape_text(like), shape_text(view));
 }
 
 void Checker::floating(std::string_view name, const TensorView& view) const {

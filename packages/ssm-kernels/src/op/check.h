@@ -18,6 +18,7 @@ const char* dtype_name(DType dtype);
 std::string device_text(const Device& device);
 std::string shape_text(const TensorView& view);
 bool is_float(DType dtype);
+bool has_shape_of(const TensorView& view, const TensorView& other);
 /// 1 for a dtype that no operator takes.
 std::int64_t element_bytes(DType dtype);
 

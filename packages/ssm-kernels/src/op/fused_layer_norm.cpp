@@ -32,10 +32,7 @@ void fused_layer_norm_fwd(const FusedLayerNormArgs& given, const Exec& exec) {
     check.optional_like_main("residual_out", args.residual_out);
     if (present(args.residual_out))
         check.carried("residual_out", args.residual_out, "residual", args.residual);
-    if (args.is_rms && present(args.mean)) check.fail("mean", "be None with is_rms", "an array");
-    const Axis rows{"M", row_count(args.x)};
-    check.optional_output_statistic("mean", args.mean, rows);
-    check.optional_output_statistic("rstd", args.rstd, rows);
+    check.output_statistics(args.mean, args.rstd, args.is_rms, {"M", row_count(args.x)});
     // Written so that NaN is refused as well.
     if (!(args.eps > 0)) check.fail("eps", "be positive", number_text(args.eps));
     for (TensorView* view : {&args.x, &args.residual, &args.y, &args.residual_out})
@@ -51,14 +48,7 @@ void fused_layer_norm_bwd(const FusedLayerNormArgs& given, const FusedLayerNormG
     FusedLayerNormGrads grads = given_grads;
     RowChecker check(kOp, given.x);
     check_inputs(check, args);
-    if (args.is_rms) {
-        if (present(args.mean)) check.fail("mean", "be None with is_rms", "an array");
-    } else {
-        check.given("mean", args.mean);
-        check.statistic("mean", args.mean, {"M", row_count(args.x)});
-    }
-    check.given("rstd", args.rstd);
-    check.statistic("rstd", args.rstd, {"M", row_count(args.x)});
+    check.statistics(args.mean, args.rstd, args.is_rms, {"M", row_count(args.x)});
     check.like_main("dy", grads.dy);
     check.optional_like_main("dresidual_out", grads.dresidual_out);
     check.output_like_main("dx", grads.dx);

@@ -39,10 +39,6 @@ Axis check_inputs(RowChecker& check, GatedNormArgs& args) {
     return check_sizes(check, args);
 }
 
-void refuse_mean(const RowChecker& check, const GatedNormArgs& args) {
-    if (args.is_rms && present(args.mean)) check.fail("mean", "be None with is_rms", "an array");
-}
-
 }  // namespace
 
 void gated_norm_fwd(const GatedNormArgs& given, const Exec& exec) {
@@ -50,9 +46,7 @@ void gated_norm_fwd(const GatedNormArgs& given, const Exec& exec) {
     RowChecker check(kOp, given.x);
     const Axis groups = check_inputs(check, args);
     check.output_like_main("y", args.y);
-    refuse_mean(check, args);
-    check.optional_output_statistic("mean", args.mean, groups);
-    check.optional_output_statistic("rstd", args.rstd, groups);
+    check.output_statistics(args.mean, args.rstd, args.is_rms, groups);
     // Written so that NaN is refused as well.
     if (!(args.eps > 0)) check.fail("eps", "be positive", number_text(args.eps));
     for (TensorView* view : {&args.x, &args.z, &args.y}) *view = merge_rows(*view);
@@ -66,13 +60,7 @@ void gated_norm_bwd(const GatedNormArgs& given, const GatedNormGrads& given_grad
     GatedNormGrads grads = given_grads;
     RowChecker check(kOp, given.x);
     const Axis groups = check_inputs(check, args);
-    refuse_mean(check, args);
-    if (!args.is_rms) {
-        check.given("mean", args.mean);
-        check.statistic("mean", args.mean, groups);
-    }
-    check.given("rstd", args.rstd);
-    check.statistic("rstd", args.rstd, groups);
+    check.statistics(args.mean, args.rstd, args.is_rms, groups);
     check.like_main("dy", grads.dy);
     check.output_like_main("dx", grads.dx);
     if (present(args.z))

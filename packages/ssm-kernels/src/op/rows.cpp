@@ -56,9 +56,8 @@ void RowChecker::like_main(std::string_view name, const TensorView& view) {
 
 void RowChecker::like(std::string_view name, const TensorView& view, const TensorView& other) {
     given(name, view);
-    bool same = view.ndim == other.ndim;
-    for (int i = 0; same && i < view.ndim; ++i) same = view.shape[i] == other.shape[i];
-    if (!same) fail(name, "have shape (..., D) = " + shape_text(other), shape_text(view));
+    if (!has_shape_of(view, other))
+        fail(name, "have shape (..., D) = " + shape_text(other), shape_text(view));
     floating(name, view);
     device(name, view);
 }
@@ -82,11 +81,27 @@ void RowChecker::statistic(std::string_view name, const TensorView& view, Axis a
     dtype(name, view, main_.dtype == DType::f64 ? DType::f64 : DType::f32);
 }
 
-void RowChecker::optional_output_statistic(std::string_view name, const TensorView& view,
-                                           Axis axis) {
-    if (!present(view)) return;
-    statistic(name, view, axis);
-    written(name, view);
+void RowChecker::refuse_mean(const TensorView& mean, bool is_rms) const {
+    if (is_rms && present(mean)) fail("mean", "be None with is_rms", "an array");
+}
+
+void RowChecker::output_statistics(const TensorView& mean, const TensorView& rstd, bool is_rms,
+                                   Axis axis) {
+    refuse_mean(mean, is_rms);
+    const auto optional = [&](std::string_view name, const TensorView& view) {
+        if (!present(view)) return;
+        statistic(name, view, axis);
+        written(name, view);
+    };
+    optional("mean", mean);
+    optional("rstd", rstd);
+}
+
+void RowChecker::statistics(const TensorView& mean, const TensorView& rstd, bool is_rms,
+                            Axis axis) {
+    refuse_mean(mean, is_rms);
+    if (!is_rms) statistic("mean", mean, axis);
+    statistic("rstd", rstd, axis);
 }
 
 }  // namespace ssm

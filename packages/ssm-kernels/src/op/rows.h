@@ -27,11 +27,15 @@ class RowChecker : public Checker {
     void optional_like_main(std::string_view name, const TensorView& view);
     void output_like_main(std::string_view name, const TensorView& view);
     void optional_output_like_main(std::string_view name, const TensorView& view);
-    /// A former output, in the compute type.
-    void statistic(std::string_view name, const TensorView& view, Axis axis);
-    void optional_output_statistic(std::string_view name, const TensorView& view, Axis axis);
+    /// What a norm's forward gives where it is wanted, in the compute type; with is_rms no mean.
+    void output_statistics(const TensorView& mean, const TensorView& rstd, bool is_rms, Axis axis);
+    /// The same, as the backward takes it.
+    void statistics(const TensorView& mean, const TensorView& rstd, bool is_rms, Axis axis);
 
   private:
+    void refuse_mean(const TensorView& mean, bool is_rms) const;
+    void statistic(std::string_view name, const TensorView& view, Axis axis);
+
     std::string_view op_;
     const TensorView& main_;
 };
