@@ -29,23 +29,14 @@ SSM_INLINE void one_plus_exp_minus(const Vec<float>* x, Vec<float>* result) {
     typedef std::int32_t Bits __attribute__((vector_size(kVectorBytes)));
     // 1.5 * 2^23 + 127: a sum with it is rounded to an integer and holds n + 127, the exponent of
     // 2^n, in its low bits. Exponents -126 .. 128 have bits, the last one those of infinity.
-    constexpr float kLog2e = 1.44269504f, kMagic = 12582912.0f + 127.0f;
-    [[maybe_unused]] constexpr float kLog2eRest = 1.92596299e-8f;  // log2(e) - kLog2e
+    constexpr float kMagic = 12582912.0f + 127.0f;
     Vec<float> s[kCount], sum[kCount], f[kCount], p[kCount];
 #pragma GCC unroll 4
     for (int i = 0; i < kCount; ++i) s[i] = clamp(x[i], -88.75f, 87.0f);
 #pragma GCC unroll 4
     for (int i = 0; i < kCount; ++i) sum[i] = s[i] * -kLog2e + kMagic;
 #pragma GCC unroll 4
-    for (int i = 0; i < kCount; ++i) {
-        const Vec<float> n = sum[i] - kMagic;
-#if defined(__FMA__)
-        f[i] = s[i] * -kLog2eRest + fused(s[i], broadcast(-kLog2e), -n);
-#else
-        // Without fused products: ln 2 in two parts, whose products with n are exact.
-        f[i] = ((n * 0.693359375f + s[i]) - n * 2.12194440e-4f) * -kLog2e;
-#endif
-    }
+    for (int i = 0; i < kCount; ++i) f[i] = rest_of_exponent(-s[i], sum[i] - kMagic);
 #pragma GCC unroll 4
     for (int i = 0; i < kCount; ++i) p[i] = exp2_fraction(f[i]);
 #pragma GCC unroll 4

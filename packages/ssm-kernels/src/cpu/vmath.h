@@ -60,7 +60,8 @@ SSM_INLINE Vec<float> at_least(Vec<float> x, Vec<float> bound) {
 }
 SSM_INLINE Vec<double> at_least(Vec<double> x, Vec<double> bound) { return x < bound ? bound : x; }
 
-/// p * 2^n for p = 2^f, |f| <= 0.5, and integral n from -126 to 128.
+/// p * 2^n for p = 2^f, |f| <= 0.5, and integral n from -126 to 128; with AVX-512 any n, of which
+/// the floor counts.
 SSM_INLINE Vec<float> scale_by_power(Vec<float> p, Vec<float> n) {
 #if defined(__AVX512F__)
     return (Vec<float>)_mm512_scalef_ps((__m512)p, (__m512)n);
@@ -76,31 +77,6 @@ SSM_INLINE Vec<float> scale_by_power(Vec<float> p, Vec<float> n) {
     return (Vec<float>)((Bits)p + (integer << 23));
 #endif
 }
-
-#if defined(__AVX512F__)
-/// 2^(k/32) for k = 0 .. 31: two registers, between which one instruction chooses by lane.
-alignas(64) constexpr float kExp2Table[32] = {
-    1.0f,        1.0218972f,  1.04427373f, 1.06714046f, 1.09050775f, 1.1143868f,  1.13878858f,
-    1.1637249f,  1.18920708f, 1.21524739f, 1.24185777f, 1.26905096f, 1.29683959f, 1.32523668f,
-    1.35425556f, 1.38390994f, 1.41421354f, 1.44518077f, 1.47682619f, 1.50916445f, 1.54221082f,
-    1.5759809f,  1.61049032f, 1.64575553f, 1.68179286f, 1.71861935f, 1.75625217f, 1.79470909f,
-    1.8340081f,  1.87416768f, 1.91520655f, 1.95714414f,
-};
-
-/// The nearest multiple of 1/32.
-SSM_INLINE Vec<float> round_to_32nd(Vec<float> x) {
-    return (Vec<float>)_mm512_roundscale_ps((__m512)x,
-                                            5 << 4 | _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
-
-/// 2^(n - floor(n)) for a multiple n of 1/32, |n| < 2^17. 1.5 * 2^18: the last bit of a sum with it
-/// is worth 1/32.
-SSM_INLINE Vec<float> exp2_table(Vec<float> n) {
-    return (Vec<float>)_mm512_permutex2var_ps(_mm512_load_ps(kExp2Table), (__m512i)(n + 393216.0f),
-                                              _mm512_load_ps(kExp2Table + 16));
-}
-
-#endif
 
 // What follows takes several vectors at once and does one operation for all before the next: in a
 // single chain of operations each would wait for the one before, and the processor does not look
@@ -123,32 +99,73 @@ SSM_INLINE Vec<float> exp2_fraction(Vec<float> f) {
     return f;
 }
 
+#if defined(__AVX512F__)
+/// 2^(k/32) for k = 0 .. 31: two registers, between which one instruction chooses by lane.
+alignas(64) constexpr float kExp2Table[32] = {
+    1.0f,        1.0218972f,  1.04427373f, 1.06714046f, 1.09050775f, 1.1143868f,  1.13878858f,
+    1.1637249f,  1.18920708f, 1.21524739f, 1.24185777f, 1.26905096f, 1.29683959f, 1.32523668f,
+    1.35425556f, 1.38390994f, 1.41421354f, 1.44518077f, 1.47682619f, 1.50916445f, 1.54221082f,
+    1.5759809f,  1.61049032f, 1.64575553f, 1.68179286f, 1.71861935f, 1.75625217f, 1.79470909f,
+    1.8340081f,  1.87416768f, 1.91520655f, 1.95714414f,
+};
+
+/// 2^(n + f) in place of f, for |f| <= 1/64 and multiples n of 1/32, which the last five bits of
+/// `places` count. In this range a polynomial of degree 2 has a relative error of 5.3e-8: three
+/// fused operations less than in |f| <= 1/2, and for these the scan waits. Underflow is gradual.
+template <int kCount>
+SSM_INLINE void exp2_sum(Vec<float>* f, const Vec<float>* n, const Vec<float>* places) {
+    Vec<float> power[kCount], q[kCount];
+    SSM_EACH(i) {
+        power[i] = (Vec<float>)_mm512_permutex2var_ps(
+            _mm512_load_ps(kExp2Table), (__m512i)places[i], _mm512_load_ps(kExp2Table + 16));
+    }
+    SSM_EACH(i) q[i] = f[i] * 2.40226492e-1f + 6.93157315e-1f;
+    SSM_EACH(i) f[i] *= power[i];
+    SSM_EACH(i) f[i] = f[i] * q[i] + power[i];
+    SSM_EACH(i) f[i] = scale_by_power(f[i], n[i]);
+}
+#endif
+
+/// The part of an exponent of 2 that needs no polynomial: the nearest integer, with AVX-512 the
+/// nearest multiple of 1/32.
+SSM_INLINE Vec<float> round_exponent(Vec<float> x) {
+#if defined(__AVX512F__)
+    return (Vec<float>)_mm512_roundscale_ps((__m512)x,
+                                            5 << 4 | _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    return round_even(x);
+#endif
+}
+
+/// 2^(n + f) in place of f, where n = round_exponent(n + f).
+template <int kCount>
+SSM_INLINE void exp2_sum(Vec<float>* f, const Vec<float>* n) {
+#if defined(__AVX512F__)
+    // 1.5 * 2^18: the last bit of a sum with it is worth 1/32. Beyond 2^17 any entry will do.
+    Vec<float> places[kCount];
+    SSM_EACH(i) places[i] = n[i] + 393216.0f;
+    exp2_sum<kCount>(f, n, places);
+#else
+    exp2_fraction<kCount>(f);
+    SSM_EACH(i) f[i] = scale_by_power(f[i], n[i]);
+#endif
+}
+
+constexpr float kLog2e = 1.44269504f;
+
 /// Whether exp2 has to bound its argument, so that exp2_bounded is cheaper.
 template <class T>
 constexpr bool kBoundsExp2 = sizeof(T) == sizeof(float) && kVectorBytes < 64;
 
 /// 2^x for -126 <= x <= 128, in place; NaN stays NaN. With AVX-512 x may be any finite number, and
-/// the table leaves |f| <= 1/64, where a polynomial of degree 2 has a relative error of 5.3e-8:
-/// three fused operations less than in |f| <= 1/2, and for these the scan waits. Results underflow
-/// gradually; the scaling instruction takes the floor and makes 0 of -infinity. Without it results
-/// end at 2^-126; 2^128 is infinity: exponent field 255 and no mantissa bits.
+/// -infinity, of which the scaling instruction makes 0, whatever f is. Without it results end at
+/// 2^-126; 2^128 is infinity: exponent field 255 and no mantissa bits.
 template <int kCount>
 SSM_INLINE void exp2_bounded(Vec<float>* x) {
     Vec<float> n[kCount];
-#if defined(__AVX512F__)
-    Vec<float> power[kCount], q[kCount];
-    SSM_EACH(i) n[i] = round_to_32nd(x[i]);
-    SSM_EACH(i) power[i] = exp2_table(n[i]);
+    SSM_EACH(i) n[i] = round_exponent(x[i]);
     SSM_EACH(i) x[i] -= n[i];
-    SSM_EACH(i) q[i] = x[i] * 2.40226492e-1f + 6.93157315e-1f;
-    SSM_EACH(i) x[i] *= power[i];
-    SSM_EACH(i) x[i] = x[i] * q[i] + power[i];
-#else
-    SSM_EACH(i) n[i] = round_even(x[i]);
-    SSM_EACH(i) x[i] -= n[i];
-    exp2_fraction<kCount>(x);
-#endif
-    SSM_EACH(i) x[i] = scale_by_power(x[i], n[i]);
+    exp2_sum<kCount>(x, n);
 }
 
 /// 2^x, in place.
@@ -164,28 +181,25 @@ SSM_INLINE void exp2(Vec<double>* x) {
     for (int i = 0; i < kCount; ++i) x[i] = per_lane<::exp2>(x[i]);
 }
 
-/// e^x for -87 <= x <= 88, in place. Cody and Waite: ln 2 in two parts, of which the first has so
-/// few bits that n times it is exact, so that the error does not grow with |x|.
+/// x log2(e) - n for an n nearby, exact to the size of n, not of x, so that the error of an
+/// exponential does not grow with |x|.
+SSM_INLINE Vec<float> rest_of_exponent(Vec<float> x, Vec<float> n) {
+#if defined(__FMA__)
+    // The fused product is exact until n is taken off; the other factor is what the first lacks.
+    return x * 1.92596299e-8f + fused(x, broadcast(kLog2e), -n);
+#else
+    // Cody and Waite: ln 2 in two parts, the first with so few bits that n times it is exact.
+    return ((x - n * 0.693359375f) + n * 2.12194440e-4f) * kLog2e;
+#endif
+}
+
+/// e^x for -87 <= x <= 88, in place.
 template <int kCount>
 SSM_INLINE void exp_bounded(Vec<float>* x) {
-    Vec<float> n[kCount], r[kCount];
-#if defined(__AVX512F__)
-    SSM_EACH(i) n[i] = round_to_32nd(x[i] * 1.44269504e+0f);
-#else
-    SSM_EACH(i) n[i] = round_even(x[i] * 1.44269504e+0f);
-#endif
-    SSM_EACH(i) r[i] = (x[i] - n[i] * 0.693359375f) + n[i] * 2.12194440e-4f;
-#if defined(__AVX512F__)
-    Vec<float> power[kCount];
-    SSM_EACH(i) power[i] = exp2_table(n[i]);
-    SSM_EACH(i) x[i] = r[i] * 4.99999970e-1f + 1.00001466e+0f;
-    SSM_EACH(i) r[i] *= power[i];
-    SSM_EACH(i) x[i] = r[i] * x[i] + power[i];
-#else
-    SSM_EACH(i) x[i] = r[i] * 1.44269504e+0f;
-    exp2_fraction<kCount>(x);
-#endif
-    SSM_EACH(i) x[i] = scale_by_power(x[i], n[i]);
+    Vec<float> n[kCount];
+    SSM_EACH(i) n[i] = round_exponent(x[i] * kLog2e);
+    SSM_EACH(i) x[i] = rest_of_exponent(x[i], n[i]);
+    exp2_sum<kCount>(x, n);
 }
 template <int kCount>
 SSM_INLINE void exp_bounded(Vec<double>* x) {
