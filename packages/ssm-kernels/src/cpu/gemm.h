@@ -143,6 +143,20 @@ struct Block {
         }
     }
 
+    /// The same for one half of the panel.
+    template <int kHalf>
+    SSM_INLINE void multiply_add_half(Block& block, const T* a, std::int64_t a_row,
+                                      std::int64_t a_k, const T* b, std::int64_t b_k,
+                                      std::int64_t count) {
+        for (std::int64_t k = 0; k < count; ++k) {
+            const Vec<T> half = load<T>(b + kHalf * kLanes<T>);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r) block.rows[r][kHalf] += broadcast(a[r * a_row]) * half;
+            a += a_k;
+            b += b_k;
+        }
+    }
+
     /// As multiply_add for R values of k, but row r takes only k <= r: what lies above is not read,
     /// so that a step's infinity does not meet the zero weight of an earlier one.
     SSM_INLINE void multiply_add_lower(Block& block, const T* a, std::int64_t a_row,

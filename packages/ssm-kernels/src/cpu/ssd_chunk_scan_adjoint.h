@@ -85,8 +85,12 @@ void multiply_rows(const AdjointTile<T>& tile, const SsdShape& shape, std::int64
         for (std::int64_t i = j / kPanel<T> * kPanel<T>; i < steps; i += kPanel<T>) {
             Block<T, R> products;
             Block<T, R>::clear(products);
-            Block<T, R>::multiply_add(products, tile.X_t + j, 1, kChunk, tile.g_t + i, kChunk,
-                                      shape.padded_headdim);
+            const T *const X = tile.X_t + j, *const g = tile.g_t + i;
+            if (j < i + kLanes<T>)
+                Block<T, R>::multiply_add(products, X, 1, kChunk, g, kChunk, shape.padded_headdim);
+            else
+                Block<T, R>::template multiply_add_half<1>(products, X, 1, kChunk, g, kChunk,
+                                                           shape.padded_headdim);
             Block<T, R>::store_to(tile.gX + j * kChunk + i, kChunk, products);
         }
     });
@@ -113,20 +117,6 @@ void write_input_gradient(const AdjointTile<T>& tile, const SsdShape& shape,
             Block<T, R>::add_product(dX, skip + p, tile.g + j * pitch + p, pitch);
             Block<T, R>::store_to(tile.y + j * pitch + p, pitch, dX);
         });
-}
-
-/// Sum of the products of two states, in an order that depends on their size alone.
-template <class T>
-T dot_states(const T* a, const T* b, std::int64_t count) {
-    constexpr int kSums = 4;
-    Vec<T> sums[kSums];
-    for (int v = 0; v < kSums; ++v) sums[v] = zero<T>();
-    std::int64_t i = 0;
-    for (; i + kSums * kLanes<T> <= count; i += kSums * kLanes<T>)
-        for (int v = 0; v < kSums; ++v)
-            sums[v] += load<T>(a + i + v * kLanes<T>) * load<T>(b + i + v * kLanes<T>);
-    for (; i < count; i += kLanes<T>) sums[0] += load<T>(a + i) * load<T>(b + i);
-    return reduce_add<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 /// dz and the gradient of the output before the gate, in the places of z and dy.
@@ -212,10 +202,12 @@ void differentiate_head(const SsdChunkScanArgs& args, const SsdShape& shape,
     ends.compute(decay, steps);
     if (args.z.ndim >= 0)
         differentiate_gate(shape, tile, group, ends, size, decay, skip, state, steps);
-    for (std::int64_t t = 0; t < steps; ++t)
-        for (std::int64_t p = 0; p < pitch; p += kLanes<T>)
-            store<T>(sums.dD + p, load<T>(sums.dD + p) + load<T>(tile.g + t * pitch + p) *
-                                                             load<T>(tile.X + t * pitch + p));
+    for (std::int64_t p = 0; p < pitch; p += kLanes<T>) {
+        Vec<T> dD = load<T>(sums.dD + p);
+        for (std::int64_t at = p; at < steps * pitch; at += pitch)
+            dD += load<T>(tile.g + at) * load<T>(tile.X + at);
+        store<T>(sums.dD + p, dD);
+    }
     load_tile(tile.X_t, kChunk, dense_plane(tile.X, 1, pitch), pitch, steps);
     load_tile(tile.g_t, kChunk, dense_plane(tile.g, 1, pitch), pitch, steps);
     multiply_rows(tile, shape, steps);
@@ -225,19 +217,24 @@ void differentiate_head(const SsdChunkScanArgs& args, const SsdShape& shape,
                           steps);
     add_state_products<T>(tile.dB_t, out_of, shape, dstate, tile.X_t, tile.B_t, ends.out_of, size,
                           steps);
-    const T through = ends.total * dot_states(state, dstate, shape.state_elements());
     T weight[kChunk];
     for (std::int64_t t = 0; t < steps; ++t) weight[t] = ends.out_of[t] * size[t];
     write_input_gradient(tile, shape, group, dstate, weight, skip, steps);
     scale_steps(tile.X, tile.g, ends.into, pitch, steps);
-    advance_state(dstate, shape, group.C, tile.X, ends.total, steps, ahead);
+    T products[kPanel<T>] = {};  // of the state that enters and the gradient of the one that leaves
+    advance_state(dstate, dstate, shape, group.C, tile.X, ends.total, steps, ahead,
+                  [&]<int R>(const Block<T, R>& rows, std::int64_t place) {
+                      Block<T, R>::add_dot(products, rows, state + place, kPanel<T>);
+                  });
 
     // The decay of a step stands in what enters and reaches it or a later step, in what an earlier
     // one leaves, and in what passes through.
     const T rate = heads.rate[h] * static_cast<T>(0.6931471805599453);
     T dsize[kChunk] = {}, sum = 0;
     for (std::int64_t t = steps; t-- > 0;) crossing[t] += sum += into[t];
-    sum = through;
+    sum = 0;
+    for (const T product : products) sum += product;
+    sum *= ends.total;
     for (std::int64_t t = 0; t < steps; ++t) {
         const T exponent = crossing[t] + sum;
         sum += out_of[t] * size[t];
@@ -248,23 +245,39 @@ void differentiate_head(const SsdChunkScanArgs& args, const SsdShape& shape,
                         steps);
 }
 
-/// The products of dCB with B and C, once for all heads: dC_i += dCB_ij B_j, dB_j += dCB_ij C_i.
+/// The products of dCB with B and C, once for all heads: dC_i += dCB_ij B_j, dB_j += dCB_ij C_i,
+/// without the half of the pairs in which i comes before j.
 template <class T>
 void add_pair_products(const AdjointTile<T>& tile, const SsdShape& shape, const GroupTile<T>& group,
                        std::int64_t steps) {
-    const auto add = [&](T* gradient_t, const T* matrix, const T* pairs) {
-        for (std::int64_t t = 0; t < steps; t += kPanel<T>)
+    constexpr std::int64_t lanes = kLanes<T>, panel = kPanel<T>;
+    const auto add = [&](T* gradient_t, const auto& multiply) {
+        for (std::int64_t t = 0; t < steps; t += panel)
             for_row_blocks(shape.dstate, [&]<int R>(std::int64_t n) {
                 Block<T, R> products;
                 Block<T, R>::clear(products);
-                Block<T, R>::multiply_add(products, matrix + n, 1, shape.dstate, pairs + t, kChunk,
-                                          steps);
+                multiply.template operator()<R>(products, n, t, min(t + lanes, steps));
                 Block<T, R>::add_to(gradient_t + n * kChunk + t, kChunk, products);
             });
     };
-    add(tile.dC_t, group.B, tile.dCB);
+    // The right half of a panel begins at `middle`.
+    add(tile.dC_t, [&]<int R>(Block<T, R>& dC, std::int64_t n, std::int64_t t,
+                              std::int64_t middle) __attribute__((always_inline)) {
+        const std::int64_t end = min(t + panel, steps);
+        Block<T, R>::multiply_add(dC, group.B + n, 1, shape.dstate, tile.dCB + t, kChunk, middle);
+        Block<T, R>::template multiply_add_half<1>(dC, group.B + middle * shape.dstate + n, 1,
+                                                   shape.dstate, tile.dCB + middle * kChunk + t,
+                                                   kChunk, end - middle);
+    });
     load_tile(tile.mix, kChunk, dense_plane(tile.dCB, 1, kChunk), kChunk, kChunk);
-    add(tile.dB_t, group.C, tile.mix);
+    add(tile.dB_t, [&]<int R>(Block<T, R>& dB, std::int64_t n, std::int64_t t,
+                              std::int64_t middle) __attribute__((always_inline)) {
+        Block<T, R>::template multiply_add_half<0>(dB, group.C + t * shape.dstate + n, 1,
+                                                   shape.dstate, tile.mix + t * kChunk + t, kChunk,
+                                                   middle - t);
+        Block<T, R>::multiply_add(dB, group.C + middle * shape.dstate + n, 1, shape.dstate,
+                                  tile.mix + middle * kChunk + t, kChunk, steps - middle);
+    });
 }
 
 }  // namespace ssm::cpu::SSM_ISA

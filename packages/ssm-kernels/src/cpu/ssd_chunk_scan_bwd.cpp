@@ -17,7 +17,7 @@ struct BackwardPlan {
     SsdShape shape;
     PairProducts<T> products;
     T* sums = nullptr;
-    T* partial_dB = nullptr;  // [block of the group][row][group][step][state]
+    T* partial_dB = nullptr;  // [block of the group][row][group][chunk][state][step]
     T* partial_dC = nullptr;
 
     explicit BackwardPlan(const SsdChunkScanArgs& args) : shape(args, kPanel<T>), products(shape) {}
@@ -30,12 +30,14 @@ struct BackwardPlan {
     }
 
     std::int64_t partial_elements() const {
-        return shape.batch * shape.blocks_per_row() * shape.seqlen * shape.dstate;
+        return shape.batch * shape.blocks_per_row() * products.chunks * kChunk * shape.dstate;
     }
+    /// Of the chunk in which step t is.
     T* partial(T* partials, std::int64_t part, std::int64_t row, std::int64_t group,
                std::int64_t t) const {
-        return partials + (((part * shape.batch + row) * shape.groups + group) * shape.seqlen + t) *
-                              shape.dstate;
+        const std::int64_t chunk =
+            ((part * shape.batch + row) * shape.groups + group) * products.chunks + t / kChunk;
+        return partials + chunk * kChunk * shape.dstate;
     }
 };
 
@@ -116,16 +118,19 @@ void compute_entries(const Call<T>& call, const HeadBlock& block, BackwardTile<T
         while (run < runs_end && run->end <= t) ++run;
         Segment segments[kChunk];
         const std::int64_t count = cut_chunk(segments, run, runs_end, t, t + kChunk);
-        std::memcpy(
-            tile.entry(shape, chunk + 1, 0), tile.entry(shape, chunk, 0),
-            sizeof(T) * static_cast<std::size_t>(shape.most_heads() * shape.state_elements()));
-        if (count == 0) continue;
+        if (count == 0) {
+            std::memcpy(
+                tile.entry(shape, chunk + 1, 0), tile.entry(shape, chunk, 0),
+                sizeof(T) * static_cast<std::size_t>(shape.most_heads() * shape.state_elements()));
+            continue;
+        }
         const Segment& segment = segments[count - 1];
-        tile.group.load_B(args, shape, block, segment);
+        tile.group.find_B(args, shape, block, segment);
         tile.sizes.load_from(args, tile.heads, block, segment);
         for (std::int64_t h = 0; h < block.count; ++h) {
             T* const state = tile.entry(shape, chunk + 1, h);
             if (segment.enters) enter(state, args, shape, *segment.first, block.first + h);
+            const T* const before = segment.enters ? state : tile.entry(shape, chunk, h);
             load_steps(tile.adjoint.X, args.X, shape, block, block.first + h, segment);
             EndDecays<T> ends;
             ends.compute(tile.sizes.decay + h * kChunk, segment.steps);
@@ -135,8 +140,8 @@ void compute_entries(const Call<T>& call, const HeadBlock& block, BackwardTile<T
             scale_steps(tile.adjoint.X, tile.adjoint.X, weight, pitch, segment.steps);
             Ahead ahead =
                 look_ahead<T>(shape, block, h, segment.begin, segment.end, {&args.X}, {&args.B});
-            advance_state(state, shape, tile.group.B, tile.adjoint.X, ends.total, segment.steps,
-                          ahead);
+            advance_state(state, before, shape, tile.group.B, tile.adjoint.X, ends.total,
+                          segment.steps, ahead);
         }
     }
 }
@@ -146,8 +151,16 @@ void differentiate_segment(const Call<T>& call, const HeadBlock& block, std::int
                            BackwardTile<T>& tile, const Segment& segment, std::int64_t chunk) {
     const auto& [args, grads, runs, plan] = call;
     const SsdShape& shape = plan.shape;
-    const AdjointTile<T>& adjoint = tile.adjoint;
-    tile.group.load_all(args, plan.products, block, segment);
+    const std::int64_t group = block.first / shape.heads_per_group;
+    T* const dB_t = plan.partial(plan.partial_dB, part, block.row, group, segment.begin);
+    T* const dC_t = plan.partial(plan.partial_dC, part, block.row, group, segment.begin);
+    AdjointTile<T> adjoint = tile.adjoint;
+    const bool is_chunk = segment.steps == min(kChunk, shape.seqlen - segment.begin);
+    if (is_chunk) {
+        adjoint.dB_t = dB_t;
+        adjoint.dC_t = dC_t;
+    }
+    tile.group.find_all(args, plan.products, block, segment);
     const auto transpose = [&](T* to, const T* from) {
         load_tile(to, kChunk, dense_plane(from, 1, shape.dstate), shape.dstate, segment.steps);
     };
@@ -177,6 +190,10 @@ void differentiate_segment(const Call<T>& call, const HeadBlock& block, std::int
         Ahead ahead =
             look_ahead<T>(shape, block, h, segment.begin, segment.begin - kChunk,
                           {&args.X, &args.z, &grads.dy, &grads.dX, &grads.dz}, {&args.B, &args.C});
+        if (chunk == 0 && segment.begin >= kStretch)
+            Ahead::add(ahead, {checkpoint_plane(args.checkpoints, block.row, head,
+                                                segment.begin - kStretch),
+                               shape.dstate, shape.headdim});
         differentiate_head(args, shape, adjoint, tile.group, tile.heads, tile.sizes,
                            plan.head_sums(block.row, head), state, dstate, h, segment.steps, ahead);
         store_steps(grads.dX, adjoint.y, shape, block, head, segment);
@@ -186,16 +203,15 @@ void differentiate_segment(const Call<T>& call, const HeadBlock& block, std::int
                         shape);
     }
     add_pair_products(adjoint, shape, tile.group, segment.steps);
-    const std::int64_t group = block.first / shape.heads_per_group;
     Segment::for_pieces(segment, [&](std::int64_t at, std::int64_t t, std::int64_t count) {
         store_tile(sizes_plane(grads.ddt, block.row, block.first, t), adjoint.ddt + at, kChunk,
                    block.count, count);
-        store_tile(
-            dense_plane(plan.partial(plan.partial_dB, part, block.row, group, t), 1, shape.dstate),
-            adjoint.dB_t + at, kChunk, shape.dstate, count);
-        store_tile(
-            dense_plane(plan.partial(plan.partial_dC, part, block.row, group, t), 1, shape.dstate),
-            adjoint.dC_t + at, kChunk, shape.dstate, count);
+        if (is_chunk) return;
+        const std::int64_t place = t - segment.begin;
+        store_tile(dense_plane(dB_t + place, kChunk, 1), adjoint.dB_t + at, kChunk, shape.dstate,
+                   count);
+        store_tile(dense_plane(dC_t + place, kChunk, 1), adjoint.dC_t + at, kChunk, shape.dstate,
+                   count);
     });
 }
 
@@ -216,8 +232,10 @@ void clear_steps(const Call<T>& call, const HeadBlock& block, std::int64_t part,
         store_tile(sizes_plane(grads.ddt, block.row, h, t), none, kChunk, 1, steps);
     }
     const std::int64_t group = block.first / shape.heads_per_group;
-    for (T* partials : {plan.partial_dB, plan.partial_dC})
-        clear(plan.partial(partials, part, block.row, group, t), steps * shape.dstate);
+    for (T* partials : {plan.partial_dB, plan.partial_dC}) {
+        T* const line = plan.partial(partials, part, block.row, group, t) + t % kChunk;
+        for (std::int64_t n = 0; n < shape.dstate; ++n) clear(line + n * kChunk, steps);
+    }
 }
 
 template <class T>
@@ -256,31 +274,26 @@ void differentiate_block(const Call<T>& call, const HeadBlock& block, std::int64
 
 // dB or dC (B, L, G, N) from the blocks' shares, in the order of groups and blocks.
 template <class T>
-void reduce_partials(const BackwardPlan<T>& plan, T* partials, const TensorView& out, int threads) {
+void reduce_partials(const BackwardPlan<T>& plan, T* partials, const TensorView& out, T* local,
+                     std::int64_t per_thread, int threads) {
     const SsdShape& shape = plan.shape;
     const std::int64_t merged = shape.groups / out.shape[2];  // groups of heads per group of `out`
-    const std::int64_t chunks = (shape.seqlen + kChunk - 1) / kChunk;
-    parallel_for(shape.batch * chunks, threads, [&](std::int64_t task, int) {
+    const std::int64_t chunks = plan.products.chunks, elements = kChunk * shape.dstate;
+    parallel_for(shape.batch * chunks, threads, [&](std::int64_t task, int thread) {
         const std::int64_t row = task / chunks, begin = task % chunks * kChunk;
-        constexpr std::int64_t kLine = 256;
-        T line[kLine];
-        for (std::int64_t t = begin; t < min(begin + kChunk, shape.seqlen); ++t)
-            for (std::int64_t group = 0; group < out.shape[2]; ++group)
-                for (std::int64_t n = 0; n < shape.dstate; n += kLine) {
-                    const std::int64_t count = min(kLine, shape.dstate - n);
-                    clear(line, count);
-                    for (std::int64_t i = 0; i < merged * shape.blocks_per_group; ++i) {
-                        const T* const from =
-                            plan.partial(partials, i % shape.blocks_per_group, row,
-                                         group * merged + i / shape.blocks_per_group, t) +
-                            n;
-                        for (std::int64_t k = 0; k < count; ++k) line[k] += from[k];
-                    }
-                    Plane plane = steps_plane(out, row, group, t);
-                    plane.data =
-                        static_cast<char*>(plane.data) + n * out.stride[3] * dtype_bytes(out.dtype);
-                    store_tile(plane, line, 0, 1, count);
-                }
+        T* const sum = local + per_thread * thread;
+        for (std::int64_t group = 0; group < out.shape[2]; ++group) {
+            clear(sum, elements);
+            for (std::int64_t i = 0; i < merged * shape.blocks_per_group; ++i) {
+                const T* const from =
+                    plan.partial(partials, i % shape.blocks_per_group, row,
+                                 group * merged + i / shape.blocks_per_group, begin);
+                for (std::int64_t k = 0; k < elements; k += kLanes<T>)
+                    store<T>(sum + k, load<T>(sum + k) + load<T>(from + k));
+            }
+            store_tile(transposed(steps_plane(out, row, group, begin)), sum, kChunk, shape.dstate,
+                       min(kChunk, shape.seqlen - begin));
+        }
     });
 }
 
@@ -332,8 +345,8 @@ void differentiate_rows(const SsdChunkScanArgs& args, const SsdChunkScanGrads& g
         differentiate_block(call, HeadBlock(shape, task / shape.blocks_per_row(), index),
                             index % shape.blocks_per_group, local + per_thread * thread);
     });
-    reduce_partials(plan, plan.partial_dB, grads.dB, threads);
-    reduce_partials(plan, plan.partial_dC, grads.dC, threads);
+    reduce_partials(plan, plan.partial_dB, grads.dB, local, per_thread, threads);
+    reduce_partials(plan, plan.partial_dC, grads.dC, local, per_thread, threads);
     parallel_for(shape.heads, threads, [&](std::int64_t head, int thread) {
         reduce_rows(args, grads, plan, head, local + per_thread * thread);
     });

@@ -81,7 +81,7 @@ void scan_head(const SsdChunkScanArgs& args, const SsdShape& shape, const HeadBl
                   tile.heads.skip + h * pitch, ends, z, steps);
     Ahead ahead = look_ahead<T>(shape, block, h, segment.begin, segment.end,
                                 {&args.X, &args.y, &args.z}, {&args.B, &args.C});
-    advance_state(state, shape, tile.group.B, tile.wX, ends.total, steps, ahead);
+    advance_state(state, state, shape, tile.group.B, tile.wX, ends.total, steps, ahead);
     if (!in_place)
         Segment::for_pieces(segment, [&](std::int64_t at, std::int64_t t, std::int64_t count) {
             store_tile(steps_plane(args.y, block.row, head, t), tile.y + at * pitch, pitch, count,

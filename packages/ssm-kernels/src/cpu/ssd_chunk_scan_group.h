@@ -17,27 +17,20 @@ SSM_INLINE Plane dense_plane(const T* data, std::int64_t row_stride, std::int64_
             column_stride};
 }
 
-/// One of B and C at the steps of a segment, [step][state].
+/// One of B and C at the steps of a segment, [step][state]: where it lies if it lies like that,
+/// else copied into a tile. (Rows with gaps between them may fall on each other in the cache.)
 template <class T>
-void load_steps_of_group(T* tile, const TensorView& view, const SsdShape& shape, std::int64_t row,
-                         std::int64_t head, const Segment& segment) {
+const T* steps_of_group(T* tile, const TensorView& view, const SsdShape& shape, std::int64_t row,
+                        std::int64_t head, const Segment& segment) {
     const std::int64_t group = group_of(shape, view, head);
+    const Plane plane = steps_plane(view, row, group, segment.first_step());
+    if (segment.first == segment.last && plane.row_stride == shape.dstate &&
+        is_dense<T>(plane, shape.dstate))
+        return static_cast<const T*>(plane.data);
     Segment::for_pieces(segment, [&](std::int64_t at, std::int64_t t, std::int64_t count) {
         load_tile(tile + at * shape.dstate, shape.dstate, steps_plane(view, row, group, t), count,
                   shape.dstate);
     });
-}
-
-/// The same without a copy if it lies like that already. (Rows with gaps between them may fall on
-/// each other in the cache.)
-template <class T>
-const T* steps_of_group(T* tile, const TensorView& view, const SsdShape& shape, std::int64_t row,
-                        std::int64_t head, const Segment& segment) {
-    const Plane plane = steps_plane(view, row, group_of(shape, view, head), segment.first_step());
-    if (segment.first == segment.last && plane.row_stride == shape.dstate &&
-        is_dense<T>(plane, shape.dstate))
-        return static_cast<const T*>(plane.data);
-    load_steps_of_group(tile, view, shape, row, head, segment);
     return tile;
 }
 
@@ -117,27 +110,15 @@ struct GroupTile {
 
     explicit GroupTile(T* memory) : memory(memory) {}
 
-    /// Copies: the backward reads each element in several orders.
-    void load_B(const SsdChunkScanArgs& args, const SsdShape& shape, const HeadBlock& block,
+    void find_B(const SsdChunkScanArgs& args, const SsdShape& shape, const HeadBlock& block,
                 const Segment& segment) {
-        load_steps_of_group(memory, args.B, shape, block.row, block.first, segment);
-        B = memory;
+        B = steps_of_group(memory, args.B, shape, block.row, block.first, segment);
     }
 
-    void load_all(const SsdChunkScanArgs& args, const PairProducts<T>& products,
-                  const HeadBlock& block, const Segment& segment) {
-        load_B(args, products.shape, block, segment);
-        T* const tile = memory + kChunk * products.shape.dstate;
-        load_steps_of_group(tile, args.C, products.shape, block.row, block.first, segment);
-        C = tile;
-        CB = products.of(block.row, block.first, segment);
-    }
-
-    /// As load_all, but without copies where that is possible.
     void find_all(const SsdChunkScanArgs& args, const PairProducts<T>& products,
                   const HeadBlock& block, const Segment& segment) {
         const SsdShape& shape = products.shape;
-        B = steps_of_group(memory, args.B, shape, block.row, block.first, segment);
+        find_B(args, shape, block, segment);
         C = steps_of_group(memory + kChunk * shape.dstate, args.C, shape, block.row, block.first,
                            segment);
         CB = products.of(block.row, block.first, segment);

@@ -8,15 +8,18 @@
 namespace ssm::cpu::SSM_ISA {
 
 /// A state in the order of the kernels, [panel][state][lane of the panel]. Lanes beyond the head's
-/// channels must be zero before.
+/// channels must be zero before. Some rows at a time, so that memory is read in order.
 template <class T>
-void load_state(T* state, const SsdShape& shape, Plane plane) {
-    const std::int64_t bytes = dtype_bytes(plane.dtype) * plane.column_stride * kPanel<T>;
-    for (std::int64_t p = 0; p < shape.headdim; p += kPanel<T>) {
-        load_tile(state + p * shape.dstate, kPanel<T>, plane, shape.dstate,
-                  min(kPanel<T>, shape.headdim - p));
-        plane.data = static_cast<char*>(plane.data) + bytes;
-    }
+void load_state(T* state, const SsdShape& shape, const Plane& plane) {
+    constexpr std::int64_t kRows = 32;
+    for (std::int64_t n = 0; n < shape.dstate; n += kRows)
+        for (std::int64_t p = 0; p < shape.headdim; p += kPanel<T>) {
+            Plane part = plane;
+            part.data = static_cast<char*>(plane.data) +
+                        (n * plane.row_stride + p * plane.column_stride) * dtype_bytes(plane.dtype);
+            load_tile(state + p * shape.dstate + n * kPanel<T>, kPanel<T>, part,
+                      min(kRows, shape.dstate - n), min(kPanel<T>, shape.headdim - p));
+        }
 }
 
 template <class T>
@@ -33,7 +36,7 @@ void store_state(Plane plane, const T* state, const SsdShape& shape) {
 /// of steps may lie pages apart, which the processor does not foresee, and all of them at once
 /// would wait for each other.
 struct Ahead {
-    Stripes stripes[7];
+    Stripes stripes[8];
     int count = 0;
     std::int64_t times;     // that `request` is called
     std::int64_t pace = 0;  // of each of them per call
@@ -149,22 +152,29 @@ void load_scaled(T* X, T* wX, const T* weight, const SsdShape& shape, const Plan
         }
 }
 
-/// state = decay * state + B^T V for the steps of a segment; V is [step][channel]. Asks for a part
-/// of `ahead` before each block of rows.
-template <class T>
-void advance_state(T* state, const SsdShape& shape, const T* B, const T* V, T decay,
-                   std::int64_t steps, Ahead& ahead) {
+/// to = decay * from + B^T V for the steps of a segment; V is [step][channel], and both states may
+/// be the same. Asks for a part of `ahead` before each block of rows, and calls visit(rows, place)
+/// with these as they are before.
+template <class T, class Visit>
+void advance_state(T* to, const T* from, const SsdShape& shape, const T* B, const T* V, T decay,
+                   std::int64_t steps, Ahead& ahead, const Visit& visit) {
     const std::int64_t pitch = shape.padded_headdim;
     for (std::int64_t p = 0; p < pitch; p += kPanel<T>)
         for_row_blocks(shape.dstate, [&]<int R>(std::int64_t n) {
             Ahead::request(ahead);
-            T* const place = state + p * shape.dstate + n * kPanel<T>;
+            const std::int64_t place = p * shape.dstate + n * kPanel<T>;
             Block<T, R> h;
-            Block<T, R>::load_from(h, place, kPanel<T>);
+            Block<T, R>::load_from(h, from + place, kPanel<T>);
+            visit(h, place);
             Block<T, R>::scale(h, decay);
             Block<T, R>::multiply_add(h, B + n, 1, shape.dstate, V + p, pitch, steps);
-            Block<T, R>::store_to(place, kPanel<T>, h);
+            Block<T, R>::store_to(to + place, kPanel<T>, h);
         });
+}
+template <class T>
+void advance_state(T* to, const T* from, const SsdShape& shape, const T* B, const T* V, T decay,
+                   std::int64_t steps, Ahead& ahead) {
+    advance_state(to, from, shape, B, V, decay, steps, ahead, [](const auto&, std::int64_t) {});
 }
 
 /// Step sizes of the heads of a block in a segment, and the logarithms of their decays.
