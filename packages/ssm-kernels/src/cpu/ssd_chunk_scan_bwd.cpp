@@ -11,6 +11,15 @@ namespace {
 constexpr std::int64_t kStretch = kSsdChunkScanCheckpoint;
 constexpr std::int64_t kChunks = kStretch / kChunk;  // chunks of a stretch
 
+// Eight blocks, as far as there are heads, whatever the number of threads: the shares of dB and dC
+// that are summed in the end are those of blocks.
+template <class T>
+SsdShape shape_of(const SsdChunkScanArgs& args) {
+    SsdShape shape(args, kPanel<T>);
+    shape.cut(8, 1 << 16);
+    return shape;
+}
+
 // Memory that outlives a task: sums per row and head, and per block its share of dB and dC.
 template <class T>
 struct BackwardPlan {
@@ -20,7 +29,8 @@ struct BackwardPlan {
     T* partial_dB = nullptr;  // [block of the group][row][group][chunk][state][step]
     T* partial_dC = nullptr;
 
-    explicit BackwardPlan(const SsdChunkScanArgs& args) : shape(args, kPanel<T>), products(shape) {}
+    explicit BackwardPlan(const SsdChunkScanArgs& args)
+        : shape(shape_of<T>(args)), products(shape) {}
 
     std::int64_t sum_elements() const {
         return shape.batch * shape.heads * HeadSums<T>::elements(shape);

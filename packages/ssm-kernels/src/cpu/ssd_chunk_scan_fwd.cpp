@@ -124,9 +124,23 @@ void scan_block(const SsdChunkScanArgs& args, const Runs& runs, const SsdShape& 
     }
 }
 
+// Large blocks: the rows of neighbouring heads are neighbours in memory. But no thread should have
+// to wait long for another. No sum crosses a head, so that the cut changes no result.
+template <class T>
+SsdShape shape_of(const SsdChunkScanArgs& args, int threads) {
+    constexpr std::int64_t kMostStates = 1 << 17;
+    SsdShape shape(args, kPanel<T>);
+    shape.cut(1, kMostStates);
+    const auto tasks = [&] { return shape.batch * shape.blocks_per_row(); };
+    while (shape.blocks_per_group < shape.heads_per_group && tasks() % threads != 0 &&
+           tasks() < 4 * threads)
+        shape.cut(shape.blocks_per_group + 1, kMostStates);
+    return shape;
+}
+
 template <class T>
 void scan_rows(const SsdChunkScanArgs& args, const Runs& runs, int threads) {
-    const SsdShape shape(args, kPanel<T>);
+    const SsdShape shape = shape_of<T>(args, threads);
     // A sequence without steps hands its state on unchanged.
     if (args.final_states.ndim >= 0 && (shape.seqlen == 0 || !runs.covers_all))
         copy_states<T>(args.initial_states, args.final_states, threads);

@@ -13,13 +13,13 @@ namespace ssm::cpu::SSM_ISA {
 constexpr std::int64_t kChunk = 32;
 static_assert(kSsdChunkScanCheckpoint % kChunk == 0);
 
-/// Sizes of one call and its cut into blocks of heads, which depends on nothing but these sizes.
+/// Sizes of one call and its cut into blocks of heads.
 struct SsdShape {
     std::int64_t batch, seqlen, heads, headdim, dstate;
     std::int64_t padded_headdim;   // headdim rounded up to whole panels
     std::int64_t groups;           // runs of heads that share both B and C
     std::int64_t heads_per_group;  // 0 without heads
-    std::int64_t blocks_per_group;
+    std::int64_t blocks_per_group = 0;
 
     SsdShape(const SsdChunkScanArgs& args, std::int64_t panel)
         : batch(args.X.shape[0]),
@@ -31,12 +31,14 @@ struct SsdShape {
         // B and C may have different group counts: the least common multiple cuts at both.
         groups = least_common_multiple(args.B.shape[2], args.C.shape[2]);
         heads_per_group = heads / groups;
-        // A block computes C B^T once for its heads and keeps their states in the second-level
-        // cache; several blocks per group are several tasks.
-        constexpr std::int64_t kStates = 1 << 16;
-        const std::int64_t fitting = max(1, kStates / max(1, state_elements()));
-        const std::int64_t per_block = min(fitting, max(1, (heads_per_group + 7) / 8));
-        blocks_per_group = (heads_per_group + per_block - 1) / per_block;
+    }
+
+    /// As many blocks as there have to be for a block's states to have `most_states` elements,
+    /// which stay in the second-level cache, and at least `blocks`.
+    void cut(std::int64_t blocks, std::int64_t most_states) {
+        const std::int64_t fitting = max(1, most_states / max(1, state_elements()));
+        const std::int64_t needed = (heads_per_group + fitting - 1) / fitting;
+        blocks_per_group = min(max(blocks, needed), heads_per_group);
     }
 
     std::int64_t state_elements() const { return dstate * padded_headdim; }
