@@ -185,7 +185,7 @@ void scan_rows(const SelectiveScanArgs& args, const Runs& runs, int threads) {
     if (args.last_state.ndim >= 0 && (shape.seqlen == 0 || !runs.covers_all))
         copy_states<T>(args.initial_state, args.last_state, threads);
     if (shape.seqlen == 0) return;
-    const std::int64_t most = shape.blocks_per_task();
+    const std::int64_t most = shape.blocks_per_task(threads);
     const std::int64_t elements = most * ScanTile<T>::elements(shape.dstate, Keep::outputs);
     const std::int64_t per_group = (shape.blocks_per_group + most - 1) / most;
     const Scratch scratch(sizeof(T) * static_cast<std::size_t>(elements * threads));

@@ -42,9 +42,10 @@ struct ScanShape {
         return view.ndim == 2 ? 1 : view.shape[1];
     }
     static constexpr std::int64_t kMostBlocks = 4;
-    /// Blocks of the forward's tasks: several, but not so many that few tasks remain.
-    std::int64_t blocks_per_task() const {
-        const std::int64_t wanted = batch * blocks_per_row() / 8;
+    /// Blocks of the forward's tasks: neighbours in memory, but two tasks per thread if there are as
+    /// many. No sum crosses a block, so that the cut changes no result.
+    std::int64_t blocks_per_task(int threads) const {
+        const std::int64_t wanted = batch * blocks_per_row() / (2 * threads);
         return max(1, min(min(wanted, kMostBlocks), blocks_per_group));
     }
     std::int64_t blocks_per_row() const { return groups * blocks_per_group; }
