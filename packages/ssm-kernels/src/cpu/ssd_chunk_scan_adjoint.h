@@ -55,12 +55,12 @@ struct AdjointTile {
 };
 
 /// What a product of rows with a state gives to dB or dC: gradient_t += size decay (state rows),
-/// with a factor per step; `sizes` may be null. dots = the steps' sums over states of `matrix_t`
-/// times the product, without the sizes.
+/// with a factor per step; `sizes` may be null, and the first head's sum begins at zero. dots = the
+/// steps' sums over states of `matrix_t` times the product, without the sizes.
 template <class T>
-void add_state_products(T* gradient_t, T* dots, const SsdShape& shape, const T* state,
-                        const T* rows_t, const T* matrix_t, const T* decays, const T* sizes,
-                        std::int64_t steps) {
+void add_state_products(T* gradient_t, bool is_first, T* dots, const SsdShape& shape,
+                        const T* state, const T* rows_t, const T* matrix_t, const T* decays,
+                        const T* sizes, std::int64_t steps) {
     for (std::int64_t t = 0; t < steps; t += kPanel<T>) {
         T sums[kPanel<T>] = {};
         for_row_blocks(shape.dstate, [&]<int R>(std::int64_t n) {
@@ -72,7 +72,10 @@ void add_state_products(T* gradient_t, T* dots, const SsdShape& shape, const T* 
             Block<T, R>::scale_lanes(products, decays + t);
             Block<T, R>::add_dot(sums, products, matrix_t + n * kChunk + t, kChunk);
             if (sizes != nullptr) Block<T, R>::scale_lanes(products, sizes + t);
-            Block<T, R>::add_to(gradient_t + n * kChunk + t, kChunk, products);
+            if (is_first)
+                Block<T, R>::store_to(gradient_t + n * kChunk + t, kChunk, products);
+            else
+                Block<T, R>::add_to(gradient_t + n * kChunk + t, kChunk, products);
         });
         std::memcpy(dots + t, sums, sizeof sums);
     }
@@ -213,10 +216,10 @@ void differentiate_head(const SsdChunkScanArgs& args, const SsdShape& shape,
     multiply_rows(tile, shape, steps);
     T direct[kChunk], crossing[kChunk], into[kChunk], out_of[kChunk];
     differentiate_pairs(tile, group, size, decay, direct, crossing, steps);
-    add_state_products<T>(tile.dC_t, into, shape, state, tile.g_t, tile.C_t, ends.into, nullptr,
-                          steps);
-    add_state_products<T>(tile.dB_t, out_of, shape, dstate, tile.X_t, tile.B_t, ends.out_of, size,
-                          steps);
+    add_state_products<T>(tile.dC_t, h == 0, into, shape, state, tile.g_t, tile.C_t, ends.into,
+                          nullptr, steps);
+    add_state_products<T>(tile.dB_t, h == 0, out_of, shape, dstate, tile.X_t, tile.B_t, ends.out_of,
+                          size, steps);
     T weight[kChunk];
     for (std::int64_t t = 0; t < steps; ++t) weight[t] = ends.out_of[t] * size[t];
     write_input_gradient(tile, shape, group, dstate, weight, skip, steps);
@@ -232,9 +235,9 @@ void differentiate_head(const SsdChunkScanArgs& args, const SsdShape& shape,
     const T rate = heads.rate[h] * static_cast<T>(0.6931471805599453);
     T dsize[kChunk] = {}, sum = 0;
     for (std::int64_t t = steps; t-- > 0;) crossing[t] += sum += into[t];
-    sum = 0;
-    for (const T product : products) sum += product;
-    sum *= ends.total;
+    T through = 0;
+    for (const T product : products) through += product;
+    sum = ends.total * through;
     for (std::int64_t t = 0; t < steps; ++t) {
         const T exponent = crossing[t] + sum;
         sum += out_of[t] * size[t];

@@ -178,8 +178,6 @@ void differentiate_segment(const Call<T>& call, const HeadBlock& block, std::int
     transpose(adjoint.C_t, tile.group.C);
     tile.sizes.load_from(args, tile.heads, block, segment);
     clear(adjoint.dCB, kChunk * kChunk);
-    clear(adjoint.dB_t, kChunk * shape.dstate);
-    clear(adjoint.dC_t, kChunk * shape.dstate);
     for (std::int64_t h = 0; h < block.count; ++h) {
         const std::int64_t head = block.first + h;
         const T* state = tile.entry(shape, chunk, h);
