@@ -40,7 +40,7 @@ void multiply_add(std::int64_t rounds) {
 // The shortest e^x that is right for normal results: no NaN, no infinity, no denormals. The ceiling
 // of a kernel is what the machine can do, not what vmath.h makes of it.
 SSM_INLINE Vec<float> shortest_exp(Vec<float> x) {
-    x = x * 1.44269504f;
+    x = x * kLog2e<float>;
 #if defined(__AVX512F__)
     const Vec<float> n = round_even(x);
     return scale_by_power(exp2_fraction(x - n), n);

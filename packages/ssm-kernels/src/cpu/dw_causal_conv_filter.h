@@ -34,7 +34,7 @@ SSM_INLINE void one_plus_exp_minus(const Vec<float>* x, Vec<float>* result) {
 #pragma GCC unroll 4
     for (int i = 0; i < kCount; ++i) s[i] = clamp(x[i], -88.75f, 87.0f);
 #pragma GCC unroll 4
-    for (int i = 0; i < kCount; ++i) sum[i] = s[i] * -kLog2e + kMagic;
+    for (int i = 0; i < kCount; ++i) sum[i] = s[i] * -kLog2e<float> + kMagic;
 #pragma GCC unroll 4
     for (int i = 0; i < kCount; ++i) f[i] = rest_of_exponent(-s[i], sum[i] - kMagic);
 #pragma GCC unroll 4

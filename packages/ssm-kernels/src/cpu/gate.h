@@ -20,12 +20,11 @@ SSM_INLINE Pack<float, kCount> sigmoid_factor(const Pack<float, kCount>& at) {
     Vec<float> x[kCount], n[kCount];
 #endif
 #if defined(__AVX512F__)
-    const __m512 rate = _mm512_set1_ps(-kLog2e);
+    const __m512 rate = _mm512_set1_ps(-kLog2e<float>);
     // The smaller magnitude of x and 87 with the sign of x: two bounds in one operation.
     SSM_EACH(i) x[i] = (Vec<float>)_mm512_range_ps((__m512)at.v[i], _mm512_set1_ps(87.0f), 2);
-    // 1.5 * 2^18: the last bit of the sum is worth 1/32, and the last five choose from the table.
-    SSM_EACH(i) b[i] = x[i] * (Vec<float>)rate + 393216.0f;
-    SSM_EACH(i) n[i] = b[i] - 393216.0f;
+    SSM_EACH(i) b[i] = x[i] * (Vec<float>)rate + kCounts32nds;
+    SSM_EACH(i) n[i] = b[i] - kCounts32nds;
     SSM_EACH(i) x[i] = (Vec<float>)_mm512_fmsub_ps((__m512)x[i], rate, (__m512)n[i]);
     exp2_sum<kCount>(x, n, b);
     SSM_EACH(i) b[i] = x[i] + 1.0f;
@@ -38,7 +37,7 @@ SSM_INLINE Pack<float, kCount> sigmoid_factor(const Pack<float, kCount>& at) {
     SSM_EACH(i) b[i] = b[i] * x[i] + x[i];
 #elif defined(__AVX2__)
     typedef std::int32_t Bits __attribute__((vector_size(kVectorBytes)));
-    const __m256 rate = _mm256_set1_ps(-kLog2e);
+    const __m256 rate = _mm256_set1_ps(-kLog2e<float>);
     SSM_EACH(i) x[i] = at_most(at_least(at.v[i], broadcast(-87.0f)), broadcast(87.0f));
     // 1.5 * 2^23: the low bits of the sum hold the integer part.
     SSM_EACH(i) n[i] = x[i] * (Vec<float>)rate + 12582912.0f;

@@ -46,9 +46,8 @@ static inline void share_out(std::int64_t tasks, int threads, const Body& body) 
 #endif
 
 /// Calls body(task, thread) for each task in [0, tasks), thread in [0, threads).
-/// How tasks are cut may not depend on `threads`, unless no sum crosses the cut: then results do not
-/// depend on it either.
-/// Without OpenMP the caller does them all.
+/// How tasks are cut may not depend on `threads`, unless no sum crosses the cut: then results do
+/// not depend on it either. Without OpenMP the caller does them all.
 template <class Body>
 static inline void parallel_for(std::int64_t tasks, int threads, const Body& body) {
     if (threads > tasks) threads = static_cast<int>(tasks);

@@ -42,8 +42,8 @@ struct ScanShape {
         return view.ndim == 2 ? 1 : view.shape[1];
     }
     static constexpr std::int64_t kMostBlocks = 4;
-    /// Blocks of the forward's tasks: neighbours in memory, but two tasks per thread if there are as
-    /// many. No sum crosses a block, so that the cut changes no result.
+    /// Blocks of the forward's tasks: neighbours in memory, but two tasks per thread if there are
+    /// as many. No sum crosses a block, so that the cut changes no result.
     std::int64_t blocks_per_task(int threads) const {
         const std::int64_t wanted = batch * blocks_per_row() / (2 * threads);
         return max(1, min(min(wanted, kMostBlocks), blocks_per_group));
@@ -237,7 +237,6 @@ struct ScanTile {
                          const ScanBlock& block) const {
         load_tile(A, kScanChannels, channel_state_plane(args.A, 0, block.channel), shape.dstate,
                   block.width);
-        constexpr T log2e = static_cast<T>(1.4426950408889634);
         // No product dt A may reach infinity, since exp2 takes only finite arguments: A is cut at
         // 1e30 and dt where the largest product of its channel would pass 3e38. The decay is 0 (or
         // infinite) long before either.
@@ -246,7 +245,7 @@ struct ScanTile {
         for (std::int64_t n = 0; n < shape.dstate; ++n)
             for (std::int64_t c = 0; c < kScanChannels; ++c) {
                 T& rate = A[n * kScanChannels + c];
-                rate *= log2e;
+                rate *= kLog2e<T>;
                 rate = rate < T(-1e30) ? T(-1e30) : rate > T(1e30) ? T(1e30) : rate;
                 const T size = rate < 0 ? -rate : rate;
                 largest[c] = size > largest[c] ? size : largest[c];

@@ -235,7 +235,6 @@ SSM_INLINE void for_vectors(std::int64_t width, const At& at) {
 template <class T>
 void prepare(const StepBlock<T>& block, const T* x, const T* dt, const T* bias, const T* rate_of,
              T* rate, T* drive) {
-    constexpr T log2e = static_cast<T>(1.4426950408889634);
     constexpr std::int64_t n = kLanes<T>;
     const SelectiveStateStepArgs& args = block.args;
     const auto compute = [&]<int kCount>(std::int64_t at) __attribute__((always_inline)) {
@@ -246,7 +245,7 @@ void prepare(const StepBlock<T>& block, const T* x, const T* dt, const T* bias, 
         }
         if (args.softplus) softplus<T, kCount>(size);
         for (int i = 0; i < kCount; ++i) {
-            factor[i] = size[i] * log2e;
+            factor[i] = size[i] * kLog2e<T>;
             if (rate_of != nullptr) factor[i] *= load<T>(rate_of + at + i * n);
         }
         if (rate_of != nullptr) exp2<kCount>(factor);

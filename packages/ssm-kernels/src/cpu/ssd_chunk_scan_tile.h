@@ -22,6 +22,7 @@ void load_state(T* state, const SsdShape& shape, const Plane& plane) {
         }
 }
 
+/// Panel after panel: stores gain nothing from the order of memory.
 template <class T>
 void store_state(Plane plane, const T* state, const SsdShape& shape) {
     const std::int64_t bytes = dtype_bytes(plane.dtype) * plane.column_stride * kPanel<T>;
@@ -36,7 +37,7 @@ void store_state(Plane plane, const T* state, const SsdShape& shape) {
 /// of steps may lie pages apart, which the processor does not foresee, and all of them at once
 /// would wait for each other.
 struct Ahead {
-    Stripes stripes[8];
+    Stripes stripes[8];  // five tensors of heads, two of groups, a checkpoint
     int count = 0;
     std::int64_t times;     // that `request` is called
     std::int64_t pace = 0;  // of each of them per call
@@ -114,8 +115,7 @@ struct HeadParameters {
             return plane_at(view, block.first * view.stride[0], 0, view.stride[0]);
         };
         load_tile(rate, 0, values(args.A), 1, block.count);
-        for (std::int64_t h = 0; h < block.count; ++h)
-            rate[h] *= static_cast<T>(1.4426950408889634);
+        for (std::int64_t h = 0; h < block.count; ++h) rate[h] *= kLog2e<T>;
         if (args.dt_bias.ndim >= 0) load_tile(bias, 0, values(args.dt_bias), 1, block.count);
         if (args.D.ndim >= 0)
             load_tile(skip, shape.padded_headdim,

@@ -162,7 +162,7 @@ SSM_INLINE void fill(T* to, std::int64_t count, T value) {
 /// e^x for any x: 0 or close to it, or infinity, beyond the range of exp_bounded.
 template <class T>
 SSM_INLINE Vec<T> exp_any(Vec<T> x) {
-    return decay_of<T>(x * static_cast<T>(1.44269504088896340736));
+    return decay_of<T>(x * kLog2e<T>);
 }
 
 /// One chunk of one row of the batch: its steps before L, and what its sequences say of each.

@@ -24,6 +24,9 @@ SSM_INLINE Vec<double> absolute(Vec<double> x) {
     return (Vec<double>)((Bits)x & 0x7fffffffffffffff);
 }
 
+template <class T>
+constexpr T kLog2e = static_cast<T>(1.44269504088896340736);
+
 /// Nearest integer for |x| < 2^22; larger values may come back unrounded.
 SSM_INLINE Vec<float> round_even(Vec<float> x) {
 #if defined(__AVX512F__)
@@ -100,6 +103,9 @@ SSM_INLINE Vec<float> exp2_fraction(Vec<float> f) {
 }
 
 #if defined(__AVX512F__)
+/// 1.5 * 2^18: the last bit of a sum with it is worth 1/32.
+constexpr float kCounts32nds = 393216.0f;
+
 /// 2^(k/32) for k = 0 .. 31: two registers, between which one instruction chooses by lane.
 alignas(64) constexpr float kExp2Table[32] = {
     1.0f,        1.0218972f,  1.04427373f, 1.06714046f, 1.09050775f, 1.1143868f,  1.13878858f,
@@ -141,17 +147,14 @@ SSM_INLINE Vec<float> round_exponent(Vec<float> x) {
 template <int kCount>
 SSM_INLINE void exp2_sum(Vec<float>* f, const Vec<float>* n) {
 #if defined(__AVX512F__)
-    // 1.5 * 2^18: the last bit of a sum with it is worth 1/32. Beyond 2^17 any entry will do.
-    Vec<float> places[kCount];
-    SSM_EACH(i) places[i] = n[i] + 393216.0f;
+    Vec<float> places[kCount];  // beyond 2^17 any will do
+    SSM_EACH(i) places[i] = n[i] + kCounts32nds;
     exp2_sum<kCount>(f, n, places);
 #else
     exp2_fraction<kCount>(f);
     SSM_EACH(i) f[i] = scale_by_power(f[i], n[i]);
 #endif
 }
-
-constexpr float kLog2e = 1.44269504f;
 
 /// Whether exp2 has to bound its argument, so that exp2_bounded is cheaper.
 template <class T>
@@ -186,10 +189,10 @@ SSM_INLINE void exp2(Vec<double>* x) {
 SSM_INLINE Vec<float> rest_of_exponent(Vec<float> x, Vec<float> n) {
 #if defined(__FMA__)
     // The fused product is exact until n is taken off; the other factor is what the first lacks.
-    return x * 1.92596299e-8f + fused(x, broadcast(kLog2e), -n);
+    return x * 1.92596299e-8f + fused(x, broadcast(kLog2e<float>), -n);
 #else
     // Cody and Waite: ln 2 in two parts, the first with so few bits that n times it is exact.
-    return ((x - n * 0.693359375f) + n * 2.12194440e-4f) * kLog2e;
+    return ((x - n * 0.693359375f) + n * 2.12194440e-4f) * kLog2e<float>;
 #endif
 }
 
@@ -197,7 +200,7 @@ SSM_INLINE Vec<float> rest_of_exponent(Vec<float> x, Vec<float> n) {
 template <int kCount>
 SSM_INLINE void exp_bounded(Vec<float>* x) {
     Vec<float> n[kCount];
-    SSM_EACH(i) n[i] = round_exponent(x[i] * kLog2e);
+    SSM_EACH(i) n[i] = round_exponent(x[i] * kLog2e<float>);
     SSM_EACH(i) x[i] = rest_of_exponent(x[i], n[i]);
     exp2_sum<kCount>(x, n);
 }
