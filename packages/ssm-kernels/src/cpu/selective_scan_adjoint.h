@@ -327,14 +327,13 @@ void reduce_lanes(T* partial, const T* lane_sums, std::int64_t dstate, std::int6
     const std::int64_t folded = dstate / fold * fold;
     T line[lanes];
     for (std::int64_t n = 0; n < folded; n += lanes) {
-        const auto bytes = sizeof(T) * static_cast<std::size_t>(min(lanes, folded - n));
         for (std::int64_t t = 0; t < steps; ++t) {
             Vec<T> rows[lanes];
             for (int i = 0; i < lanes; i += fold)
                 rows[i] = n + i < folded ? load<T>(lane_sums + (n + i) / fold * pitch + t * lanes)
                                          : zero<T>();
             store<T>(line, sum_lanes<T, lanes, fold>(rows));
-            std::memcpy(partial + t * dstate + n, line, bytes);
+            copy_row(partial + t * dstate + n, line, min(lanes, folded - n));
         }
     }
     for (std::int64_t n = folded; n < dstate; ++n)

@@ -9,23 +9,45 @@ namespace ssm::cpu::SSM_ISA {
 namespace {
 
 constexpr std::int64_t kMaxSplits = 8;
+constexpr std::int64_t kMostTogether = 4;      // splits of one task
+constexpr std::int64_t kMostStates = 1 << 14;  // of one task, as far as possible
 
 // The cut of one call and the working memory that outlives a tile.
 template <class T>
 struct BackwardPlan {
     ScanShape shape;
     std::int64_t splits;  // parts of a group's channels, each with its own partial dB and dC
+    std::int64_t tasks;   // of a group: some neighbouring splits each
     T* sums;              // [row][block] of BlockSums
     T* partial_dB;        // [split][row][group][step][state]
     T* partial_dC;
 
-    explicit BackwardPlan(const SelectiveScanArgs& args)
+    BackwardPlan(const SelectiveScanArgs& args, int threads)
         : shape(args),
           splits(min(kMaxSplits, shape.blocks_per_group)),
+          tasks(splits),
           sums(nullptr),
           partial_dB(nullptr),
-          partial_dC(nullptr) {}
+          partial_dC(nullptr) {
+        // Channels that are neighbours in memory share pages. No sum crosses a split before the
+        // end, so that the cut changes no result.
+        if (args.u.stride[1] != 1 || splits == 0) return;
+        const std::int64_t states = shape.blocks_per_group * kScanChannels * shape.dstate;
+        tasks =
+            max((splits + kMostTogether - 1) / kMostTogether, min(splits, states / kMostStates));
+        const auto total = [&] { return shape.batch * shape.groups * tasks; };
+        while (tasks < splits && total() % threads != 0 && total() < 4 * threads) ++tasks;
+    }
 
+    std::int64_t first_split(std::int64_t task) const { return task * splits / tasks; }
+    std::int64_t most_blocks() const {  // of a task
+        if (tasks == 0) return 0;
+        return (splits + tasks - 1) / tasks * ((shape.blocks_per_group + splits - 1) / splits);
+    }
+    /// The first block of a part of a group's channels.
+    std::int64_t first_block(std::int64_t group, std::int64_t split) const {
+        return group * shape.blocks_per_group + split * shape.blocks_per_group / splits;
+    }
     std::int64_t sum_elements() const {
         return shape.batch * shape.blocks_per_row() * BlockSums<T>::elements(shape.dstate);
     }
@@ -43,21 +65,20 @@ struct BackwardPlan {
     }
 };
 
-// One part of the channels of one group of one row, over all of its tiles.
+// Some parts of the channels of one group of one row, over all of its tiles.
 template <class T>
-void differentiate_split(const SelectiveScanArgs& args, const SelectiveScanGrads& grads,
-                         const Runs& runs, const BackwardPlan<T>& plan, std::int64_t row,
-                         std::int64_t group, std::int64_t split, T* memory) {
+void differentiate_splits(const SelectiveScanArgs& args, const SelectiveScanGrads& grads,
+                          const Runs& runs, const BackwardPlan<T>& plan, std::int64_t row,
+                          std::int64_t group, std::int64_t first_split, std::int64_t last_split,
+                          T* memory) {
     const ScanShape& shape = plan.shape;
     ScanTile<T> tile(memory, shape.dstate, Keep::inputs);
     const GradTile<T> grad(tile.end, shape.dstate);
     tile.clear();
     T* const parameters = tile.end + GradTile<T>::elements(shape.dstate);
     const std::int64_t each = ScanTile<T>::parameter_elements(shape.dstate);
-    const std::int64_t first =
-        group * shape.blocks_per_group + split * shape.blocks_per_group / plan.splits;
-    const std::int64_t last =
-        group * shape.blocks_per_group + (split + 1) * shape.blocks_per_group / plan.splits;
+    const std::int64_t first = plan.first_block(group, first_split);
+    const std::int64_t last = plan.first_block(group, last_split);
     std::memset(parameters, 0, sizeof(T) * static_cast<std::size_t>((last - first) * each));
     for (std::int64_t index = first; index < last; ++index) {
         std::memset(plan.block_sums(row, index).dh, 0,
@@ -73,10 +94,13 @@ void differentiate_split(const SelectiveScanArgs& args, const SelectiveScanGrads
          t0 >= 0 && t0 < shape.seqlen; t0 -= kScanSteps) {
         const std::int64_t steps = min(kScanSteps, shape.seqlen - t0);
         while (after > first_run && (after - 1)->begin >= t0 + steps) --after;
-        std::memset(grad.lane_dB, 0, lane_bytes);
-        std::memset(grad.lane_dC, 0, lane_bytes);
+        std::int64_t split = first_split;
         for (std::int64_t index = first; index < last; ++index) {
             const ScanBlock block = shape.block(row, index, kLanes<T>);
+            if (index == plan.first_block(group, split)) {
+                std::memset(grad.lane_dB, 0, lane_bytes);
+                std::memset(grad.lane_dC, 0, lane_bytes);
+            }
             // The lanes beyond a narrow block's width enter the sums of dB and dC: they must be
             // zero.
             if (block.width < block.padded_width) {
@@ -103,13 +127,15 @@ void differentiate_split(const SelectiveScanArgs& args, const SelectiveScanGrads
             if (args.z.ndim >= 0)
                 store_tile(sequence_plane(grads.dz, block, t0), grad.dz, kScanChannels, steps,
                            block.width);
+            if (index + 1 < plan.first_block(group, split + 1)) continue;
+            if (args.B.ndim == 4)
+                reduce_lanes(plan.partial(plan.partial_dB, split, row, group) + t0 * shape.dstate,
+                             grad.lane_dB, shape.dstate, steps);
+            if (args.C.ndim == 4)
+                reduce_lanes(plan.partial(plan.partial_dC, split, row, group) + t0 * shape.dstate,
+                             grad.lane_dC, shape.dstate, steps);
+            ++split;
         }
-        if (args.B.ndim == 4)
-            reduce_lanes(plan.partial(plan.partial_dB, split, row, group) + t0 * shape.dstate,
-                         grad.lane_dB, shape.dstate, steps);
-        if (args.C.ndim == 4)
-            reduce_lanes(plan.partial(plan.partial_dC, split, row, group) + t0 * shape.dstate,
-                         grad.lane_dC, shape.dstate, steps);
     }
 }
 
@@ -169,14 +195,13 @@ void reduce_rows(const SelectiveScanArgs& args, const SelectiveScanGrads& grads,
 template <class T>
 void differentiate_rows(const SelectiveScanArgs& args, const SelectiveScanGrads& grads,
                         const Runs& runs, int threads) {
-    BackwardPlan<T> plan(args);
+    BackwardPlan<T> plan(args, threads);
     const ScanShape& shape = plan.shape;
     const std::int64_t partial_b = args.B.ndim == 4 ? plan.partial_elements() : 0;
     const std::int64_t partial_c = args.C.ndim == 4 ? plan.partial_elements() : 0;
-    const std::int64_t most = (shape.blocks_per_group + plan.splits - 1) / max(1, plan.splits);
-    const std::int64_t per_thread = ScanTile<T>::elements(shape.dstate, Keep::inputs) +
-                                    GradTile<T>::elements(shape.dstate) +
-                                    most * ScanTile<T>::parameter_elements(shape.dstate);
+    const std::int64_t per_thread =
+        ScanTile<T>::elements(shape.dstate, Keep::inputs) + GradTile<T>::elements(shape.dstate) +
+        plan.most_blocks() * ScanTile<T>::parameter_elements(shape.dstate);
     const Scratch scratch(sizeof(T) * static_cast<std::size_t>(plan.sum_elements() + partial_b +
                                                                partial_c + per_thread * threads));
     plan.sums = static_cast<T*>(scratch.data());
@@ -185,12 +210,12 @@ void differentiate_rows(const SelectiveScanArgs& args, const SelectiveScanGrads&
     T* const local = plan.partial_dC + partial_c;
     if (grads.dinitial_state.ndim >= 0 && (shape.seqlen == 0 || !runs.covers_all))
         copy_states<T>(grads.dlast_state, grads.dinitial_state, threads);
-    parallel_for(
-        shape.batch * shape.groups * plan.splits, threads, [&](std::int64_t task, int thread) {
-            differentiate_split(args, grads, runs, plan, task / (shape.groups * plan.splits),
-                                task / plan.splits % shape.groups, task % plan.splits,
-                                local + per_thread * thread);
-        });
+    const std::int64_t tasks = plan.tasks;
+    parallel_for(shape.batch * shape.groups * tasks, threads, [&](std::int64_t task, int thread) {
+        differentiate_splits(args, grads, runs, plan, task / (shape.groups * tasks),
+                             task / tasks % shape.groups, plan.first_split(task % tasks),
+                             plan.first_split(task % tasks + 1), local + per_thread * thread);
+    });
     if (args.B.ndim == 4)
         reduce_partials(plan, plan.partial_dB, grads.dB, local, per_thread, threads);
     if (args.C.ndim == 4)
