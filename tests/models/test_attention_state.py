@@ -399,6 +399,14 @@ def test_lengths_per_sample_say_what_each_row_holds(dtype):
         params.seqlen_offset, params.lengths_per_sample = 5, torch.tensor([2, -1])
         with pytest.raises(ValueError, match="lengths_per_sample must not be negative, got -1"):
             m(x[:, 6:], params)
+        params.lengths_per_sample = [2, 5]
+        with pytest.raises(
+            TypeError, match=r"lengths_per_sample must be a torch\.Tensor, got list"
+        ):
+            m(x[:, 6:], params)
+        params.lengths_per_sample = torch.tensor([2.0, 5])
+        with pytest.raises(ValueError, match="lengths_per_sample must hold integers, got"):
+            m(x[:, 6:], params)
 
 
 def test_gradcheck():

@@ -21,6 +21,7 @@ from ssm.state import State
 
 ONE = torch.ones(2, 3)
 IDS = torch.ones(1, 3, dtype=torch.int64)
+WIDE = torch.ones(1, 3, 8)
 BOOLS = torch.ones(2, 3, dtype=torch.bool)
 
 
@@ -106,6 +107,9 @@ WRONG_TYPES = {
     "Mamba1: dt_rank must be an int, got 'half'": lambda: Mamba1(8, dt_rank="half"),
     "Mamba2: multipliers must be five numbers, got [1, 1, 1, 1, 1, 1]": lambda: Mamba2(
         8, headdim=4, multipliers=[1] * 6
+    ),
+    "MHA: position_ids must be a torch.Tensor, got list": lambda: MHA(8, 2)(
+        WIDE, position_ids=[[0]]
     ),
     "MHA: softmax_scale must be a number, got 'x'": lambda: MHA(8, 2, softmax_scale="x"),
     "MHA: rotary_emb_base must be a number, got None": lambda: MHA(8, 2, rotary_emb_base=None),
@@ -232,6 +236,15 @@ WRONG_VALUES = {
     ),
     "MHA: max_seqlen must not be negative, got -1": lambda: MHA(8, 2).allocate_inference_cache(
         1, -1
+    ),
+    "generate: temperature must be finite, got an int beyond": lambda: generate(
+        temperature=10**400
+    ),
+    "Mamba1: hidden_states must have shape (B, 1, 8) in step, got (1, 1, 9)": lambda: Mamba1(
+        8
+    ).step(torch.ones(1, 1, 9), *Mamba1(8).allocate_inference_cache(1, 1)),
+    "MHA: position_ids must not be complex, got torch.complex64": lambda: MHA(8, 2)(
+        WIDE, position_ids=torch.ones(1, 3, dtype=torch.complex64)
     ),
     "generate: seed must fit in 64 bits": lambda: generate(seed=2**64),
     "MambaLMHeadModel: position_ids must have shape (B, L) = (1, 3), got (1, 2)": lambda: model()(

@@ -3,6 +3,7 @@
 Judge: loops over time in float64, written here from the papers.
 """
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -277,6 +278,25 @@ def test_mamba_inner_fn(norms, given):
     ]
     want = torch.stack(rows).transpose(1, 2) @ out_proj.T + out_bias
     same_with_gradients(got, want, [*inputs, *biases, *weights])
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16])
+def test_every_negative_row_is_skipped(dtype):
+    rows, x = torch.tensor([3, -100, -1], dtype=dtype), draw(3, 4)
+    with torch.no_grad():
+        window, weight, state = draw(5, 4, 3), draw(4, 4), draw(5, 4, 2)
+        update = partial(causal_conv1d.causal_conv1d_update, weight=weight)
+        alone = update(x[:1], window.clone(), conv_state_indices=rows[:1])
+        got = update(x, window, conv_state_indices=rows)
+        assert not got[1:].any()
+        assert torch.equal(got[:1], alone)
+        given = x.abs(), -draw(4, 2).abs(), draw(3, 2), draw(3, 2)
+        before = state.clone()
+        y = mamba_ssm.selective_state_update(state, x, *given, state_batch_indices=rows)
+        assert not y[1:].any()
+        assert torch.equal(torch.arange(5)[(state != before).flatten(1).any(1)], rows[:1].long())
+        with pytest.raises(ValueError, match="state_indices"):
+            update(x, window, conv_state_indices=torch.tensor([3, 2**32, 1]))
 
 
 @pytest.mark.parametrize("indices", [False, True])

@@ -12,6 +12,7 @@ import torch
 
 from ssm.models.config import MambaConfig
 from ssm.models.lm import MambaLMHeadModel
+from ssm.state import State
 from ssm.utils.generation import Sampling, generate, penalize_repetition, sample
 
 VOCAB = 11
@@ -115,6 +116,20 @@ def test_streamer_of_transformers(model):
     want = model.generate(ids, max_new_tokens=3, streamer=streamer)
     assert streamer.ended
     assert torch.equal(torch.cat([p.flatten() for p in streamer.parts]), want[0])
+    refused = Streamer()
+    other = State({0: (torch.zeros(1, 2),)}, 1)
+    with pytest.raises(ValueError, match="state must have shapes"):
+        model.generate(ids, max_new_tokens=3, streamer=refused, state=other)
+    assert not refused.parts
+    model.generate(ids, max_new_tokens=0, streamer=refused)
+    assert len(refused.parts) == 1
+
+
+@pytest.mark.parametrize("temperature", [1e-38, 1e-300])
+def test_a_low_temperature_is_greedy(model, temperature):
+    ids = prompts()
+    got = model.generate(ids, max_new_tokens=6, top_k=0, temperature=temperature, seed=1)
+    assert torch.equal(got, model.generate(ids, max_new_tokens=6))
 
 
 def test_seed_decides_and_leaves_the_global_generator_alone(model):

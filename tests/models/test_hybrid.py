@@ -174,6 +174,46 @@ def test_position_ids_reach_the_attention():
         m(ids, position_ids=torch.arange(LENGTH))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("lengths_per_sample", torch.tensor([5, -1]), ValueError),
+        ("lengths_per_sample", torch.tensor([5, 5, 5]), ValueError),
+        ("lengths_per_sample", [5, 5], TypeError),
+        ("position_ids", torch.zeros(2, 1, device="meta", dtype=torch.int64), ValueError),
+    ],
+)
+def test_a_refused_call_leaves_the_layers_before_the_attention_alone(name, value, error):
+    m, ids = model(), tokens()
+    state, given = m.allocate_state(2), {}
+    with torch.no_grad():
+        m(ids, state=state)
+        before = state.clone()
+        if name == "position_ids":
+            given[name] = value
+        else:
+            state.lengths_per_sample = value
+        with pytest.raises(error, match=name):
+            m(ids[:, :1], inference_params=state, **given)
+    for layer, tensors in state.key_value_memory_dict.items():
+        for got, want in zip(tensors, before.key_value_memory_dict[layer], strict=True):
+            assert torch.equal(got, want)
+
+
+def test_a_model_without_mixers_checks_its_arguments():
+    m = MambaLMHeadModel(MambaConfig(d_model=8, n_layer=0, vocab_size=VOCAB))
+    ids = tokens()
+    assert m(ids, state=m.allocate_state(2)).logits.shape[:2] == ids.shape
+    for given, error in (
+        ({"state": "x"}, TypeError),
+        ({"state": m.allocate_state(5)}, ValueError),
+        ({"inference_params": 3}, TypeError),
+        ({"nonsense": 1}, TypeError),
+    ):
+        with pytest.raises(error, match=r"^MambaLMHeadModel: "):
+            m(ids, **given)
+
+
 def test_num_last_tokens():
     m, ids = model(), tokens()
     state = m.allocate_state(2)

@@ -155,7 +155,7 @@ def test_state_of_another_batch_is_refused_and_left_alone():
 
 
 def test_what_is_no_state_is_refused():
-    with pytest.raises(TypeError, match="Mamba1: state must be a State, got dict"):
+    with pytest.raises(TypeError, match="MambaLMHeadModel: state must be a State, got dict"):
         model()(tokens(), state={})
     with pytest.raises(TypeError, match="Mamba1: state must be a State, got InferenceParams"):
         Mamba1(8)(torch.randn(2, 3, 8), state=InferenceParams(9, 2))

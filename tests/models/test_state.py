@@ -39,11 +39,16 @@ def test_clone_keeps_the_counters_and_shares_nothing():
 def test_detach_and_clone_treat_gradients_as_promised():
     leaf = torch.ones(2, 3, requires_grad=True)
     state = State({0: (leaf * 2,)}, 2)
-    state.clone().key_value_memory_dict[0][0].sum().backward()
+    state.clone().key_value_memory_dict[0][0].sum().backward(retain_graph=True)
     assert (leaf.grad == 2).all()
-    pointer = state.key_value_memory_dict[0][0].data_ptr()
+    loss = state.key_value_memory_dict[0][0].square().sum()
     assert not state.detach().key_value_memory_dict[0][0].requires_grad
+    pointer = state.key_value_memory_dict[0][0].data_ptr()
+    state.detach().reset()
     assert state.key_value_memory_dict[0][0].data_ptr() == pointer
+    leaf.grad = None
+    loss.backward()  # what the graph holds has not been written to
+    assert (leaf.grad == 8).all()
 
 
 def test_to_casts_every_tensor():

@@ -209,6 +209,27 @@ def test_keep_can_be_called_once(model):
             moved.keep(1)
 
 
+@pytest.mark.parametrize("k", [2, DRAFT])
+@pytest.mark.parametrize("change", ["update", "to", "reset"])
+def test_keep_refuses_a_state_that_changed(model, change, k):
+    state = prefilled(model)
+    with torch.no_grad():
+        verification = model.verify(tokens(), state)
+        if change == "update":
+            state.update([0], prefilled(model).gather([1]))
+        elif change == "to":
+            state.to(torch.float32)
+        else:
+            offset = state.seqlen_offset
+            state.reset().seqlen_offset = offset
+        before = [t.clone() for t in tensors(state)]
+        with pytest.raises(ValueError, match="state must stay as verify found it until keep"):
+            verification.keep(k)
+        for got, want in zip(tensors(state), before, strict=True):
+            assert torch.equal(got, want)
+            assert got.dtype == want.dtype
+
+
 @pytest.mark.parametrize(
     ("k", "error", "message"),
     [

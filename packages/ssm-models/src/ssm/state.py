@@ -186,8 +186,14 @@ class State:
         return self
 
     def detach(self) -> State:
-        """Cut the gradient history, in place (a TBPTT segment ends here); return the state."""
-        self._replace(lambda tensor: tensor.detach())
+        """Cut the gradient history, in place (a TBPTT segment ends here); return the state.
+
+        What a graph holds is copied: later calls may write into the state before that graph's
+        backward pass has run.
+        """
+        self._replace(
+            lambda tensor: tensor.detach().clone() if tensor.requires_grad else tensor.detach()
+        )
         return self
 
     def to(self, *args, **kwargs) -> State:

@@ -16,6 +16,8 @@ __all__ = [
     "causal_conv1d_varlen_states_ref",
 ]
 
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 def causal_conv1d_fn(
     x,
@@ -91,8 +93,8 @@ def causal_conv1d_update(
         bias: (D,).
         activation: None, "silu" or "swish".
         cache_seqlens: (B,), int32. Tokens seen by each row; makes the window a circular buffer.
-        conv_state_indices: (B,), integers. Row of the window of each batch row, -1 to skip it. No
-            row may be named twice.
+        conv_state_indices: (B,), integers. Row of the window of each batch row, negative to skip
+            it. No row may be named twice.
 
     Returns:
         out, shape and dtype of x.
@@ -110,7 +112,7 @@ def causal_conv1d_update(
         bias,
         activation,
         cache_seqlens=_int32(cache_seqlens),
-        state_indices=_int32(conv_state_indices),
+        state_indices=state_rows(conv_state_indices),
     )
 
 
@@ -227,6 +229,13 @@ def causal_conv1d_varlen_states_ref(x, cu_seqlens, state_len):
         Interface of causal_conv1d 1.6.
     """
     return causal_conv1d_varlen_states(x, cu_seqlens, state_len)
+
+
+def state_rows(indices):
+    """Return rows as the operators take them, -1 for every negative one: upstream skips all."""
+    if not isinstance(indices, torch.Tensor) or indices.dtype not in _INTEGERS:
+        return indices
+    return indices.long().clamp(-1, torch.iinfo(torch.int32).max).int()
 
 
 def _int32(indices):

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from ssm import ops
+from ssm.compat.causal_conv1d import state_rows
 from ssm.compat.complex_scan import selective_scan_complex
 from ssm.compat.norms import rmsnorm_fn
 from ssm.ops.python.check import FLOATS, check_int, check_tensor
@@ -98,8 +99,8 @@ def selective_state_update(
         z: as x. Gate.
         dt_bias: (D,) or (H, P). Bias of the step size.
         dt_softplus: apply softplus to the step size.
-        state_batch_indices: (B,), integers. Row of the state of each batch row, -1 to skip it. No
-            row may be named twice.
+        state_batch_indices: (B,), integers. Row of the state of each batch row, negative to skip
+            it. No row may be named twice.
 
     Returns:
         out, shape and dtype of x.
@@ -111,10 +112,18 @@ def selective_state_update(
         Interface of mamba_ssm 2.3; the operator is docs/ops/selective_state_step.md.
     """
     _refuse_complex("selective_state_update", A)
-    if isinstance(state_batch_indices, torch.Tensor):
-        state_batch_indices = state_batch_indices.int()
     return ops.selective_state_step(
-        state, x, dt, A, B, C, D, z, dt_bias, bool(dt_softplus), state_indices=state_batch_indices
+        state,
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        z,
+        dt_bias,
+        bool(dt_softplus),
+        state_indices=state_rows(state_batch_indices),
     )
 
 

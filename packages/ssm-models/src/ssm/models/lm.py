@@ -24,10 +24,11 @@ from ssm.modules.arguments import check_dtype, check_int
 from ssm.modules.attention import MHA
 from ssm.modules.memory import check_model_memory, key_of
 from ssm.modules.norm import add_norm
-from ssm.modules.sequence import sequence_meta
+from ssm.modules.sequence import check_positions, sequence_meta
 from ssm.ops.projection import project
 from ssm.seq_meta import SeqMeta
 from ssm.state import State
+from ssm.utils.dispatch import backends_of_checkpoint
 
 if TYPE_CHECKING:
     from ssm.utils.verification import Verification
@@ -134,10 +135,12 @@ class MixerModel(nn.Module):
         residual = None
         arguments = {"inference_params": inference_params, "seq_meta": seq_meta, **kwargs}
         stateless = inference_params is None and kwargs.get("state") is None
+        # Traced code keeps the backend it was traced under.
+        again = {} if torch.compiler.is_compiling() else {"context_fn": backends_of_checkpoint}
         for layer in self.layers:
             if self.gradient_checkpointing and self.training and stateless:
                 hidden_states, residual = checkpoint(
-                    layer, hidden_states, residual, use_reentrant=False, **arguments
+                    layer, hidden_states, residual, use_reentrant=False, **again, **arguments
                 )
             else:
                 hidden_states, residual = layer(hidden_states, residual, **arguments)
@@ -279,6 +282,10 @@ class MambaLMHeadModel(nn.Module):
                 f"MambaLMHeadModel: input_ids must have shape (B, L), got {tuple(input_ids.shape)}"
             )
         check_int("MambaLMHeadModel", "num_last_tokens", num_last_tokens, 0)
+        mixers = self.backbone.mixers()
+        if mixer_kwargs and not mixers:
+            name = next(iter(mixer_kwargs))
+            raise TypeError(f"MambaLMHeadModel: got an unexpected keyword argument {name!r}")
         if state is not None:
             if inference_params is not None:
                 raise ValueError(
@@ -287,14 +294,7 @@ class MambaLMHeadModel(nn.Module):
             mixer_kwargs["state"] = state
         batch, seqlen = input_ids.shape
         if position_ids is not None:
-            if not isinstance(position_ids, Tensor):
-                got = type(position_ids).__name__
-                raise TypeError(f"MambaLMHeadModel: position_ids must be a torch.Tensor, got {got}")
-            if position_ids.shape != input_ids.shape:
-                raise ValueError(
-                    f"MambaLMHeadModel: position_ids must have shape (B, L) = {(batch, seqlen)}, "
-                    f"got {tuple(position_ids.shape)}"
-                )
+            check_positions("MambaLMHeadModel", position_ids, batch, seqlen, input_ids.device)
             mixer_kwargs["position_ids"] = position_ids
         seq_meta = sequence_meta(
             "MambaLMHeadModel", batch, seqlen, seq_meta, seq_idx, cu_seqlens, attention_mask
@@ -311,7 +311,6 @@ class MambaLMHeadModel(nn.Module):
         if state is not None or inference_params is not None:
             per_sequence = seq_meta is not None and seq_meta.state_per_sequence
             rows = seq_meta.num_sequences if per_sequence else batch
-            mixers = self.backbone.mixers()
             check_model_memory("MambaLMHeadModel", mixers, inference_params, state, rows)
             for mixer in mixers:
                 if isinstance(mixer, MHA):

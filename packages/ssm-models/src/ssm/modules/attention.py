@@ -25,7 +25,12 @@ from ssm.modules.memory import (
 )
 from ssm.modules.precision import project
 from ssm.modules.rotary import Rotary
-from ssm.modules.sequence import batch_and_seqlen, check_input, sequence_meta
+from ssm.modules.sequence import (
+    batch_and_seqlen,
+    check_input,
+    check_positions,
+    sequence_meta,
+)
 from ssm.modules.tensor_parallel import (
     check_split,
     column_linear,
@@ -247,11 +252,7 @@ class MHA(nn.Module):
         if kwargs:
             raise TypeError(f"MHA: got an unexpected keyword argument {next(iter(kwargs))!r}")
         batch, seqlen = batch_and_seqlen("MHA", "x", x, self.embed_dim, seqlen, self._token_parts())
-        if position_ids is not None and tuple(position_ids.shape) != (batch, seqlen):
-            raise ValueError(
-                f"MHA: position_ids must have shape (B, L) = {(batch, seqlen)}, "
-                f"got {tuple(position_ids.shape)}"
-            )
+        check_positions("MHA", position_ids, batch, seqlen, x.device)
         seq_meta = sequence_meta(
             "MHA", batch, seqlen, seq_meta, seq_idx, cu_seqlens, attention_mask
         )
@@ -382,14 +383,15 @@ class MHA(nn.Module):
             seq_meta: packing and padding.
 
         Raises:
-            ValueError: the state has no room.
+            ValueError: the state has no room, or lengths_per_sample are none of its rows.
+            TypeError: lengths_per_sample are no tensor.
         """
         source = inference_params if state is None else state
         limit = getattr(source, "max_seqlen", None)
-        if limit is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return
         given = None if state is not None else getattr(source, "lengths_per_sample", None)
-        if given is None and source.seqlen_offset + seqlen <= limit:
+        if given is None and (limit is None or source.seqlen_offset + seqlen <= limit):
             return  # the offset counts padding too, so this is the usual end
         rows = batch
         if seq_meta is not None and seq_meta.state_per_sequence:
@@ -411,11 +413,16 @@ class MHA(nn.Module):
         given = getattr(inference_params, "lengths_per_sample", None)
         if given is None:
             return held.clamp(max=inference_params.seqlen_offset)
+        if not isinstance(given, Tensor):
+            got = type(given).__name__
+            raise TypeError(f"MHA: lengths_per_sample must be a torch.Tensor, got {got}")
         if given.shape != held.shape:
             raise ValueError(
                 f"MHA: lengths_per_sample must have shape {tuple(held.shape)}, "
                 f"got {tuple(given.shape)}"
             )
+        if given.is_floating_point() or given.is_complex():
+            raise ValueError(f"MHA: lengths_per_sample must hold integers, got {given.dtype}")
         return given.to(held.device, held.dtype, copy=True)
 
     def _mix(

@@ -1,7 +1,7 @@
 """Keys and values of the tokens seen, row by row without gaps: where a call reads and writes them.
 
 A cache is (R, T, 2, Hkv, P): R rows, T slots, keys and values. Row r holds its first ``lengths[r]``
-tokens; what lies behind them is never read. The functions here know nothing of projections.
+tokens; what lies behind them has weight 0. The functions here know nothing of projections.
 """
 
 from __future__ import annotations

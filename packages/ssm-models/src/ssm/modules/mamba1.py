@@ -229,7 +229,7 @@ class Mamba1(nn.Module):
                 shape.
         """
         check_input("Mamba1", "hidden_states", hidden_states)
-        if hidden_states.dim() != 3 or hidden_states.shape[1] != 1:
+        if hidden_states.dim() != 3 or hidden_states.shape[1:] != (1, self.d_model):
             raise ValueError(
                 f"Mamba1: hidden_states must have shape (B, 1, {self.d_model}) in step, "
                 f"got {tuple(hidden_states.shape)}"

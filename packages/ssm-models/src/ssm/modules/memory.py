@@ -76,16 +76,10 @@ def check_memory(layer: nn.Module, inference_params, state: State | None, rows: 
         TypeError: state is no State, or inference_params are none.
     """
     owner, key = type(layer).__name__, key_of(layer)
-    if inference_params is not None and state is not None:
-        raise ValueError(f"{owner}: state must not be given beside inference_params")
-    if state is not None and not isinstance(state, State):
-        raise TypeError(f"{owner}: state must be a State, got {type(state).__name__}")
+    _check_source(owner, inference_params, state)
     source = inference_params if state is None else state
     if source is None:
         return
-    if not hasattr(source, "key_value_memory_dict"):
-        got = type(source).__name__
-        raise TypeError(f"{owner}: inference_params must have a key_value_memory_dict, got {got}")
     if layer.layer_idx is None and state is None:
         raise ValueError(f"{owner}: layer_idx must be set for inference_params, got None")
     states = source.key_value_memory_dict.get(key)
@@ -96,6 +90,16 @@ def check_memory(layer: nn.Module, inference_params, state: State | None, rows: 
         name = "state" if inference_params is None else "inference_params"
         raise ValueError(f"{owner}: {name} must hold {rows} rows, got {held}")
     check_shapes(layer, states, rows)
+
+
+def _check_source(owner: str, inference_params, state: State | None) -> None:
+    if inference_params is not None and state is not None:
+        raise ValueError(f"{owner}: state must not be given beside inference_params")
+    if state is not None and not isinstance(state, State):
+        raise TypeError(f"{owner}: state must be a State, got {type(state).__name__}")
+    if inference_params is not None and not hasattr(inference_params, "key_value_memory_dict"):
+        got = type(inference_params).__name__
+        raise TypeError(f"{owner}: inference_params must have a key_value_memory_dict, got {got}")
 
 
 def check_model_memory(
@@ -115,8 +119,11 @@ def check_model_memory(
         TypeError: state is no State.
     """
     mixers = list(mixers)
+    _check_source(owner, inference_params, state)
     for mixer in mixers:
         check_memory(mixer, inference_params, state, rows)
+    if state is not None and not mixers and state.max_batch_size != rows:
+        raise ValueError(f"{owner}: state must hold {rows} rows, got {state.max_batch_size}")
     if state is not None and state.key_value_memory_dict:
         held, wanted = sorted(state.key_value_memory_dict), sorted(map(key_of, mixers))
         if held != wanted:

@@ -81,6 +81,34 @@ def check_input(owner: str, name: str, x: object, width: int | None = None) -> N
         raise ValueError(f"{owner}: {name} must have shape (..., {width}), got {got}")
 
 
+def check_positions(owner: str, positions: object, batch: int, seqlen: int, device) -> None:
+    """Refuse what is no position for every step.
+
+    Args:
+        owner: class name for messages.
+        positions: value of position_ids; None is none.
+        batch: B.
+        seqlen: L.
+        device: of the input.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: not (B, L), complex, or on another device.
+    """
+    if positions is None:
+        return
+    _check_tensor(owner, "position_ids", positions)
+    if tuple(positions.shape) != (batch, seqlen):
+        raise ValueError(
+            f"{owner}: position_ids must have shape (B, L) = {(batch, seqlen)}, "
+            f"got {tuple(positions.shape)}"
+        )
+    if positions.is_complex():
+        raise ValueError(f"{owner}: position_ids must not be complex, got {positions.dtype}")
+    if positions.device != device:
+        raise ValueError(f"{owner}: position_ids must be on {device}, got {positions.device}")
+
+
 def _check_tensor(owner: str, name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{owner}: {name} must be a torch.Tensor, got {type(x).__name__}")

@@ -326,7 +326,30 @@ def use_backend(name: str) -> Iterator[None]:
         >>> with use_backend("python"):
         ...     y = ssm.ops.selective_scan(u, delta, A, B, C)
     """
-    token = _forced.set(_named(name, "backend"))
+    with _forcing(_named(name, "backend")):
+        yield
+
+
+def backends_of_checkpoint() -> tuple[
+    contextlib.AbstractContextManager, contextlib.AbstractContextManager
+]:
+    """Return the contexts of a forward pass and of its repetition: both have the same backend.
+
+    For the ``context_fn`` of ``torch.utils.checkpoint``: a backward pass may run under another
+    ``use_backend``, or in another thread, and other operators would save other tensors.
+
+    Returns:
+        Two context managers.
+
+    Source:
+        torch.utils.checkpoint.
+    """
+    return contextlib.nullcontext(), _forcing(_forced.get())
+
+
+@contextlib.contextmanager
+def _forcing(name: str | None) -> Iterator[None]:
+    token = _forced.set(name)
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import itertools
 import math
 import operator
 import time
@@ -51,6 +52,10 @@ class Sampling:
         _check(self.top_k >= 0, "top_k", "not be negative", self.top_k)
         for name in ("top_p", "min_p", "temperature", "repetition_penalty"):
             check_number("generate", name, getattr(self, name))
+            try:
+                float(getattr(self, name))
+            except OverflowError:
+                _fail(name, "be finite", "an int beyond all floats")
         _check(0 <= self.top_p <= 1, "top_p", "lie in [0, 1]", self.top_p)
         _check(0 <= self.min_p <= 1, "min_p", "lie in [0, 1]", self.min_p)
         finite = 0 <= self.temperature < math.inf
@@ -122,10 +127,12 @@ def generate(model, input_ids: Tensor, max_length: int | None = None, **kwargs):
     start = _clock(input_ids) if enable_timing else 0.0
     steps = _steps(model, input_ids, max_length=max_length, **kwargs)
     sequences, scores = [input_ids.long()], []
-    # After the checks: a call that is refused shows nothing.
+    # After the checks, those of the model in the first step too: a call that is refused shows
+    # nothing.
+    first = list(itertools.islice(steps, 1))
     if hasattr(streamer, "put"):
         put(input_ids.cpu())
-    for tokens, logits in steps:
+    for tokens, logits in itertools.chain(first, steps):
         sequences.append(tokens[:, None])
         if output_scores:
             scores.append(logits)
@@ -166,7 +173,10 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
     """
     if sampling.is_greedy:
         return logits.argmax(dim=-1)
-    logits = logits.float() / sampling.temperature
+    # Below the largest one: a low temperature may take the others to -inf, never to inf.
+    logits = logits.float()
+    temperature = max(sampling.temperature, torch.finfo(logits.dtype).tiny)
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     # The filters work on sorted columns; ties keep the order of the vocabulary.
     logits, order = logits.sort(dim=-1, descending=True, stable=True)
     if sampling.top_k:

@@ -29,6 +29,7 @@ class Verification:
         self._draft = draft
         self._state = state
         self._offset = state.seqlen_offset
+        self._held = _held(state)
         self._ahead: State | None = ahead
 
     def agreed(self) -> Tensor:
@@ -72,6 +73,10 @@ class Verification:
                 f"Verification: state must stay at seqlen_offset {self._offset} until keep, "
                 f"got {self._state.seqlen_offset}"
             )
+        if not _same(_held(self._state), self._held):
+            raise ValueError(
+                "Verification: state must stay as verify found it until keep, got another"
+            )
         counts = self._counts(k)
         length = self._draft.shape[1]
         most, least = max(counts, default=0), min(counts, default=0)
@@ -114,6 +119,18 @@ class Verification:
             if not 0 <= count <= length:
                 raise ValueError(f"Verification: k must lie in [0, {length}], got {count}")
         return counts
+
+
+def _held(state: State) -> list[tuple[Tensor, int | None]]:
+    """Return the tensors of a state, and how often each was written; inference does not count."""
+    tensors = state._tensors().values()
+    return [(t, None if t.is_inference() else t._version) for t in tensors]
+
+
+def _same(held: list, before: list) -> bool:
+    return len(held) == len(before) and all(
+        a is b and version == number for (a, version), (b, number) in zip(held, before, strict=True)
+    )
 
 
 def verify(model, draft: Tensor, state: State) -> Verification:
