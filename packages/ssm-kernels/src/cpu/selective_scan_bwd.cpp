@@ -29,8 +29,8 @@ struct BackwardPlan {
           sums(nullptr),
           partial_dB(nullptr),
           partial_dC(nullptr) {
-        // Channels that are neighbours in memory share pages. No sum crosses a split before the
-        // end, so that the cut changes no result.
+        // Channels that are neighbours in memory share pages: as few tasks as leave work for all
+        // threads. No sum crosses a split before the end, so that the cut changes no result.
         if (args.u.stride[1] != 1 || splits == 0) return;
         const std::int64_t states = shape.blocks_per_group * kScanChannels * shape.dstate;
         tasks =

@@ -282,8 +282,7 @@ class MambaLMHeadModel(nn.Module):
                 f"MambaLMHeadModel: input_ids must have shape (B, L), got {tuple(input_ids.shape)}"
             )
         check_int("MambaLMHeadModel", "num_last_tokens", num_last_tokens, 0)
-        mixers = self.backbone.mixers()
-        if mixer_kwargs and not mixers:
+        if mixer_kwargs and not self.backbone.mixers():
             name = next(iter(mixer_kwargs))
             raise TypeError(f"MambaLMHeadModel: got an unexpected keyword argument {name!r}")
         if state is not None:
@@ -311,6 +310,7 @@ class MambaLMHeadModel(nn.Module):
         if state is not None or inference_params is not None:
             per_sequence = seq_meta is not None and seq_meta.state_per_sequence
             rows = seq_meta.num_sequences if per_sequence else batch
+            mixers = self.backbone.mixers()
             check_model_memory("MambaLMHeadModel", mixers, inference_params, state, rows)
             for mixer in mixers:
                 if isinstance(mixer, MHA):
