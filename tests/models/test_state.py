@@ -140,6 +140,16 @@ def test_update_makes_room_in_a_cache():
     assert (cache[0] == 0).all()
     # And the other way round: a shorter one into a longer one.
     assert state.update([0], counted(1)).key_value_memory_dict[2][0].shape == (2, 4, 2, 1, 1)
+    # Not more tokens than the state may hold.
+    state = counted(2)
+    state.max_seqlen = 3
+    other.key_value_memory_dict[2] = (longer, torch.tensor([4]))
+    before = values(state)
+    with pytest.raises(ValueError, match="at most max_seqlen = 3 tokens, got 4"):
+        state.update([1], other)
+    assert values(state) == before
+    other.key_value_memory_dict[2] = (longer, torch.tensor([3]))
+    state.update([1], other)
 
 
 def test_gradients_flow_through_fork_gather_and_update():

@@ -172,6 +172,11 @@ class State:
                 "State: other must hold the layers of this state, "
                 f"got {_text(_layout(others))} for {_text(_layout(mine))}"
             )
+        if self.max_seqlen is not None and _longest(others) > self.max_seqlen:
+            raise ValueError(
+                f"State: other must hold at most max_seqlen = {self.max_seqlen} tokens, "
+                f"got {_longest(others)}"
+            )
         for name, tensor in mine.items():
             rows = others[name].to(tensor)
             if tensor.dim() == CACHE_AXES:
@@ -383,6 +388,12 @@ def _layout(tensors: dict[str, Tensor], room: bool = False) -> dict[str, list]:
             shape[0] = -1
         found[name] = [str(tensor.dtype).removeprefix("torch."), shape]
     return found
+
+
+def _longest(tensors: dict[str, Tensor]) -> int:
+    """Return the tokens of the longest row of any attention, whose counts have a single axis."""
+    counts = [t for name, t in tensors.items() if t.dim() == 1 and name != LENGTHS]
+    return max((int(t.max()) for t in counts if t.numel()), default=0)
 
 
 def _text(layout: dict[str, list]) -> str:
