@@ -352,17 +352,18 @@ def test_leaves_inputs_alone():
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("name", ["splits", "tiles_packed", "constant_bc", "two_groupings"])
+@pytest.mark.parametrize(
+    "name", ["splits", "tiles", "tiles_packed", "constant_bc", "two_groupings", "odd"]
+)
 def test_threads_agree(name, dtype):
     arguments = arguments_of(named(name), dtype)
     given = output_gradients(arguments)
     want, want_gradients = forward(arguments, 1), backward(arguments, given, 1)
-    # Where channels are neighbours in memory, tasks have more of them.
-    last = {n: middle_axis_last(v) if n in ("u", "z") else v for n, v in arguments.items()}
+    channels_last = {n: middle_axis_last(v) if n in ("u", "z") else v for n, v in arguments.items()}
     for threads in (0, 1, 2, 3, 8):
         assert_equal(forward(arguments, threads), want)
         assert_equal(backward(arguments, given, threads), want_gradients)
-        assert_equal(backward(last, given, threads), want_gradients)
+        assert_equal(backward(channels_last, given, threads), want_gradients)
 
 
 @pytest.mark.parametrize("name", ["tiles", "seq_idx", "seq_idx_holes", "padded", "two_groupings"])

@@ -45,6 +45,15 @@ static inline void share_out(std::int64_t tasks, int threads, const Body& body) 
 }
 #endif
 
+/// How many parts, from `fewest` to `most`, each of `each` equal pieces of work is cut into: as few
+/// as keep all threads busy, as many tasks as threads or a multiple, or four per thread.
+SSM_INLINE std::int64_t fewest_for_all(std::int64_t fewest, std::int64_t most, std::int64_t each,
+                                       int threads) {
+    std::int64_t count = fewest;
+    while (count < most && each * count % threads != 0 && each * count < 4 * threads) ++count;
+    return count;
+}
+
 /// Calls body(task, thread) for each task in [0, tasks), thread in [0, threads).
 /// How tasks are cut may not depend on `threads`, unless no sum crosses the cut: then results do
 /// not depend on it either. Without OpenMP the caller does them all.

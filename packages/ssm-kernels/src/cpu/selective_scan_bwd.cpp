@@ -33,10 +33,9 @@ struct BackwardPlan {
         // threads. No sum crosses a split before the end, so that the cut changes no result.
         if (args.u.stride[1] != 1 || splits == 0) return;
         const std::int64_t states = shape.blocks_per_group * kScanChannels * shape.dstate;
-        tasks =
+        const std::int64_t fewest =
             max((splits + kMostTogether - 1) / kMostTogether, min(splits, states / kMostStates));
-        const auto total = [&] { return shape.batch * shape.groups * tasks; };
-        while (tasks < splits && total() % threads != 0 && total() < 4 * threads) ++tasks;
+        tasks = fewest_for_all(fewest, splits, shape.batch * shape.groups, threads);
     }
 
     std::int64_t first_split(std::int64_t task) const { return task * splits / tasks; }

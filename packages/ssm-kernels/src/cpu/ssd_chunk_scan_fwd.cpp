@@ -131,10 +131,9 @@ SsdShape shape_of(const SsdChunkScanArgs& args, int threads) {
     constexpr std::int64_t kMostStates = 1 << 17;
     SsdShape shape(args, kPanel<T>);
     shape.cut(1, kMostStates);
-    const auto tasks = [&] { return shape.batch * shape.blocks_per_row(); };
-    while (shape.blocks_per_group < shape.heads_per_group && tasks() % threads != 0 &&
-           tasks() < 4 * threads)
-        shape.cut(shape.blocks_per_group + 1, kMostStates);
+    shape.cut(fewest_for_all(shape.blocks_per_group, shape.heads_per_group,
+                             shape.batch * shape.groups, threads),
+              kMostStates);
     return shape;
 }
 

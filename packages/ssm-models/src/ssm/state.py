@@ -196,9 +196,7 @@ class State:
         What a graph holds is copied: later calls may write into the state before that graph's
         backward pass has run.
         """
-        self._replace(
-            lambda tensor: tensor.detach().clone() if tensor.requires_grad else tensor.detach()
-        )
+        self._replace(lambda tensor: tensor.detach().clone() if tensor.requires_grad else tensor)
         return self
 
     def to(self, *args, **kwargs) -> State:

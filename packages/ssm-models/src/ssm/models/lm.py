@@ -135,10 +135,11 @@ class MixerModel(nn.Module):
         residual = None
         arguments = {"inference_params": inference_params, "seq_meta": seq_meta, **kwargs}
         stateless = inference_params is None and kwargs.get("state") is None
-        # Traced code keeps the backend it was traced under.
-        again = {} if torch.compiler.is_compiling() else {"context_fn": backends_of_checkpoint}
         for layer in self.layers:
             if self.gradient_checkpointing and self.training and stateless:
+                # Traced code keeps the backend it was traced under.
+                traced = torch.compiler.is_compiling()
+                again = {} if traced else {"context_fn": backends_of_checkpoint}
                 hidden_states, residual = checkpoint(
                     layer, hidden_states, residual, use_reentrant=False, **again, **arguments
                 )

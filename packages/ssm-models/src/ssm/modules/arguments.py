@@ -57,9 +57,14 @@ def check_number(owner: str, name: str, value: object) -> None:
 
     Raises:
         TypeError: no int and no float.
+        ValueError: an int that no float can hold.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
+    try:
+        float(value)
+    except OverflowError:
+        raise ValueError(f"{owner}: {name} must be finite, got an int beyond all floats") from None
 
 
 def check_positive(owner: str, name: str, value: object) -> None:
