@@ -181,6 +181,18 @@ def test_warpgroups_of_hopper_multiply_beside_each_other(code):
     assert "serialized" not in reports()[source]
 
 
+@pytest.mark.parametrize("source", SOURCES)
+def test_host_code_calls_no_code_of_the_device(source):
+    """Where it does, nvcc says nothing, and puts a call of exit in place of the function."""
+    if source not in reports():
+        pytest.skip(f"{source} is not built")
+    path = Path(ssm_kernels.__file__).parents[2] / f"src/{source}.cu.o"
+    wanted = subprocess.run(["nm", "-u", path], capture_output=True, text=True, check=True)
+    names = wanted.stdout.split()
+    assert any("LaunchKernel" in name for name in names)
+    assert "exit" not in names
+
+
 def test_every_kernel_is_in_the_extension_module():
     names = re.findall(r"properties for (\S+)", "\n".join(reports().values()))
     module = next(Path(ssm_kernels.__file__).parent.glob("_cuda*.so")).read_bytes()

@@ -268,7 +268,7 @@ struct EachConvEdge {
 
     std::int64_t channel_tiles() const { return conv_blocks(in.dim); }
     /// Without sequences only the ends of the rows are edges.
-    SSM_DEVICE std::int64_t step_tiles() const {
+    SSM_BOTH std::int64_t step_tiles() const {
         return in.seq_idx ? (in.seqlen + kThreads - 1) / kThreads : 1;
     }
     std::int64_t blocks() const { return in.batch * step_tiles() * channel_tiles(); }

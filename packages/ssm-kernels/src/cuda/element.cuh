@@ -84,7 +84,7 @@ struct Plane {
     std::int64_t stride[kDims] = {};
     DType dtype = DType::f32;
 
-    SSM_DEVICE explicit operator bool() const { return data != nullptr; }
+    SSM_BOTH explicit operator bool() const { return data != nullptr; }
 
     template <class Real>
     SSM_DEVICE Real load(std::int64_t offset) const {
@@ -137,7 +137,7 @@ struct Rows {
         for (int axis = 0; axis < view.ndim; ++axis) shape[axis] = view.shape[axis];
     }
 
-    SSM_DEVICE explicit operator bool() const { return static_cast<bool>(tensor); }
+    SSM_BOTH explicit operator bool() const { return static_cast<bool>(tensor); }
     SSM_DEVICE std::int64_t row_offset(std::int64_t row) const {
         std::int64_t offset = 0;
         for (int axis = last - 1; axis > 0; --axis) {
@@ -186,7 +186,7 @@ struct PackedRows {
         : data(view.ndim == kAbsent ? nullptr : static_cast<Memory*>(view.data)),
           stride(view.ndim == kAbsent ? 0 : view.stride[0]) {}
 
-    SSM_DEVICE explicit operator bool() const { return data != nullptr; }
+    SSM_BOTH explicit operator bool() const { return data != nullptr; }
     SSM_DEVICE Piece load(std::int64_t row, std::int64_t column) const {
         return *reinterpret_cast<const Piece*>(data + row * stride + column);
     }

@@ -72,7 +72,7 @@ struct AnyRows {
 
     AnyRows() = default;
     explicit AnyRows(const TensorView& view) : rows(view) {}
-    SSM_DEVICE explicit operator bool() const { return static_cast<bool>(rows); }
+    SSM_BOTH explicit operator bool() const { return static_cast<bool>(rows); }
 };
 
 /// Whether rows may be walked in slabs, with addresses that take more registers.

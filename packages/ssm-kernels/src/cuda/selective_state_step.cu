@@ -127,9 +127,9 @@ struct Step {
         int count;
     };
 
-    SSM_DEVICE int slab() const { return lanes * kPacks * kPack; }  // states of a team
-    SSM_DEVICE int teams() const { return kThreads / lanes; }
-    SSM_DEVICE int tile() const { return teams() * channels; }
+    SSM_BOTH int slab() const { return lanes * kPacks * kPack; }  // states of a team
+    SSM_BOTH int teams() const { return kThreads / lanes; }
+    SSM_BOTH int tile() const { return teams() * channels; }
 
     // Places in shared memory: B and C of a slab, then what each channel needs of a token.
     SSM_DEVICE int place_C() const { return slab(); }

@@ -41,7 +41,7 @@ struct SsdGradients {
     Real* dD;              // (B, tiles, H, P)
     Real *dB, *dC;         // (B, slices, steps of a window, N)
 
-    SSM_DEVICE std::int64_t window_steps() const { return window_tiles * kSsdTile; }
+    SSM_BOTH std::int64_t window_steps() const { return window_tiles * kSsdTile; }
     /// The row of states of a channel in H or dH.
     SSM_DEVICE std::int64_t state_row(const SsdInputs& in, std::int64_t tile, std::int64_t row,
                                       std::int64_t head, std::int64_t channel) const {
