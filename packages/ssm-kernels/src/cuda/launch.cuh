@@ -7,6 +7,7 @@
 #include <string>
 
 #include "architecture.h"
+#include "device.h"
 #include "element.cuh"
 
 namespace ssm::cuda {
@@ -43,9 +44,6 @@ SSM_DEVICE std::int64_t opaque(std::int64_t number) {
 #endif
     return number;
 }
-
-/// Shared memory in bytes that a block of a kernel can have.
-inline std::int64_t shared_of_block(const Device& device);
 
 /// Throws std::runtime_error where a block of a kernel cannot have the shared memory it needs.
 template <class Real, class Kernel>
@@ -99,33 +97,6 @@ class OnDevice {
     bool changed_ = false;
 };
 
-inline std::int64_t shared_of_block(const Device& device) {
-    int bytes = 0;
-    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device.index);
-    return bytes;
-}
-
-/// The same of a multiprocessor: how often blocks take what they could have at once may depend on
-/// it, and no result.
-inline std::int64_t shared_of_multiprocessor(const Device& device) {
-    int bytes = 0;
-    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device.index);
-    return bytes;
-}
-
-/// Whether kernels for the warpgroups of Hopper shall serve where that is worth it: the device runs
-/// the code of sm_90a, and there is such.
-inline bool has_warpgroups([[maybe_unused]] const Device& device, [[maybe_unused]] bool is_worth) {
-#if defined(SSM_HOPPER) && defined(SSM_CUTLASS)
-    int major = 0, minor = 0;
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device.index);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device.index);
-    return is_worth && major == 9 && minor == 0;
-#else
-    return false;
-#endif
-}
-
 /// Runs `kernel` on `count` blocks. Throws std::runtime_error when the launch fails.
 template <class Real, class Kernel>
 void launch(const char* op, const Kernel& kernel, std::int64_t count, const Device& device,
@@ -151,17 +122,8 @@ void launch(const char* op, const Kernel& kernel, std::int64_t count, const Devi
 
 #else
 
-/// What a block can have on the GPU that the host stands for: as much as Hopper's, unless a test
-/// says less.
-inline std::int64_t shared_of_host = 227 << 10;
-inline std::int64_t shared_of_block(const Device&) { return shared_of_host; }
-inline std::int64_t shared_of_multiprocessor(const Device&) { return shared_of_host + 1024; }
-
-/// Whether the host plays a Hopper, which tests choose (host.cpp), and how many blocks have run on
-/// warpgroups.
-inline bool host_has_warpgroups = false;
+/// How many blocks have run on the warpgroups of Hopper.
 inline std::int64_t host_warpgroup_blocks = 0;
-inline bool has_warpgroups(const Device&, bool) { return host_has_warpgroups; }
 
 template <class Real, class Kernel>
 void launch(const char* op, const Kernel& kernel, std::int64_t count, const Device& device,
