@@ -23,7 +23,7 @@ KERNEL = """
 .extern .shared .align 1024 .b8 memory[];
 .visible .entry kernel(.param .u64 kernel_param_0)
 {
-    .reg .pred %p<4>;
+    .reg .pred %p<4>, q;
     .reg .b32 %r<20>;
     .reg .f32 %f<20>;
     .reg .b64 %rd<20>;
@@ -96,6 +96,8 @@ ARITHMETIC = [
     ("mov.u64 %rd4, -7;\n div.s64 %rd4, %rd4, 2;\n cvt.u32.u64 %r5, %rd4;", "r5", 0xFFFFFFFD),
     ("mov.u64 %rd4, 5;\n bfi.b64 %rd4, %rd4, -1, 8, 4;\n cvt.u32.u64 %r5, %rd4;", "r5", 0xFFFFF5FF),
     ("mov.u64 %rd4, 1;\n clz.b64 %r5, %rd4;", "r5", 63),
+    ("bfe.u32 %r5, 0xabcd, 4, 8;", "r5", 0xBC),
+    ("mov.b32 %r5, 0x1ff;\n cvt.s8.s32 %r6, %r5;\n cvt.s32.s8 %r5, %r6;", "r5", 0xFFFFFFFF),
     ("mov.b32 %r5, {1, 2};", "r5", 0x20001),
     ("setp.num.f32 %p1, 0f7FC00000, 0f3F800000;\n selp.b32 %r5, 1, 0, %p1;", "r5", 0),
     ("setp.neu.f32 %p1, 0f7FC00000, 0f7FC00000;\n selp.b32 %r5, 1, 0, %p1;", "r5", 1),
@@ -150,6 +152,7 @@ FAULTS = {
     "no memory there": ("mov.u64 %rd4, 0;\n ld.global.u32 %r5, [%rd4];",),
     "barriers that never meet": (HALF.format(threads=32, what="bar.sync 0;", then="bar.sync 1;"),),
     "lanes differ in an operand": ("bar.sync %r1, 64;",),
+    "a trap in kernel": ("trap;",),
     "unknown instruction": ("frobnicate.b32 %r5, %r1;",),
     "unknown operand": ("mov.u32 %r5, elsewhere;",),
 }
@@ -167,9 +170,9 @@ PRODUCT = """
     st.shared.v4.u32 [%r4], {%r5, %r5, %r5, %r5};
     bar.sync 0;
     mov.u64 %rd4, DESCRIPTOR;
-    setp.ne.b32 p, 0, 0;
+    setp.ne.b32 q, 0, 0;
     wgmma.fence.sync.aligned;
-    wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {SUMS}, {%r5, %r5, %r5, %r5}, %rd4, p, 1, 1, 0;
+    wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {SUMS}, {%r5, %r5, %r5, %r5}, %rd4, q, 1, 1, 0;
     wgmma.commit_group.sync.aligned;
     UNDER_WAY
     wgmma.wait_group.sync.aligned PENDING;

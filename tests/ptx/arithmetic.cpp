@@ -1,4 +1,5 @@
 // Instructions that compute in each lane by itself. PTX ISA 9.0, section 9.7.
+#include <algorithm>
 #include <cmath>
 #include <unordered_map>
 
@@ -8,9 +9,11 @@ namespace ptx {
 
 namespace {
 
+using u8 = std::uint8_t;
 using u16 = std::uint16_t;
 using u32 = std::uint32_t;
 using u64 = std::uint64_t;
+using s8 = std::int8_t;
 using s16 = std::int16_t;
 using s32 = std::int32_t;
 using s64 = std::int64_t;
@@ -135,6 +138,7 @@ void add_conversion(Table& table, const std::string& to, const std::string& from
 }
 template <class From>
 void add_conversions(Table& table, const std::string& from) {
+    add_conversion<u8, From>(table, ".u8", from), add_conversion<s8, From>(table, ".s8", from);
     add_conversion<u16, From>(table, ".u16", from), add_conversion<s16, From>(table, ".s16", from);
     add_conversion<u32, From>(table, ".u32", from), add_conversion<s32, From>(table, ".s32", from);
     add_conversion<u64, From>(table, ".u64", from), add_conversion<s64, From>(table, ".s64", from);
@@ -173,11 +177,18 @@ Table make_table() {
     for (const std::string compared : {"setp.eq", "setp.ne"})
         for (const std::string width : {"16", "32", "64"})
             table[compared + ".b" + width] = table[compared + ".u" + width];
+    table["bfe.u32"] = of([](u32 a, u32 at, u32 count) -> u32 {
+        const u64 ones = (u64{1} << std::min(count & 255, 32u)) - 1;
+        return static_cast<u32>(u64{a} >> std::min(at & 255, 32u) & ones);
+    });
+    table["mul.wide.s16"] = of([](s16 a, s16 b) -> s32 { return s32{a} * b; });
+    table["mul.wide.u16"] = of([](u16 a, u16 b) -> u32 { return u32{a} * b; });
     table["mul.wide.s32"] = of([](s32 a, s32 b) -> s64 { return s64{a} * b; });
     table["mul.wide.u32"] = of([](u32 a, u32 b) -> u64 { return u64{a} * b; });
     table["add.rz.f32"] = of([](float a, float b) { return added_toward_zero(a, b); });
     table["ex2.approx.f32"] = of([](float a) -> float { return std::exp2(a); });
     table["ex2.approx.ftz.f32"] = of([](float a) { return flushed(std::exp2(flushed(a))); });
+    add_conversions<u8>(table, ".u8"), add_conversions<s8>(table, ".s8");
     add_conversions<u16>(table, ".u16"), add_conversions<s16>(table, ".s16");
     add_conversions<u32>(table, ".u32"), add_conversions<s32>(table, ".s32");
     add_conversions<u64>(table, ".u64"), add_conversions<s64>(table, ".s64");

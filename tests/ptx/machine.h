@@ -1,12 +1,12 @@
 // A machine that executes PTX, what nvcc makes of a kernel, 32 lanes at a time: tests run the code
 // of the device on it where there is no GPU.
 //
-// It is stricter than a GPU. Errors are: an access that is not aligned, or outside of shared memory;
-// lanes of a warp that wait at different places; barriers that never meet; an operand of a product
-// that changes before the product was waited for. Shared memory begins as NaN, and so is there what
-// a thread has begun to copy and not waited for. What a GPU has and this machine has not: time, what
-// warps see of each other between barriers, and its rounding of exponentials and of products of
-// matrices.
+// It is stricter than a GPU. Errors are: an access that is not aligned, or outside of shared
+// memory; lanes of a warp that wait at different places; barriers that never meet; an operand of a
+// product that changes before the product was waited for. Shared memory begins as NaN, and so is
+// there what a thread has begun to copy and not waited for. What a GPU has and this machine has
+// not: time, what warps see of each other between barriers, and its rounding of exponentials and of
+// products of matrices.
 #pragma once
 
 #include <bit>
@@ -159,8 +159,10 @@ T from_bits(std::uint64_t bits) {
         return std::bit_cast<T>(bits);
     else if constexpr (sizeof(T) == 4)
         return std::bit_cast<T>(static_cast<std::uint32_t>(bits));
-    else
+    else if constexpr (sizeof(T) == 2)
         return std::bit_cast<T>(static_cast<std::uint16_t>(bits));
+    else
+        return std::bit_cast<T>(static_cast<std::uint8_t>(bits));
 }
 template <class T>
 std::uint64_t to_bits(T value) {

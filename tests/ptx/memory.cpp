@@ -83,6 +83,9 @@ void wait_for_all(Warp& warp, const Instruction& in) {
 
 void nothing(Warp&, const Instruction&) {}
 
+/// What a kernel does that was started where it cannot run.
+void trap(Warp& warp, const Instruction&) { fault("a trap in " + warp.block.launch.kernel.name); }
+
 }  // namespace
 
 bool know_memory(const std::string& opcode, Instruction& in) {
@@ -104,6 +107,8 @@ bool know_memory(const std::string& opcode, Instruction& in) {
         in.execute = wait_for_all;
     } else if (opcode == "prefetch.global.L1" || opcode == "fence.proxy.async.shared::cta") {
         in.execute = nothing;
+    } else if (opcode == "trap") {
+        in.execute = trap;
     } else {
         return false;
     }

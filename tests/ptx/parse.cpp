@@ -36,7 +36,7 @@ class Parser {
     explicit Parser(Kernel& kernel) : kernel_(kernel) {}
 
     void run() {
-        const std::string text = std::exchange(kernel_.text, "");
+        const std::string& text = kernel_.text;
         for (std::size_t at = 0; at < text.size();) {
             // Braces alone are scopes, of registers whose names are not used twice at a time.
             if (std::isspace(static_cast<unsigned char>(text[at])) || text[at] == '{' ||
@@ -46,7 +46,7 @@ class Parser {
                 at = std::min(text.find('\n', at), text.size());
             } else if (text[at] == '$') {
                 const std::size_t end = text.find(':', at);
-                labels_[text.substr(at, end - at)] = static_cast<int>(kernel_.code.size());
+                labels_[text.substr(at, end - at)] = static_cast<int>(code_.size());
                 at = end + 1;
             } else {
                 const std::size_t end = text.find(';', at);
@@ -56,8 +56,10 @@ class Parser {
         }
         Instruction end;
         end.kind = Kind::end;
-        kernel_.code.push_back(end);
-        for (const auto& [at, label] : jumps_) kernel_.code[at].target = labels_.at(label);
+        code_.push_back(end);
+        for (const auto& [at, label] : jumps_) code_[at].target = labels_.at(label);
+        kernel_.code = std::move(code_);
+        kernel_.text.clear();
     }
 
   private:
@@ -72,7 +74,7 @@ class Parser {
             return new_register(kernel_.specials, text);
         for (const Parameter& parameter : kernel_.parameters)
             if (parameter.name == text) return new_register(kernel_.specials, text);
-        if (text[0] == '%' || text == "p") return new_register(registers_, text);
+        if (text[0] == '%' || registers_.count(text) != 0) return new_register(registers_, text);
         std::uint64_t number = kSharedBase;
         if (text.starts_with("0f") || text.starts_with("0d"))
             number = std::stoull(text.substr(2), nullptr, 16);
@@ -107,7 +109,13 @@ class Parser {
 
     void statement(const std::string& written) {
         std::string text = trimmed(written);
-        if (text.empty() || text[0] == '.') return;  // a directive
+        if (text.starts_with(".reg")) {  // those without a % have to be known
+            const std::size_t type = text.find_first_not_of(" \t", 4);
+            for (const auto& name : split(text.substr(text.find_first_of(" \t", type))))
+                new_register(registers_, name);
+            return;
+        }
+        if (text.empty() || text[0] == '.') return;  // another directive
         Instruction in;
         in.text = text.substr(0, 100);
         if (text[0] == '@') {
@@ -120,7 +128,7 @@ class Parser {
         const std::string opcode = text.substr(0, end), rest = trimmed(text.substr(end));
         if (opcode == "bra" || opcode == "bra.uni") {
             in.kind = Kind::branch;
-            jumps_.emplace_back(kernel_.code.size(), rest);
+            jumps_.emplace_back(code_.size(), rest);
         } else if (opcode == "ret") {
             in.kind = Kind::end;
         } else {
@@ -132,10 +140,11 @@ class Parser {
                 fault("unknown instruction " + text);
             kernel_.on_warpgroups |= opcode.starts_with("wgmma");
         }
-        kernel_.code.push_back(std::move(in));
+        code_.push_back(std::move(in));
     }
 
     Kernel& kernel_;
+    std::vector<Instruction> code_;
     std::unordered_map<std::string, int> registers_, labels_;
     std::vector<std::pair<std::size_t, std::string>> jumps_;
 };
