@@ -29,7 +29,8 @@ struct Forward : SsdChain<Real, kStates / kForwardGroups<Matter, kStates>> {
     // Places in the memory of matrices: the rounded states of one slab of states, then C, B and X,
     // once or twice.
     static constexpr int kWidest = sizeof(Element) == 2 ? 128 : 32;
-    static constexpr int kSlab = kStates < kWidest ? kStates : kWidest;
+    static constexpr int kSlab = kOwnStates < kWidest ? kOwnStates : kWidest;
+    static_assert(kOwnStates % kSlab == 0);  // a slab belongs to one group
     static constexpr int kSlabs = kStates / kSlab;
     static constexpr int kAcrossSlab = matrix_stride(kSlab);
     static constexpr int kStages = kSsdChannels * kAcrossSlab;
