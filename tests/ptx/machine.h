@@ -89,13 +89,14 @@ struct Copy {
 /// A product of a warpgroup that is under way: the 16 rows of one warp, 16 deep.
 struct Product {
     int group;
-    std::vector<int> sums;      // registers
-    std::vector<float> before;  // [register][lane], of the first of those that add to each other
-    bool follows, adds;         // adds to the one before it, or to what there was
+    std::vector<int> sums;  // registers
     bool bfloat16;
     bool left_in_registers, right_is_transposed;
-    std::uint64_t left_at, right_at;         // descriptors
-    std::vector<std::uint16_t> left, right;  // [row][k] and [column][k]
+    std::vector<float> before =
+        {};  // [register][lane], of the first of those that add to each other
+    bool follows = false, adds = false;       // adds to the one before it, or to what there was
+    std::uint64_t left_at = 0, right_at = 0;  // descriptors
+    std::vector<std::uint16_t> left = {}, right = {};  // [row][k] and [column][k]
 };
 
 /// Lanes that are at one place of the code.

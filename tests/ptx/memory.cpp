@@ -1,7 +1,5 @@
 // Loads, stores and copies. Addresses of global memory and of parameters are those of the host.
 // PTX ISA 9.0, section 9.7.9.
-#include <algorithm>
-
 #include "machine.h"
 
 namespace ptx {

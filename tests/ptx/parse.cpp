@@ -1,6 +1,6 @@
 // Reads what nvcc writes: modules, kernels, instructions. PTX ISA 9.0, chapters 4 and 5.
+#include <algorithm>
 #include <cctype>
-#include <sstream>
 #include <unordered_map>
 #include <utility>
 

@@ -54,16 +54,9 @@ void begin(Warp& warp, const Instruction& in) {
     const auto last = static_cast<int>(in.operands.size()) - 1;
     Product product{.group = warp.product_group,
                     .sums = {in.operands.begin(), sums},
-                    .before = {},
-                    .follows = false,
-                    .adds = false,
                     .bfloat16 = in.text.find("bf16") != std::string::npos,
                     .left_in_registers = last - in.first == 8,
-                    .right_is_transposed = warp.common(in, last) != 0,
-                    .left_at = 0,
-                    .right_at = 0,
-                    .left = {},
-                    .right = {}};
+                    .right_is_transposed = warp.common(in, last) != 0};
     int next = in.first;
     if (product.left_in_registers) {
         product.left.resize(kRows * kDepth);
