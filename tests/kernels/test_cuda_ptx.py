@@ -22,6 +22,7 @@ KERNEL = """
 .address_size 64
 .extern .shared .align 1024 .b8 memory[];
 .visible .entry kernel(.param .u64 kernel_param_0)
+.maxntid 128, 1, 1
 {
     .reg .pred %p<4>, q;
     .reg .b32 %r<20>;
@@ -40,13 +41,13 @@ KERNEL = """
 """
 
 
-def run(body: str, threads: int = 32) -> tuple[np.ndarray, str]:
+def run(body: str, threads: int = 32, shared_bytes: int = 4096) -> tuple[np.ndarray, str]:
     """Return 256 elements of 32 bits after the body, which begin as their number, and the fault."""
     kernel = KERNEL.replace("BODY", body)
     array = np.arange(256, dtype=np.uint32)
     pointer = ctypes.c_void_p(array.ctypes.data)
     arguments = (ctypes.c_void_p * 1)(ctypes.addressof(pointer))
-    said = RUN(kernel.encode(), 1, threads, 4096, arguments)
+    said = RUN(kernel.encode(), 1, threads, shared_bytes, arguments)
     return array, said.decode()
 
 
@@ -161,6 +162,14 @@ FAULTS = {
 @pytest.mark.parametrize(("said", "body"), [(said, b) for said, of in FAULTS.items() for b in of])
 def test_machine_sees_what_is_wrong(said, body):
     assert run(body, threads=64)[1].startswith(f"PTX: {said}")
+
+
+def test_machine_refuses_what_a_driver_refuses():
+    assert run("", threads=128, shared_bytes=48 << 10)[1] == ""
+    said = "PTX: more threads than kernel is compiled for"
+    assert run("", threads=160)[1] == said
+    said = "PTX: more shared memory than kernel asked for"
+    assert run("", shared_bytes=(48 << 10) + 16)[1] == said
 
 
 # One product of 64 x 64 x 16 of ones, the left operand in registers. The groups of 8 columns of the

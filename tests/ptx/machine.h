@@ -60,6 +60,7 @@ struct Kernel {
     std::vector<Parameter> parameters;
     std::size_t parameter_bytes = 0;
     std::vector<Instruction> code;
+    std::uint32_t most_threads = 1024;  // of a block
     int registers = 0;
     std::map<std::uint64_t, int> numbers;  // registers that hold what the text spells out
     std::map<std::string, int> specials;   // %tid.x and its like, and addresses of parameters

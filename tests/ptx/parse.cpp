@@ -195,6 +195,10 @@ std::map<std::string, Kernel> kernels_of(const std::string& module) {
         for (const auto& part : split(module.substr(open + 1, close - open - 1)))
             add_parameter(kernel, part);
         const std::size_t body = module.find("\n{", close) + 1;
+        const std::string bound = ".maxntid ";
+        if (const std::size_t most = module.find(bound, close); most < body)
+            kernel.most_threads =
+                static_cast<std::uint32_t>(std::stoul(module.substr(most + bound.size())));
         at = end_of_body(module, body);
         kernel.text = module.substr(body, at - body);
         kernels.emplace(kernel.name, std::move(kernel));

@@ -49,6 +49,14 @@ std::map<const void*, std::string>& names() {
     return made;
 }
 
+/// Shared memory that launches asked for, by the same functions.
+std::map<const void*, std::size_t>& asked() {
+    static std::map<const void*, std::size_t> made;
+    return made;
+}
+
+std::mutex one_at_a_time;
+
 /// The modules of the folder that SSM_TEST_PTX names.
 std::map<std::string, ptx::Kernel> read_kernels() {
     const char* const folder = std::getenv("SSM_TEST_PTX");
@@ -71,9 +79,15 @@ ptx::Kernel& kernel_of(const void* function) {
     return found->second;
 }
 
-void run(const ptx::Kernel& kernel, const Configuration& at, void** arguments) {
+void run(const ptx::Kernel& kernel, const Configuration& at, void** arguments,
+         std::size_t asked_for) {
+    constexpr std::size_t kWithoutAsking = 48 << 10;
+    if (at.shared_bytes > std::max(kWithoutAsking, asked_for))
+        ptx::fault("more shared memory than " + kernel.name + " asked for");
     if (std::max({at.blocks.y, at.blocks.z, at.threads.y, at.threads.z}) > 1)
         ptx::fault("a launch of more than one dimension");
+    if (at.threads.x > kernel.most_threads)
+        ptx::fault("more threads than " + kernel.name + " is compiled for");
     ptx::Launch launch{kernel, at.blocks.x, at.threads.x,
                        static_cast<std::uint32_t>(at.shared_bytes),
                        std::vector<char>(kernel.parameter_bytes)};
@@ -111,9 +125,8 @@ int __cudaPopCallConfiguration(Size* blocks, Size* threads, std::size_t* shared_
 }
 int cudaLaunchKernel(const void* function, Size blocks, Size threads, void** arguments,
                      std::size_t shared_bytes, void* stream) {
-    static std::mutex one_at_a_time;
     const std::lock_guard hold(one_at_a_time);
-    run(kernel_of(function), {blocks, threads, shared_bytes, stream}, arguments);
+    run(kernel_of(function), {blocks, threads, shared_bytes, stream}, arguments, asked()[function]);
     return 0;
 }
 int __cudaGetKernel(const void** kernel, const void* function) {
@@ -124,7 +137,14 @@ int __cudaLaunchKernel(const void* function, Size blocks, Size threads, void** a
                        std::size_t shared_bytes, void* stream) {
     return cudaLaunchKernel(function, blocks, threads, arguments, shared_bytes, stream);
 }
-int cudaFuncSetAttribute(const void*, int, int) { return 0; }
+int cudaFuncSetAttribute(const void* function, int attribute, int value) {
+    constexpr int kMaxDynamicSharedMemorySize = 8, kInvalidValue = 1;
+    if (attribute != kMaxDynamicSharedMemorySize || value > ssm::cuda::shared_of_play)
+        return kInvalidValue;
+    const std::lock_guard hold(one_at_a_time);
+    asked()[function] = static_cast<std::size_t>(value);
+    return 0;
+}
 int cudaGetDevice(int* device) { return *device = 0; }
 int cudaSetDevice(int) { return 0; }
 int cudaGetLastError() { return 0; }
@@ -151,7 +171,7 @@ SSM_API const char* ssm_ptx_run(const char* module, unsigned blocks, unsigned th
         auto kernels = ptx::kernels_of(module);
         ptx::Kernel& kernel = kernels.begin()->second;
         ptx::parse(kernel);
-        run(kernel, {{blocks, 1, 1}, {threads, 1, 1}, shared_bytes, nullptr}, arguments);
+        run(kernel, {{blocks, 1, 1}, {threads, 1, 1}, shared_bytes, nullptr}, arguments, 0);
     } catch (const std::logic_error& fault) {
         said = fault.what();
     }
