@@ -43,7 +43,19 @@ static inline void share_out(std::int64_t tasks, int threads, const Body& body) 
         }
     }
 }
+
+/// The same, but nobody helps.
+template <class Body>
+static inline void keep_apart(std::int64_t tasks, int threads, const Body& body) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (std::int64_t task = 0; task < tasks; ++task) body(task, omp_get_thread_num());
+}
 #endif
+
+/// What a thread does when its share is done. Steps of decoding wait: their states lie in the cache
+/// of the thread that had them in the call before, and a helper would move them to its own, only to
+/// give them back in the next call.
+enum class WhenDone { help, wait };
 
 /// How many parts, from `fewest` to `most`, each of `each` equal pieces of work is cut into: as few
 /// as keep all threads busy, as many tasks as threads or a multiple, or four per thread.
@@ -58,11 +70,13 @@ SSM_INLINE std::int64_t fewest_for_all(std::int64_t fewest, std::int64_t most, s
 /// How tasks are cut may not depend on `threads`, unless no sum crosses the cut: then results do
 /// not depend on it either. Without OpenMP the caller does them all.
 template <class Body>
-static inline void parallel_for(std::int64_t tasks, int threads, const Body& body) {
+static inline void parallel_for(std::int64_t tasks, int threads, const Body& body,
+                                [[maybe_unused]] WhenDone when_done = WhenDone::help) {
     if (threads > tasks) threads = static_cast<int>(tasks);
     if (threads > kMostThreads) threads = kMostThreads;
 #if defined(_OPENMP)
-    if (threads > 1) return share_out(tasks, threads, body);
+    if (threads > 1 && when_done == WhenDone::help) return share_out(tasks, threads, body);
+    if (threads > 1) return keep_apart(tasks, threads, body);
 #endif
     for (std::int64_t task = 0; task < tasks; ++task) body(task, 0);
 }

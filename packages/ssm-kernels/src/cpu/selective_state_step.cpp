@@ -16,6 +16,7 @@ constexpr std::int64_t kMostChannels = 256;      // of one task
 constexpr std::int64_t kTaskStates = 8192;       // state elements of one task, as far as possible
 constexpr std::int64_t kSerialStates = 65536;    // below, waking a thread costs more than it gains
 constexpr std::int64_t kCachedStates = 1 << 22;  // up to here caches hold the states
+constexpr std::int64_t kOwnStates = 1 << 18;     // up to here those of the threads themselves
 
 /// Sizes of one call and its cut into tasks, which depends on nothing but these sizes.
 template <class T>
@@ -35,13 +36,14 @@ struct StepShape {
           dstate(args.state.shape[3]),
           padded_dstate((dstate + kLanes<T> - 1) / kLanes<T> * kLanes<T>),
           tied(dstate == 1 || (dstate > 0 && args.A.stride[2] == 0)),
-          in_memory(batch * heads * headdim * dstate > kCachedStates) {
+          in_memory(held() > kCachedStates) {
         const std::int64_t fitting = kTaskStates / max(padded_dstate, 1) / kLanes<T> * kLanes<T>;
         channels = max(kLanes<T>, min(kMostChannels, fitting));
         channels = min(channels, (headdim + kLanes<T> - 1) / kLanes<T> * kLanes<T>);
         blocks = channels > 0 ? (headdim + channels - 1) / channels : 0;
     }
-    std::int64_t states() const { return batch * tokens * heads * headdim * dstate; }
+    std::int64_t held() const { return batch * heads * headdim * dstate; }
+    std::int64_t advanced() const { return tokens * held(); }
 };
 
 /// Some channels at one token. Rows of h and A are whole vectors long.
@@ -58,26 +60,23 @@ struct Channels {
     T* y;
 };
 
-/// Advances a vector of the states of kCount channels, of which these are the rows of h and A, and
-/// adds C h to the sums of each. All of them take each step of the exponential together: one after
-/// the other they would wait for it.
+/// Advances a vector of the states of kCount channels, of which these are the rows of h and A and
+/// the rates and drives, and adds C h to the sums of each. All of them take each step of the
+/// exponential together: one after the other they would wait for it.
 template <class T, bool kTied, int kCount>
-SSM_INLINE void advance_states(const Channels<T>& at, std::int64_t first, std::int64_t state,
-                               Vec<T> b, Vec<T> c, Vec<T>* sums) {
-    T* const h = at.h + first * at.h_pitch + state;
-    const T* const A = at.A + first * at.A_pitch + state;
+SSM_INLINE void advance_states(T* h, std::int64_t h_pitch, const T* A, std::int64_t A_pitch,
+                               const T* rate, const T* drive, Vec<T> b, Vec<T> c, Vec<T>* sums) {
     Vec<T> decay[kCount];
 #pragma GCC unroll 4
     for (int i = 0; i < kCount; ++i) {
-        decay[i] = broadcast(at.rate[first + i]);
-        if constexpr (!kTied) decay[i] *= load<T>(A + i * at.A_pitch);
+        decay[i] = broadcast(rate[i]);
+        if constexpr (!kTied) decay[i] *= load<T>(A + i * A_pitch);
     }
     if constexpr (!kTied) exp2<kCount>(decay);
 #pragma GCC unroll 4
     for (int i = 0; i < kCount; ++i) {
-        const Vec<T> next =
-            decay[i] * load<T>(h + i * at.h_pitch) + broadcast(at.drive[first + i]) * b;
-        store<T>(h + i * at.h_pitch, next);
+        const Vec<T> next = decay[i] * load<T>(h + i * h_pitch) + broadcast(drive[i]) * b;
+        store<T>(h + i * h_pitch, next);
         sums[i] += c * next;
     }
 }
@@ -87,19 +86,28 @@ SSM_INLINE void advance_states(const Channels<T>& at, std::int64_t first, std::i
 template <class T, bool kTied, int kGroup, bool kSingle>
 void advance(const Channels<T>& given, std::int64_t width, std::int64_t dstate) {
     constexpr int n = kLanes<T>, group = n < kGroup ? n : kGroup;
-    // A copy that nothing can point to: stores do not make it be read again.
+    // Copies that nothing can point to: stores do not make them be read again.
     const Channels<T> at = given;
     const Vec<T> b = load<T>(at.B), c = load<T>(at.C);
     for (std::int64_t i = 0; i < width; i += n) {
         Vec<T> sums[n] = {};
 #pragma GCC unroll 16
         for (int first = 0; first < n; first += group) {
-            if constexpr (kSingle)
-                advance_states<T, kTied, group>(at, i + first, 0, b, c, sums + first);
-            else
+            T* const h = at.h + (i + first) * at.h_pitch;
+            const T* const A = at.A + (i + first) * at.A_pitch;
+            const T *const rates = at.rate + i + first, *const drives = at.drive + i + first;
+            if constexpr (kSingle) {
+                advance_states<T, kTied, group>(h, at.h_pitch, A, at.A_pitch, rates, drives, b, c,
+                                                sums + first);
+            } else {
+                T rate[group], drive[group];
+#pragma GCC unroll 4
+                for (int k = 0; k < group; ++k) rate[k] = rates[k], drive[k] = drives[k];
                 for (std::int64_t j = 0; j < dstate; j += n)
-                    advance_states<T, kTied, group>(at, i + first, j, load<T>(at.B + j),
-                                                    load<T>(at.C + j), sums + first);
+                    advance_states<T, kTied, group>(h + j, at.h_pitch, A + j, at.A_pitch, rate,
+                                                    drive, load<T>(at.B + j), load<T>(at.C + j),
+                                                    sums + first);
+            }
         }
         store<T>(at.y + i, sum_lanes<T>(sums));
     }
@@ -343,7 +351,7 @@ void step_block(const StepBlock<T>& block, std::int64_t state_row) {
 template <class T>
 void step_rows(const SelectiveStateStepArgs& args, int wanted_threads) {
     const StepShape<T> shape(args);
-    const int threads = shape.states() <= kSerialStates ? 1 : wanted_threads;
+    const int threads = shape.advanced() <= kSerialStates ? 1 : wanted_threads;
     const std::int64_t elements = StepTile<T>::elements(shape);
     const Scratch scratch(sizeof(T) * static_cast<std::size_t>(elements * threads));
     const auto step = [&](std::int64_t task, int thread) {
@@ -370,7 +378,7 @@ void step_rows(const SelectiveStateStepArgs& args, int wanted_threads) {
             step_block(block, state_row);
     };
     const std::int64_t tasks = shape.batch * shape.heads * shape.blocks;
-    parallel_for(tasks, threads, step);
+    parallel_for(tasks, threads, step, shape.held() > kOwnStates ? WhenDone::help : WhenDone::wait);
 }
 
 }  // namespace
