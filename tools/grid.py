@@ -95,6 +95,7 @@ HELPERS = {
         "device",
         "element",
         "host",
+        "host_gpu",
         "kernels",
         "launch",
         "norms",

@@ -131,7 +131,7 @@ def test_a_negative_number_of_tokens_seen_counts_backwards(table):
 @pytest.mark.parametrize("dim", [5, 8])
 def test_sequences_without_a_state(dim, table):
     found = []
-    for wrong in (9, -7, -1):
+    for wrong in (9, 2, -7, -1):
         ids = np.array([[0, 0, wrong, 0, 1, 1, wrong, wrong]], np.int32)
         x = np.ascontiguousarray(random(1, 8, dim)).transpose(0, 2, 1)
         y = np.full_like(x, np.nan)
@@ -139,9 +139,19 @@ def test_sequences_without_a_state(dim, table):
         arrays = (x, random(dim, 4), None, initial, ids, y, final)
         launch(table, "dw_causal_conv_fwd", arrays, (True, True), 2)
         found.append((y, final))
-    for result in found[:2]:
-        for got, want in zip(result, found[2], strict=True):
+    for result in found[:3]:
+        for got, want in zip(result, found[3], strict=True):
             np.testing.assert_array_equal(got, want)
-    y = found[2][0]
+    y = found[3][0]
     assert not y[:, :, ids[0] < 0].any()
     assert y[:, :, ids[0] >= 0].all()
+
+
+@pytest.mark.parametrize("dim", [5, 8])
+def test_a_sequence_where_there_are_no_states(dim, table):
+    x = np.ascontiguousarray(random(1, 8, dim)).transpose(0, 2, 1)
+    y, states = np.full_like(x, np.nan), np.full((2, dim, 3), 7, "float32")
+    arrays = (x, random(dim, 4), None, states[:0], np.zeros((1, 8), np.int32), y, states[:0])
+    launch(table, "dw_causal_conv_fwd", arrays, (True, True), 0)
+    assert not y.any()
+    assert (states == 7).all()

@@ -10,6 +10,7 @@ import pytest
 import ssm_kernels
 
 from tests import judge
+from tests.guard import in_line
 from tests.kernels import test_fused_layer_norm as fused
 from tests.kernels import test_gated_norm as gated
 from tests.tolerances import TOLERANCES, assert_close
@@ -94,6 +95,15 @@ def test_fused_layouts_give_the_same_bits(dim, dtype, side):
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_vector_may_begin_anywhere(name):
+    arguments, dy, ds = draw(5, 64, "float16", "float32")
+    want = run_fused(arguments, dy, ds)
+    arguments[name] = in_line(arguments[name], 1)
+    for which, value in run_fused(arguments, dy, ds).items():
+        np.testing.assert_array_equal(value, want[which], err_msg=which)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
 def test_a_vector_may_lie_apart_beside_packs(name):
     arguments, dy, ds = draw(3, 520, "float16", "float32")
     want = run_fused(arguments, dy, ds)
@@ -159,8 +169,11 @@ def test_fused_takes_the_working_memory_of_the_caller(dim):
     assert str(caught.value) == f"{fused.OP}: {sentence}"
 
 
-# Rows, columns and the size of a group: as above, in groups of rows and in chunks of them.
+# Rows, columns and the size of a group: as above, in groups of rows and in chunks of them. Rows of
+# whole packs whose groups are none: of 4 elements, of 8.
 GATED = (
+    (5, 24, 6),
+    (5, 24, 12),
     (3, 48, 16),
     (3, 1560, 520),
     (3, 5120, None),

@@ -163,6 +163,23 @@ def skipped(arguments: dict) -> np.ndarray:
     return np.broadcast_to((ids < 0)[:, None], (batch, dim, seqlen))
 
 
+@pytest.mark.parametrize(("given", "wanted"), [LAYOUTS[:2], LAYOUTS[1::-1]])
+def test_results_may_lie_otherwise(given, wanted):
+    x, dy = np.random.default_rng(0).standard_normal((2, 2, 16, 24)).astype("float32")
+    weight = np.random.default_rng(1).standard_normal((16, 4)).astype("float32")
+    found = []
+    for layout in (given, wanted):
+        y, dx = (poisoned(laid_out(x, layout)) for _ in range(2))
+        inputs = laid_out(x, given), weight
+        ssm_kernels.dw_causal_conv_fwd(*inputs, y=y)
+        ssm_kernels.dw_causal_conv_bwd(
+            *inputs, dy=laid_out(dy, given), dx=dx, dweight=np.empty_like(weight)
+        )
+        found.append((y, dx))
+    for want, got in zip(*found, strict=True):
+        np.testing.assert_allclose(got, want, 1e-5, 1e-5)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", ALL, ids=str)

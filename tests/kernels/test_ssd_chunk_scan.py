@@ -382,3 +382,29 @@ def test_leaves_inputs_alone():
 
 def test_every_isa(on_other_isas):
     on_other_isas(__file__)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("step", [4, 5])
+def test_a_step_that_is_no_number_spoils_none_before_it(step, dtype):
+    arguments = arguments_of(SsdCase("whole", 1, 20, 3, 64, 64, 1), dtype)
+    want = forward(arguments)["y"]
+    arguments["dt"][0, step, 1] = np.nan
+    got = forward(arguments)["y"]
+    np.testing.assert_array_equal(got[:, :step], want[:, :step])
+    np.testing.assert_array_equal(got[:, :, ::2], want[:, :, ::2])
+    assert np.isnan(got[:, step:, 1]).all()
+
+
+def test_a_sequence_forgets_a_state_that_is_no_number():
+    """Without a state of its own, as the second sequence of a row, in many segments."""
+    rng = np.random.default_rng(0)
+    X, B, C = (rng.standard_normal((1, 600, 1, 8)).astype("float32") for _ in range(3))
+    ids = np.repeat([0, 1], [100, 500])[None].astype(np.int32)
+    y, states = np.full_like(X, np.inf), np.full((1, 1, 8, 8), np.nan, "float32")
+    dt, A = np.full((1, 600, 1), 0.1, "float32"), -np.ones(1, "float32")
+    ssm_kernels.ssd_chunk_scan_fwd(
+        X, dt, A, B, C, seq_idx=ids, initial_states=states, y=y, final_states=states.copy()
+    )
+    assert np.isnan(y[:, :100]).all()
+    assert np.isfinite(y[:, 100:]).all()

@@ -338,6 +338,26 @@ def test_large_offsets(axis):
         np.testing.assert_array_equal(got[name], value, err_msg=name)
 
 
+@pytest.mark.parametrize("apart", ["gate", "up", "dy", "y", "dgate", "dup"])
+def test_one_tensor_may_lie_apart(apart):
+    gate, up, dy = np.random.default_rng(0).standard_normal((3, 3, 16)).astype("float32")
+
+    def results(apart: str) -> dict:
+        arrays = {"gate": gate, "up": up, "dy": dy}
+        arrays |= {name: poisoned(gate) for name in ("y", "dgate", "dup")}
+        if apart:
+            wide = np.zeros((3, 32), "float32")
+            wide[:, ::2] = arrays[apart]
+            arrays[apart] = wide[:, ::2]
+        y = arrays.pop("y")
+        ssm_kernels.swiglu_fwd(arrays["gate"], arrays["up"], y=y)
+        ssm_kernels.swiglu_bwd(**arrays)
+        return {**arrays, "y": y}
+
+    for name, want in results("").items():
+        np.testing.assert_allclose(results(apart)[name], want, 1e-6, 1e-6, err_msg=name)
+
+
 def test_rows_are_independent():
     arguments = typed(make(BY_NAME["odd"]), "float32")
     want = forward(arguments)

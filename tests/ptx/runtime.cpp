@@ -1,34 +1,17 @@
 // The entry points of the CUDA runtime that nvcc's host code calls, with the interpreter behind
 // them in place of a GPU, whose memory is the host's; and what tests ask of the kernels linked with
 // it.
+#include <ssm/device.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <mutex>
 #include <sstream>
-#include <utility>
 
-#include "cuda/kernels.h"
+#include "cuda/host_gpu.h"
 #include "machine.h"
-
-namespace ssm::cuda {
-
-namespace {
-
-bool plays_hopper = false;
-std::int64_t shared_of_play = 227 << 10;
-std::int64_t warpgroup_blocks = 0;
-
-}  // namespace
-
-// What device.cu asks a driver.
-void check_architecture(const char*, int) {}
-std::int64_t shared_of_block(const Device&) { return shared_of_play; }
-std::int64_t shared_of_multiprocessor(const Device&) { return shared_of_play + 1024; }
-bool has_warpgroups(const Device&, bool) { return plays_hopper; }
-
-}  // namespace ssm::cuda
 
 namespace {
 
@@ -94,7 +77,7 @@ void run(const ptx::Kernel& kernel, const Configuration& at, void** arguments,
     for (const ptx::Parameter& parameter : kernel.parameters)
         std::memcpy(launch.parameters.data() + parameter.offset, *arguments++, parameter.bytes);
     ptx::run(launch);
-    if (kernel.on_warpgroups) ssm::cuda::warpgroup_blocks += at.blocks.x;
+    if (kernel.on_warpgroups) ssm::cuda::host_warpgroup_blocks += at.blocks.x;
 }
 
 }  // namespace
@@ -139,7 +122,7 @@ int __cudaLaunchKernel(const void* function, Size blocks, Size threads, void** a
 }
 int cudaFuncSetAttribute(const void* function, int attribute, int value) {
     constexpr int kMaxDynamicSharedMemorySize = 8, kInvalidValue = 1;
-    if (attribute != kMaxDynamicSharedMemorySize || value > ssm::cuda::shared_of_play)
+    if (attribute != kMaxDynamicSharedMemorySize || value > ssm::cuda::host_shared)
         return kInvalidValue;
     const std::lock_guard hold(one_at_a_time);
     asked()[function] = static_cast<std::size_t>(value);
@@ -150,17 +133,6 @@ int cudaSetDevice(int) { return 0; }
 int cudaGetLastError() { return 0; }
 const char* cudaGetErrorName(int) { return "cudaSuccess"; }
 const char* cudaGetErrorString(int) { return "no error"; }
-
-// As in cuda/host.cpp.
-SSM_API const void* ssm_cuda_host_kernels() {
-    static constexpr ssm::cuda::Kernels kernels = ssm::cuda::linked_kernels(ssm::DeviceType::cpu);
-    return &kernels;
-}
-SSM_API void ssm_cuda_host_set_shared(std::int64_t bytes) { ssm::cuda::shared_of_play = bytes; }
-SSM_API std::int64_t ssm_cuda_host_use_warpgroups(bool use) {
-    ssm::cuda::plays_hopper = use;
-    return std::exchange(ssm::cuda::warpgroup_blocks, 0);
-}
 
 /// Runs the first kernel of a module, whose parameters are pointers; says what is wrong.
 SSM_API const char* ssm_ptx_run(const char* module, unsigned blocks, unsigned threads,

@@ -133,6 +133,14 @@ class Warp {
         }
     }
 
+    /// What get(lane) refers to becomes that of the lane before, and 0 in the first one.
+    template <class Get>
+    SSM_DEVICE void shift(Get&& get) {
+        auto& value = get(0);
+        const auto before = __shfl_up_sync(0xffffffffu, value, 1);
+        value = static_cast<int>(threadIdx.x) % kWarp > 0 ? before : 0;
+    }
+
     /// What get(lane) refers to becomes that of one lane.
     template <class Get>
     SSM_DEVICE void broadcast(int lane, Get&& get) {

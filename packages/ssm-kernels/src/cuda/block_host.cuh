@@ -197,6 +197,12 @@ class Warp {
     }
 
     template <class Get>
+    void shift(Get&& get) {
+        for (int lane = kWarp - 1; lane > 0; --lane) get(lane) = get(lane - 1);
+        get(0) = 0;
+    }
+
+    template <class Get>
     void broadcast(int lane, Get&& get) {
         const auto value = get(lane);
         for (int other = 0; other < kWarp; ++other) get(other) = value;

@@ -1,24 +1,8 @@
-// The CUDA kernels compiled for the host: what tests load in place of the extension module _cuda.
-#include <utility>
-
-#include "kernels.h"
+// What tests ask of the host as a GPU: kernels that do wrong, and single products.
 #include "launch.cuh"
 #include "warpgroup_gemm.cuh"
 
 namespace ssm::cuda {
-
-namespace {
-
-// The GPU that the host stands for: a block can have as much as Hopper's, unless a test says less,
-// and tests choose whether it is one.
-std::int64_t shared_of_host = 227 << 10;
-bool host_is_hopper = false;
-
-}  // namespace
-
-std::int64_t shared_of_block(const Device&) { return shared_of_host; }
-std::int64_t shared_of_multiprocessor(const Device&) { return shared_of_host + 1024; }
-bool has_warpgroups(const Device&, bool) { return host_is_hopper; }
 
 namespace {
 
@@ -247,23 +231,6 @@ const char* said_by(Run&& run) {
 }  // namespace
 
 }  // namespace ssm::cuda
-
-extern "C" SSM_API const void* ssm_cuda_host_kernels() {
-    static constexpr ssm::cuda::Kernels kernels = ssm::cuda::linked_kernels(ssm::DeviceType::cpu);
-    return &kernels;
-}
-
-/// From now on a block has at most `bytes` of shared memory.
-extern "C" SSM_API void ssm_cuda_host_set_shared(std::int64_t bytes) {
-    ssm::cuda::shared_of_host = bytes;
-}
-
-/// Lets the kernels for the warpgroups of Hopper serve wherever they can, or nowhere; says how many
-/// blocks of them have run since the call before.
-extern "C" SSM_API std::int64_t ssm_cuda_host_use_warpgroups(bool use) {
-    ssm::cuda::host_is_hopper = use;
-    return std::exchange(ssm::cuda::host_warpgroup_blocks, 0);
-}
 
 /// product = 3 left right (64, columns), by a warpgroup: operands rounded to bfloat16 or float16.
 /// Does wrong if kind is not 0.

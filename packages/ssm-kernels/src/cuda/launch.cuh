@@ -9,6 +9,9 @@
 #include "architecture.h"
 #include "device.h"
 #include "element.cuh"
+#if !defined(__CUDACC__)
+#include "host_gpu.h"
+#endif
 
 namespace ssm::cuda {
 
@@ -122,15 +125,13 @@ void launch(const char* op, const Kernel& kernel, std::int64_t count, const Devi
 
 #else
 
-/// How many blocks have run on the warpgroups of Hopper.
-inline std::int64_t host_warpgroup_blocks = 0;
-
 template <class Real, class Kernel>
 void launch(const char* op, const Kernel& kernel, std::int64_t count, const Device& device,
             const Exec&) {
     if (count == 0) return;
     check_room<Real>(op, kernel, device);
-    for (std::int64_t index = 0; index < count; ++index) {
+    // From the last to the first, unlike a GPU: what depends on the order of blocks is a fault.
+    for (std::int64_t index = count; index-- > 0;) {
         auto block = std::make_unique<Block<Kernel, Real>>(kernel);
         kernel(*block, index);
         host_warpgroup_blocks += kHasProducts<Kernel>;

@@ -276,7 +276,9 @@ SSM_DEVICE void write_decays(Block& block, Warp<Block>& warp, const SsdInputs& i
                              std::int64_t head, const SsdPiece& piece, Raw&& raw, int place = 0) {
     struct Sums {
         Real size[2];
-        double own, upto, all;  // logarithms: of the second step, up to it, of the piece
+        // Logarithms: of the first step, of the lanes before, with this one, of the piece. None is
+        // taken off again: a step that is no number would spoil the one before it.
+        double first, before, upto, all;
     };
     PerLane<Sums> lanes;
     // Beyond this a decay is 0, or infinite: sums of infinities would be no numbers.
@@ -294,11 +296,12 @@ SSM_DEVICE void write_decays(Block& block, Warp<Block>& warp, const SsdInputs& i
             power[i] = power[i] < -kMost ? -kMost : power[i];
             power[i] = power[i] > kMost ? kMost : power[i];
         }
-        sums.own = power[1];
-        sums.upto = sums.all = static_cast<double>(power[0]) + power[1];
+        sums.first = power[0];
+        sums.upto = static_cast<double>(power[0]) + power[1];
     });
     warp.prefix_sum([&](int lane) -> double& { return lanes(lane).upto; });
-    warp.each([&](int lane, auto&) { lanes(lane).all = lanes(lane).upto; });
+    warp.each([&](int lane, auto&) { lanes(lane).before = lanes(lane).all = lanes(lane).upto; });
+    warp.shift([&](int lane) -> double& { return lanes(lane).before; });
     warp.broadcast(kWarp - 1, [&](int lane) -> double& { return lanes(lane).all; });
     warp.each([&](int lane, auto&) {
         const Sums& sums = lanes(lane);
@@ -306,7 +309,7 @@ SSM_DEVICE void write_decays(Block& block, Warp<Block>& warp, const SsdInputs& i
         const Real end_low = static_cast<Real>(sums.all - end_high);
         SSM_UNROLL
         for (int i = 0; i < 2; ++i) {
-            const double upto = i == 0 ? sums.upto - sums.own : sums.upto;
+            const double upto = i == 0 ? sums.before + sums.first : sums.upto;
             const Real high = static_cast<Real>(upto), low = static_cast<Real>(upto - high);
             const int step = place + 2 * lane + i;
             block.write(SsdDecays::kHigh + step, high);

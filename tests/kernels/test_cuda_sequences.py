@@ -1,0 +1,83 @@
+"""Sequences at the edge of what a row holds, where every sequence has a state of its own.
+
+Judge: the same sequence in a call of its own.
+"""
+
+import numpy as np
+import pytest
+import ssm_kernels
+
+
+def draw(*shape: int) -> np.ndarray:
+    return np.random.default_rng(len(shape)).standard_normal(shape).astype("float32")
+
+
+def scan_inputs(batch: int, seqlen: int) -> dict:
+    u, B = draw(batch, 3, seqlen), draw(batch, 4, seqlen)
+    return {"u": u, "delta": abs(u) + 0.1, "A": -np.ones((3, 4), "f"), "B": B, "C": B[:, None]}
+
+
+def ssd_inputs(batch: int, seqlen: int) -> dict:
+    X, B = draw(batch, seqlen, 2, 8), draw(batch, seqlen, 1, 8)
+    dt, A = np.full((batch, seqlen, 2), 0.1, "f"), -np.ones(2, "f")
+    return {"X": X, "dt": dt, "A": A, "B": B, "C": B}
+
+
+def conv_inputs(batch: int, seqlen: int) -> dict:
+    return {"x": draw(batch, 8, seqlen), "weight": draw(8, 4)}
+
+
+OPERATORS = {
+    "selective_scan": (scan_inputs, "last_state", (3, 4)),
+    "ssd_chunk_scan": (ssd_inputs, "final_states", (2, 8, 8)),
+    "dw_causal_conv": (conv_inputs, "final_state", (8, 3)),
+}
+OVER_TIME = ("u", "delta", "B", "C", "X", "dt", "x")
+
+
+@pytest.mark.parametrize("seqlen", [8, 600])
+@pytest.mark.parametrize("op", OPERATORS)
+def test_a_row_without_a_step_has_no_state(op, seqlen):
+    inputs_of, name, shape = OPERATORS[op]
+    inputs = inputs_of(2, seqlen)
+    fwd = getattr(ssm_kernels, f"{op}_fwd")
+    ids = np.repeat([[-1], [0]], seqlen, axis=1).astype(np.int32)
+    around = np.full((3, *shape), 7, "f")  # the one state lies between others
+    y = np.full_like(next(iter(inputs.values())), np.nan)
+    fwd(**inputs, seq_idx=ids, state_per_sequence=True, y=y, **{name: around[1:2]})
+    alone = {n: v[1:] if n in OVER_TIME else v for n, v in inputs.items()}
+    want_y, want = np.full_like(y[1:], np.nan), np.full((1, *shape), np.nan, "f")
+    fwd(**alone, y=want_y, **{name: want})
+    assert (around[::2] == 7).all()
+    np.testing.assert_allclose(around[1:2], want, 1e-5, 1e-5)
+    np.testing.assert_allclose(y[1:], want_y, 1e-5, 1e-5)
+    assert not y[0].any()
+
+
+def test_the_gradient_of_the_first_of_the_last_states():
+    inputs, cut = scan_inputs(1, 12), 5
+    ids = np.repeat([0, 1], [cut, 12 - cut])[None].astype(np.int32)
+    initial, dlast, dy = draw(2, 3, 4), draw(2, 3, 4) + 1, draw(1, 3, 12)
+
+    def gradients(seqlen: int, states: int, **packing) -> dict:
+        given = {n: v[..., :seqlen] if n in OVER_TIME else v for n, v in inputs.items()}
+        given |= packing | {"initial_state": initial[:states]}
+        out = {n: np.full_like(given[n], np.nan) for n in ("u", "delta", "initial_state")}
+        checkpoints = np.full((1, 1, 4, 3), np.nan, "f")
+        y = np.empty_like(given["u"])
+        last = np.empty_like(given["initial_state"])
+        ssm_kernels.selective_scan_fwd(**given, y=y, last_state=last, checkpoints=checkpoints)
+        ssm_kernels.selective_scan_bwd(
+            **given,
+            checkpoints=checkpoints,
+            dy=dy[..., :seqlen],
+            dlast_state=dlast[:states],
+            **{f"d{n}": gradient for n, gradient in out.items()},
+            **{f"d{n}": np.empty_like(given[n]) for n in "ABC"},
+        )
+        return out
+
+    got, want = gradients(12, 2, seq_idx=ids, state_per_sequence=True), gradients(cut, 1)
+    for name in ("u", "delta"):
+        np.testing.assert_allclose(got[name][..., :cut], want[name], 1e-5, 1e-5, err_msg=name)
+    np.testing.assert_allclose(got["initial_state"][:1], want["initial_state"], 1e-5, 1e-5)
