@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from ssm.modules.attention import MHA
 from ssm.modules.block import Block
 from ssm.modules.mamba1 import Mamba1
 from ssm.modules.mlp import GatedMLP
-from ssm.modules.norm import RMSNorm
+from ssm.modules.norm import RMSNorm, add_norm
+from ssm.modules.parallel import ParallelMixer
 
 DIM = 6
 
@@ -98,6 +100,16 @@ def test_a_stream_of_another_dtype_than_the_weights(residual_in_fp32, dtype):
     torch.testing.assert_close(found[0][0], found[1][0], rtol=2**-6, atol=2**-6)
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_an_unfused_norm_reads_the_sum_unrounded(affine):
+    """A stream far from zero, in which bfloat16 would lose what is added."""
+    x, stream = torch.randn(3, DIM).bfloat16(), 100 + torch.randn(3, DIM)
+    norm = nn.LayerNorm(DIM, elementwise_affine=affine)
+    normed, total = add_norm(norm, x, stream, fused=False, residual_in_fp32=True)
+    assert torch.equal(total, x.float() + stream)
+    assert torch.equal(normed, norm(total).bfloat16())
+
+
 def test_arguments_reach_the_mixer():
     block = Block(DIM, Twice)
     block(torch.zeros(1, 1, DIM), inference_params="params", seq_idx="ids")
@@ -110,6 +122,15 @@ def test_allocates_the_state_of_the_mixer():
     assert conv_state.shape == (2, 12, 4)
     assert conv_state.dtype == torch.bfloat16
     assert ssm_state.shape == (2, 12, 3)
+
+
+def test_allocates_the_states_of_all_mixers_there_are():
+    mlp_alone = Block(DIM, nn.Identity, partial(GatedMLP, hidden_features=1))
+    assert mlp_alone.allocate_inference_cache(2, 9) == ()
+    attention = partial(MHA, num_heads=2, causal=True)
+    pair = Block(DIM, partial(ParallelMixer, ssm_cls=Mamba1, attention_cls=attention))
+    shapes = [tuple(state.shape) for state in pair.allocate_inference_cache(2, 9)]
+    assert shapes == [(2, 12, 4), (2, 12, 16), (2, 9, 2, 2, 3), (2,)]
 
 
 def test_keys_are_those_of_state_spaces():

@@ -140,8 +140,27 @@ def test_whatever_is_more_than_a_product_is_called(change):
     assert_close("doubled", got, want, CLOSE)
 
 
+def test_a_global_hook_of_the_backward_fires():
+    linear, fired = nn.Linear(512, 1024), []
+    hook = torch.nn.modules.module.register_module_full_backward_pre_hook
+    handle = hook(lambda module, gradient: fired.append(module))
+    try:
+        projection.project(linear, torch.randn(1, 512, requires_grad=True)).sum().backward()
+    finally:
+        handle.remove()
+    assert fired == [linear]
+
+
+@pytest.mark.parametrize("kind", ["full_backward_hook", "full_backward_pre_hook"])
+def test_hooks_of_the_backward_fire(kind):
+    linear, fired = nn.Linear(512, 1024), []
+    getattr(linear, f"register_{kind}")(lambda *_: fired.append(kind))
+    projection.project(linear, torch.randn(3, 512, requires_grad=True)).sum().backward()
+    assert fired == [kind]
+
+
 @pytest.mark.parametrize("wanted", [(1, 1, 1), (0, 1, 1), (1, 0, 0), (0, 0, 1)])
-@pytest.mark.parametrize("lead", [(1,), (2, 3, 1), (2, 5)], ids=lambda lead: str(lead))
+@pytest.mark.parametrize("lead", [(), (1,), (2, 3, 1), (2, 5)], ids=lambda lead: str(lead))
 def test_gradients(lead, wanted, called):
     """First and second ones, against those of torch in float64."""
     linear = nn.Linear(512, 1024)

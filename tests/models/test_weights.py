@@ -322,6 +322,19 @@ def test_failed_shard_leaves_the_old_checkpoint(saved, monkeypatch):
     assert {p.name: p.read_bytes() for p in path.iterdir()} == before
 
 
+def test_interrupted_save_leaves_no_old_weights_beside_new_ones(saved, monkeypatch):
+    path, m = saved
+
+    def interrupt(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        m.save_pretrained(path, max_shard_size="2KB")
+    with pytest.raises(FileNotFoundError):
+        MambaLMHeadModel.from_pretrained(path)
+
+
 def copied(m):
     return pickle.loads(pickle.dumps(m))
 

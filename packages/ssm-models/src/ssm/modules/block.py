@@ -108,8 +108,12 @@ class Block(nn.Module):
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs
     ) -> tuple[Tensor, ...]:
-        """Return the zero state of the mixer; see there for shapes."""
-        return self.mixer.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)
+        """Return the zero state of the mixer, of both of a parallel pair; see there for shapes."""
+        caches = (
+            mixer.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)
+            for mixer in self.mixers()
+        )
+        return tuple(tensor for cache in caches for tensor in cache)
 
     def _multiply(self, hidden_states):
         if self.residual_multiplier == 1:

@@ -18,7 +18,7 @@ _FEW_ROWS = 4
 # Parts of a weight, for the threads; more than two gain nothing where there are two.
 _PARTS = (8, 4, 2)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS[:3])
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 
 
 def project(linear: nn.Module, x: Tensor) -> Tensor:
@@ -91,10 +91,10 @@ class _Product(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        rows = dy.flatten(0, -2)
+        rows = dy.reshape(-1, dy.shape[-1])
         return (
             dy @ weight if wants_x else None,
-            rows.t() @ x.flatten(0, -2) if wants_weight else None,
+            rows.t() @ x.reshape(-1, x.shape[-1]) if wants_weight else None,
             rows.sum(0) if wants_bias else None,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 
@@ -41,13 +41,18 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     write_files({path: write})
 
 
-def write_files(writes: Mapping[Path, Callable[[Path], object]]) -> None:
+def write_files(
+    writes: Mapping[Path, Callable[[Path], object]], replaced: Iterable[Path] = ()
+) -> None:
     """Make several files, none of which is renamed before all are written.
 
     So a write that fails leaves all of the old files, and not a mixture of old and new ones.
 
     Args:
         writes: file to make -> what makes the file that it is given the name of.
+        replaced: files that those under other names replace. They are removed before the others
+            get their names: whoever is interrupted leaves too little to be read, never the old
+            weights beside the new ones.
 
     Raises:
         OSError: as a ``write`` raises it; the temporary files are removed.
@@ -63,6 +68,8 @@ def write_files(writes: Mapping[Path, Callable[[Path], object]]) -> None:
             temporary.chmod(mode)
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
+        for path in replaced:
+            path.unlink()
         for path, temporary in made.items():
             os.replace(temporary, path)
     finally:

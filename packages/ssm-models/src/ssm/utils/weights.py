@@ -175,10 +175,9 @@ def save_pretrained(
         key = "dtype" if "dtype" in values else "torch_dtype"
         values[key] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     writes[CONFIG_FILE] = partial(_write_json, values)
-    write_files({directory / name: write for name, write in writes.items()})
-    for path in directory.iterdir():
-        if OURS.fullmatch(path.name) and path.name not in writes:
-            path.unlink()
+    held = (path for path in directory.iterdir() if OURS.fullmatch(path.name))
+    replaced = [path for path in held if path.name not in writes]
+    write_files({directory / name: write for name, write in writes.items()}, replaced)
 
 
 def build_on_meta(cls, checkpoint: Checkpoint):
