@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from ssm import ops
-from ssm.distributed import ContextOperators, own_steps
+from ssm.distributed import ContextOperators, copy_parameters, own_steps, sum_gradients
 from ssm.distributed.collectives import gathered, rank_of, summed
 from ssm.models.config import MambaConfig
 from ssm.models.lm import MambaLMHeadModel
@@ -216,7 +217,7 @@ def mixers():
         Mamba2(4, headdim=4, ngroups=2, bias=True, d_ssm=8, expand=4, **settings),
         Mamba2(4, headdim=4, rmsnorm=False, d_conv=1, **settings),
         MHA(4, 2, 1, d_conv=3, rotary_emb_dim=2, causal=True, dtype=torch.float64),
-        MHA(4, 2, dtype=torch.float64),
+        MHA(4, 2, softmax_scale=3.0, dtype=torch.float64),
     ]
 
 
@@ -336,6 +337,29 @@ def case_determinism(group):
         assert torch.equal(every_last[0], every_last[1])
     for first, second in zip(*found, strict=True):
         assert torch.equal(first, second)
+
+
+def case_a_sum_leaves_its_parts(group):
+    x = torch.ones(3)
+    assert summed(x, group).tolist() == [2, 2, 2]
+    assert x.tolist() == [1, 1, 1]
+
+
+def case_parameters_and_gradients(group):
+    """Buffers are copied as parameters are; a gradient that is missing counts as zeros."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    tensors = [*model.parameters(), *model.buffers()]
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.fill_(rank_of(group))
+    copy_parameters(model, group)
+    assert not any(tensor.any() for tensor in tensors)
+    model[0].requires_grad_(False)
+    model[1].weight.grad = torch.ones(2)
+    sum_gradients(model, group)
+    assert model[0].weight.grad is None
+    assert model[1].weight.grad.tolist() == [2, 2]
+    assert model[1].bias.grad.tolist() == [0, 0]
 
 
 def case_training(group):

@@ -16,8 +16,9 @@ from ssm.distributed import (
     gather_state_dict,
     shard_state_dict,
 )
-from ssm.distributed.collectives import gathered, rank_of
+from ssm.distributed.collectives import gathered, rank_of, same_random_state
 from ssm.distributed.layout import shards_of
+from ssm.distributed.norm import gated_rms_norm
 from ssm.models.config import MambaConfig
 from ssm.models.lm import MambaLMHeadModel
 from ssm.modules.attention import MHA
@@ -25,6 +26,7 @@ from ssm.modules.mamba2 import Mamba2
 from ssm.modules.mlp import GatedMLP
 from ssm.seq_meta import SeqMeta
 
+RANKS = {"part_of_a_group_on_more_ranks": (4,), "seeds_of_a_part_of_the_ranks": (3,)}
 D_MODEL, BATCH, LENGTH = 8, 2, 6
 SIZES = {"d_state": 3, "headdim": 4, "chunk_size": 3}
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
@@ -86,7 +88,7 @@ OPTIONS = {
     "bias_and_mlp": {"ngroups": 2, "bias": True, "d_ssm": 8, "D_has_hdim": True},
     "norm_first": {"ngroups": 4, "norm_before_gate": True, "conv_bias": False},
     "no_norm": {"ngroups": 2, "rmsnorm": False, "dt_limit": (0.01, 0.05)},
-    "one_group": {"ngroups": 1, "bias": True},
+    "one_group": {"ngroups": 1, "bias": True, "norm_eps": 0.5},
     "one_group_norm_first": {"ngroups": 1, "norm_before_gate": True},
     "one_group_no_norm": {"ngroups": 1, "rmsnorm": False},
 }
@@ -106,6 +108,33 @@ def case_mixer_float32(group):
     for parallel in (False, True):
         check_mixer(group, parallel, torch.float32, **OPTIONS["plain"])
         check_mixer(group, parallel, torch.float32, **OPTIONS["one_group"])
+
+
+def case_part_of_a_group_on_more_ranks(group):
+    """Two groups on four ranks: two neighbours share each."""
+    for sequence_parallel in (False, True):
+        for norm_before_gate in (False, True):
+            options = {"ngroups": 2, "bias": True, "norm_before_gate": norm_before_gate}
+            whole, parallel = check_mixer(group, sequence_parallel, **options)
+    for name, tensor in gather_state_dict(parallel).items():
+        assert torch.equal(tensor, whole.state_dict()[name]), name
+
+
+def case_shared_norm_in_float16(group):
+    """Squares that are more than float16 can hold."""
+    x, weight = torch.full((3, 4), 300.0).half(), torch.ones(4).half()
+    options = {"eps": 1e-5, "norm_before_gate": True, "width": 8, "slot": 0, "slots": 1}
+    y = gated_rms_norm(x, weight, None, **options, group=group)
+    assert y.dtype == torch.float16
+    assert (y == 1).all()
+
+
+def case_marks(group):
+    """Those by which an optimizer spares parameters from weight decay."""
+    whole, parallel = pair(Mamba2, group, **SIZES)
+    for name, parameter in whole.named_parameters():
+        marked = getattr(parallel.get_parameter(name), "_no_weight_decay", False)
+        assert marked == getattr(parameter, "_no_weight_decay", False), name
 
 
 def case_round_trip(group):
@@ -145,6 +174,16 @@ def case_own_seeds(group):
             assert torch.equal(tensor, alone.state_dict()[name]), name
     heads = gathered(parallel.A_log.detach(), group)
     assert not torch.equal(heads[0], heads[1])
+
+
+def case_seeds_of_a_part_of_the_ranks(group):
+    """The first of the part decides, which is not the first of all."""
+    part = dist.new_group([1, 2])
+    if rank_of(group) == 0:
+        return
+    torch.manual_seed(rank_of(group))
+    same_random_state(part)
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(1)))
 
 
 def case_mixer_states(group):
@@ -304,6 +343,22 @@ def case_options_of_published_hybrids(group):
         for logits in (want, got):
             logits.square().sum().backward()
         check_gradients(whole, parallel)
+
+
+def case_norms_of_a_loaded_model(group):
+    """Other parameters in the place of those that the model was made with."""
+    torch.manual_seed(5)
+    whole = MambaLMHeadModel(config(), dtype=torch.float64)
+    torch.manual_seed(5)
+    parallel = MambaLMHeadModel(
+        config(), dtype=torch.float64, process_group=group, sequence_parallel=True
+    )
+    copies = {name: tensor.clone() for name, tensor in parallel.state_dict().items()}
+    parallel.load_state_dict(copies, assign=True)
+    ids = torch.randint(16, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
+    for model in (whole, parallel):
+        model(ids).logits.square().sum().backward()
+    check_gradients(whole, parallel)
 
 
 def refuses(kind, text, function, *args, **kwargs):

@@ -438,6 +438,29 @@ def test_cache_of_another_dtype():
     assert (got - want).abs().max() < 3 * 2**-8 * want.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("rows", "layout"),
+    [
+        (2, {"seq_idx": torch.tensor([[0, 0, 1, 1, 1, 2, 2], [0, 0, 0, 0, 1, 1, 1]])}),
+        (2, {"cu_seqlens": torch.tensor([0, 7, 14])}),
+        # One long sequence among short ones: each is attended to by itself.
+        (6, {"cu_seqlens": torch.tensor([0, 1, 2, 7, 12, 13, 14])}),
+        (8, {"cu_seqlens": torch.tensor([0, 0, 0, 0, 0, 0, 0, 7, 8])}),
+    ],
+)
+def test_packed_sequences_in_a_cache_of_another_dtype(rows, layout, dtype):
+    m, x = mha(dtype=torch.float32), inputs(dtype=torch.float32)
+    state = m.allocate_state(rows, dtype=dtype)
+    with torch.no_grad():
+        got = m(x, state=state, **layout)
+        want = m(x, state=m.allocate_state(rows), **layout)
+    assert state.key_value_memory_dict[0][0].dtype == dtype
+    assert got.dtype == torch.float32
+    # Keys, values and the window are rounded once to 8 bits.
+    assert (got - want).abs().max() < 3 * 2**-8 * want.abs().max()
+
+
 def test_state_clone_is_independent():
     m = mha()
     state = m.allocate_state(2)

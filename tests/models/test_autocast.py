@@ -17,6 +17,7 @@ from ssm.models.config import MambaConfig
 from ssm.models.lm import MambaLMHeadModel
 from ssm.modules.mamba1 import Mamba1
 from ssm.modules.mamba2 import Mamba2
+from ssm.modules.precision import DeltaProjection
 from ssm.ops.python import reference
 from ssm.utils import dispatch
 from tests.cases import CASES
@@ -167,3 +168,12 @@ def test_steps_under_autocast_follow_the_scan(layer):
     # Both round projections to bfloat16, whose unit is 2^-8, but in other places.
     torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=2**-5, atol=2**-5)
     assert {t.dtype for t in state.key_value_memory_dict[0]} == {torch.float32}
+
+
+def test_step_sizes_are_not_narrowed():
+    projection = DeltaProjection(4, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        projection.bias.copy_(torch.linspace(-5, 5, 8))
+        got = projection(torch.zeros(3, 4))
+    assert got.dtype == torch.float32
+    assert torch.equal(got, projection.bias.expand(3, -1))

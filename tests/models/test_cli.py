@@ -28,6 +28,19 @@ def checkpoint(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    """A checkpoint whose next token depends on all before it."""
+    path = tmp_path_factory.mktemp("talker")
+    torch.manual_seed(0)
+    config = MambaConfig(d_model=8, n_layer=2, vocab_size=256, tie_embeddings=False)
+    model = MambaLMHeadModel(config, {"initializer_range": 1.0})
+    with torch.no_grad():
+        model.lm_head.weight *= 8
+    model.save_pretrained(path)
+    return path
+
+
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"
@@ -82,6 +95,15 @@ def test_generate_streams_what_the_library_generates(checkpoint, capsys):
     assert result["tokens_per_second"] > 0
 
 
+def test_generate_ends_with_what_is_left_of_a_character(checkpoint, capsys, monkeypatch):
+    tokens = [torch.tensor([97]), torch.tensor([0xC3])]  # the second begins a character
+    monkeypatch.setattr(MambaLMHeadModel, "stream", lambda *_, **__: iter(tokens))
+    assert run("generate", "--model", checkpoint, "--prompt", "x") == 0
+    assert capsys.readouterr().out == "xa\ufffd\n"
+    assert run("generate", "--model", checkpoint, "--prompt", "x", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["text"] == "a\ufffd"
+
+
 def test_greedy_in_every_dtype(checkpoint, capsys):
     for dtype in ("auto", "float64", "bfloat16"):
         options = ["--temperature", 0, "--max-new-tokens", 3, "--dtype", dtype]
@@ -89,18 +111,37 @@ def test_greedy_in_every_dtype(checkpoint, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_chat_answers_each_line_from_one_state(checkpoint, capsys, monkeypatch):
-    options = ["--max-new-tokens", 4, "--temperature", 0, "--stop", ""]
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_chat_answers_each_line_from_one_state(talker, capsys, monkeypatch, temperature):
+    options = ["--max-new-tokens", 4, "--temperature", temperature, "--top-p", 0, "--stop", ""]
+    lines = ["hello\n", "you\n", "all\n"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(lines)))
+    assert run("chat", "--model", talker, *options, "--seed", 5) == 0
+    model, vocabulary = MambaLMHeadModel.from_pretrained(talker), ByteVocabulary()
+    settings = {"top_k": 0, "temperature": temperature}
+    settings["generator"] = torch.Generator().manual_seed(5)
+    history, want = vocabulary.encode(""), ""
+    for line in lines:
+        history = torch.cat([history, vocabulary.encode(line)])
+        history = model.generate(history[None], max_new_tokens=4, **settings)[0]
+        answer = vocabulary.decode(history[-4:])
+        want += answer if answer.endswith("\n") else answer + "\n"
+    assert capsys.readouterr().out == want
+
+
+def test_chat_feeds_the_last_token_of_an_answer_with_the_next_line(talker, capsys, monkeypatch):
+    stream, heard, said = MambaLMHeadModel.stream, [], []
+
+    def listening(self, ids, **settings):
+        heard.append(ids[0].tolist())
+        for token in stream(self, ids, **settings):
+            said.append(int(token))
+            yield token
+
+    monkeypatch.setattr(MambaLMHeadModel, "stream", listening)
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\nyou\n"))
-    assert run("chat", "--model", checkpoint, *options) == 0
-    out = capsys.readouterr().out
-    model, vocabulary = MambaLMHeadModel.from_pretrained(checkpoint), ByteVocabulary()
-    history = vocabulary.encode("hello\n")
-    first = model.generate(history[None], max_new_tokens=4)[0]
-    history = torch.cat([first, vocabulary.encode("you\n")])
-    second = model.generate(history[None], max_new_tokens=4)[0]
-    answers = [vocabulary.decode(first[-4:]), vocabulary.decode(second[-4:])]
-    assert out == "".join(a if a.endswith("\n") else a + "\n" for a in answers)
+    assert run("chat", "--model", talker, "--max-new-tokens", 4, "--temperature", 0) == 0
+    assert heard == [list(b"hello\n"), [said[3], *b"you\n"]]
 
 
 def test_chat_stops_at_the_stop_text(checkpoint, capsys, monkeypatch):

@@ -420,6 +420,15 @@ def test_layer_norm_fn_dropout():
     assert mask1 is None
 
 
+def test_what_dropout_drops_may_be_infinite():
+    x = torch.full((50, 4), torch.inf)
+    _, total, mask, _ = mamba_ssm.layer_norm_fn(
+        x, torch.ones(4), None, dropout_p=0.5, prenorm=True, return_dropout_mask=True
+    )
+    assert 0 < mask.float().mean() < 1
+    assert torch.equal(total, torch.where(mask, torch.inf, 0.0))
+
+
 @pytest.mark.parametrize("residual_in_fp32", [False, True])
 @pytest.mark.parametrize("residual", [None, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("extras", [False, True])

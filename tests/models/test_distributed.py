@@ -23,7 +23,7 @@ def wanted(ranks: int):
     return [pytest.param(ranks, name, id=f"{name}-{ranks}") for name in cases_of(MODULES, ranks)]
 
 
-@pytest.mark.parametrize(("ranks", "name"), [*wanted(2), *wanted(3)])
+@pytest.mark.parametrize(("ranks", "name"), [*wanted(2), *wanted(3), *wanted(4)])
 def test_ranks_equal_one_process(ranks, name):
     message = results(ranks)[name]
     assert not message, message

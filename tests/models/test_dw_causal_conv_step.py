@@ -99,6 +99,18 @@ def test_gradients_come_from_the_reference():
     assert torch.equal(found, want)
 
 
+def test_a_step_with_gradients_knows_the_place_in_a_circular_window():
+    arguments = make_tensors(ConvStepCase("circular", 2, 3, 4), 7)
+    arguments["conv_state"] = torch.randn(2, 3, 4, dtype=torch.float64)
+    arguments["cache_seqlens"] = torch.tensor([5, 2], dtype=torch.int32)
+    twin = {**arguments, "conv_state": arguments["conv_state"].clone()}
+    twin["weight"] = arguments["weight"].clone().requires_grad_()
+    want, got = ops.dw_causal_conv_step(**arguments), ops.dw_causal_conv_step(**twin)
+    assert got.requires_grad
+    assert_close("y", got, want, TOLERANCES[OP, "float64"])
+    assert torch.equal(twin["conv_state"], arguments["conv_state"])
+
+
 REJECTED = {
     "x_dtype": (
         {"x": torch.zeros(2, 3).int()},

@@ -93,6 +93,16 @@ def test_a_residual_of_another_dtype(residual_in_fp32):
         torch.testing.assert_close(gradient, want[name], rtol=2e-2, atol=2e-2)
 
 
+def test_gradient_of_a_wider_residual_is_not_rounded_to_the_dtype_of_x():
+    x, residual = torch.randn(5, 16).bfloat16(), torch.randn(5, 16, requires_grad=True)
+    weight, gradients = torch.randn(16), (torch.randn(5, 16).bfloat16(), torch.randn(5, 16))
+    got, want = (
+        torch.autograd.grad(function(x, weight, None, residual), residual, gradients)[0]
+        for function in (ops.fused_layer_norm, reference.fused_layer_norm)
+    )
+    assert_close("residual", got, want, TOLERANCES[f"{OP}_bwd", "float32"])
+
+
 @pytest.mark.parametrize("prenorm", [True, False])
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_gradcheck(case, prenorm):

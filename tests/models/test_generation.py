@@ -80,6 +80,15 @@ def test_finished_rows_emit_pad_and_all_finished_stops(model):
     assert alone.shape[1] == 4 + free[0].index(eos[0]) + 1
 
 
+def test_the_first_end_serves_as_pad(model):
+    ids = prompts()
+    end = int(model.generate(ids, max_new_tokens=1)[0, 4])
+    other = (end + 1) % VOCAB
+    for ends in ([end, other], [other, end]):
+        got = model.generate(ids, max_new_tokens=6, eos_token_id=ends)
+        assert set(got[0, 5:].tolist()) == {ends[0]}
+
+
 def test_streaming_equals_not_streaming(model):
     ids = prompts()
     settings = {"max_new_tokens": 5, "top_k": 0, "temperature": 2.0, "seed": 3}
@@ -123,6 +132,7 @@ def test_streamer_of_transformers(model):
     assert not refused.parts
     model.generate(ids, max_new_tokens=0, streamer=refused)
     assert len(refused.parts) == 1
+    assert refused.ended
 
 
 @pytest.mark.parametrize("temperature", [1e-38, 1e-300])
@@ -216,6 +226,12 @@ def test_teacher_outputs_are_forced(model):
     assert out.sequences[:, 6:].tolist() == [greedy(model, row, 2)[6:] for row in teacher]
 
 
+def test_teacher_outputs_under_the_prompt_are_not_read(model):
+    teacher = torch.cat([torch.full((3, 4), -100), prompts(3, 2)], 1)
+    got = model.generate(prompts(), max_new_tokens=4, teacher_outputs=teacher)
+    assert torch.equal(got[:, 4:6], teacher[:, 4:])
+
+
 def test_repetition_penalty_counts_taught_tokens(model):
     ids = prompts(2)
     teacher = torch.cat([ids, prompts(2, 3)], 1)
@@ -281,6 +297,8 @@ def support(probabilities, draws=400, **settings):
         ({"top_k": 0, "min_p": 0.7}, {0, 2}),
         ({"top_k": 0, "min_p": 0.4}, {0, 1, 2}),
         ({"top_k": 2, "min_p": 0.4}, {0, 2}),
+        # Of the two tokens that are left the first has 4/7 of the mass; of all, 0.4 would not do.
+        ({"top_k": 2, "top_p": 0.5}, {0}),
         ({"top_k": 0, "min_p": 1.0}, {0}),
     ],
 )
@@ -385,8 +403,11 @@ def test_rejects_bad_arguments(model, settings, message):
 def test_rejects_bad_inputs(model):
     with pytest.raises(ValueError, match=r"input_ids must have shape \(B, L\) with L > 0"):
         model.generate(torch.zeros(1, 0, dtype=torch.long), max_length=3)
-    with pytest.raises(ValueError, match="state must hold 3 rows, got 1"):
-        model.generate(prompts(), max_length=9, state=model.allocate_state(1))
+    for rows in (1, 4):
+        state = model.allocate_state(rows)
+        for run in (model.generate, model.stream):
+            with pytest.raises(ValueError, match=f"generate: state must hold 3 rows, got {rows}"):
+                run(prompts(), max_length=9, state=state)
     with pytest.raises(TypeError, match="num_beams"):
         model.generate(prompts(), max_length=9, num_beams=2)
     with pytest.raises(TypeError, match=r"eos_token_id must be an int or a list of int, got '[.]'"):

@@ -542,6 +542,20 @@ def test_a_state_is_continued_and_its_limit_checked_before_anything_runs():
         assert state.key_value_memory_dict[1][-1].tolist() == [9, 9]
 
 
+def test_generation_needs_the_room_of_the_longest_row():
+    m, ids = model(sharp=True), tokens(2, 4)
+    mask = torch.tensor([[0, 0, 0, 1], [0, 1, 1, 1]]).bool()
+    state = m.allocate_state(2, max_seqlen=7)
+    with pytest.raises(ValueError, match="generate: state must have room for 8 tokens"):
+        m.stream(ids, max_new_tokens=6, state=state, attention_mask=mask)
+    # The last of the new tokens is not fed, and padding needs no room.
+    m.generate(ids, max_new_tokens=3, state=state, attention_mask=mask)
+    assert state.key_value_memory_dict[1][-1].tolist() == [3, 5]
+    # 3 + 3 + 1 and 5 + 1 + 1 tokens: the row that holds most is not the one that is fed most.
+    m.generate(ids, max_new_tokens=2, state=state, attention_mask=mask.flip(0))
+    assert state.key_value_memory_dict[1][-1].tolist() == [7, 7]
+
+
 def test_sampling_is_the_same_in_a_batch_of_equal_rows():
     m, ids = model(sharp=True), tokens(1, 4)
     settings = {"max_new_tokens": 5, "top_k": 0, "temperature": 2.0, "seed": 3}

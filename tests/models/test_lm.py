@@ -191,6 +191,22 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
     assert len(calls) == 8
 
 
+@pytest.mark.parametrize("shape", [{}, MAMBA2])
+def test_gradient_checkpointing_leaves_calls_with_a_state_alone(shape):
+    """A state has moved on by the time the backward would compute a layer again."""
+    m, ids = model(**shape), tokens()
+
+    def gradients():
+        state = m.allocate_state(2)
+        loss = sum(m(part, state=state).logits.square().sum() for part in ids.split(2, dim=1))
+        return torch.autograd.grad(loss, m.parameters())
+
+    want = gradients()
+    m.gradient_checkpointing_enable()
+    for a, b in zip(gradients(), want, strict=True):
+        close(a, b)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_parameter_learns(shape):
     m, ids = model(**{**shape, "d_intermediate": 4}), tokens(2, 8)
@@ -267,3 +283,12 @@ def test_rejects_bad_inputs():
         m(ids, inference_params=State(), state=State())
     with pytest.raises(TypeError, match="unexpected keyword argument 'past_key_values'"):
         m(ids, past_key_values=None)
+
+
+def test_a_refused_token_leaves_the_offset_alone():
+    m = model()
+    state = m.allocate_state(2)
+    m(tokens(2, 3), state=state)
+    with pytest.raises(ValueError, match="input_ids must lie in"):
+        m(torch.full((2, 3), 99), state=state)
+    assert state.seqlen_offset == 3

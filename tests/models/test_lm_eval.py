@@ -126,6 +126,44 @@ def test_generation_stops_before_the_stop(adapter):
     assert stop not in lm.generate_until([asked("To be", sampled)])[0]
 
 
+class Pieces:
+    """A tokenizer whose tokens are numbers of given texts, of which the first ends an answer."""
+
+    eos_token_id = 0
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def encode(self, text):
+        return torch.ones(len(text), dtype=torch.int64)
+
+    def decoder(self):
+        return self
+
+    def push(self, token):
+        return self.texts[token]
+
+    def flush(self):
+        return ""
+
+
+@pytest.mark.parametrize(
+    ("pieces", "until", "answer"),
+    [
+        # The last piece holds both stops; the one that begins first counts.
+        (["one", " two. three\n"], ["\n", "."], "one two"),
+        (["one", " two. three\n"], [".", "\n"], "one two"),
+        (["one", " two"], [], "one two"),
+    ],
+)
+def test_where_an_answer_ends(adapter, model, monkeypatch, pieces, until, answer):
+    lm = adapter.module.SSMLM(model, tokenizer=Pieces(["<end>", *pieces]))
+    tokens = [*range(1, len(pieces) + 1), 0]
+    stream = [torch.tensor([token]) for token in tokens]
+    monkeypatch.setattr(MambaLMHeadModel, "stream", lambda *_, **__: iter(stream))
+    assert lm.generate_until([asked("x", {"until": until})]) == [answer]
+
+
 def test_checkpoint_and_registration(adapter, model, tmp_path):
     model.save_pretrained(tmp_path)
     adapter.module.register()

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from ssm.models.config import MambaConfig
 from ssm.models.lm import MambaLMHeadModel
 from ssm.utils.safetensors_file import SafetensorsFile
+from ssm.utils.saving import parse_size
 
 LARGE = MambaConfig(d_model=512, n_layer=8, vocab_size=4096, ssm_cfg={"layer": "Mamba2"})
 
@@ -43,6 +44,34 @@ def test_shards(tmp_path, format):
         assert torch.equal(again.state_dict()[name], value)
     model.save_pretrained(tmp_path, format=format)
     assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("3KB", 3000), ("2MB", 2 * 10**6), ("5GB", 5 * 10**9), ("1.5 KiB", 1536), ("1mib", 2**20)],
+)
+def test_units_of_shards(text, size):
+    assert parse_size(text) == size
+
+
+def test_tensors_of_a_pickle_become_tensors_of_their_own(tmp_path):
+    config = MambaConfig(d_model=8, n_layer=1, vocab_size=16, tie_embeddings=False)
+    model = MambaLMHeadModel(config)
+    model.save_pretrained(tmp_path, format="mamba_ssm")
+    tensors = model.state_dict()
+    # Two names of one storage, and a part of a larger one.
+    tensors["lm_head.weight"] = tensors["backbone.embedding.weight"]
+    name = "backbone.layers.0.mixer.D"
+    tensors[name] = torch.arange(100.0)[: len(tensors[name])]
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    found = load(tmp_path)
+    for key, value in found.state_dict().items():
+        assert torch.equal(value, tensors[key])
+        held = value.untyped_storage().nbytes()
+        assert held == value.nbytes
+    with torch.no_grad():
+        found.lm_head.weight.zero_()
+    assert torch.equal(found.backbone.embedding.weight, tensors["backbone.embedding.weight"])
 
 
 def test_parts_of_a_file_and_tensors_without_elements(tmp_path):

@@ -155,6 +155,14 @@ def test_the_step_size_limit_holds_in_single_steps():
     assert not torch.allclose(*outputs)
 
 
+@pytest.mark.parametrize("limit", [(0.5, float("inf")), (0.0, 0.01)])
+def test_a_limit_on_one_side_holds_in_steps_as_in_the_scan(limit):
+    m, x = mixer(dt_limit=limit), inputs()
+    state = m.allocate_state(2)
+    with torch.no_grad():
+        close(torch.cat([m(step, state=state) for step in x.split(1, dim=1)], 1), m(x))
+
+
 def test_the_compiled_operators_are_used_unless_forbidden(monkeypatch):
     from ssm.utils import dispatch
 

@@ -222,3 +222,22 @@ def test_protocol_of_mamba_ssm_with_gradients(kind):
         params.seqlen_offset += 2
     for a, b in zip(torch.autograd.grad(loss, m.parameters()), want, strict=True):
         close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("limit", "offset", "lengths", "message"),
+    [
+        (6, 3, None, "state must have room for 7 tokens per row, got 6"),
+        (20, 5, torch.tensor([5, -1]), "lengths_per_sample must not be negative, got -1"),
+    ],
+)
+def test_a_refused_call_of_the_protocol_forgets_nothing(limit, offset, lengths, message):
+    """Not even the tokens behind a smaller offset, which an accepted call would forget."""
+    m, params = model(**HYBRID), InferenceParams(limit, 2)
+    with torch.no_grad():
+        m(tokens(2, 5), inference_params=params)
+        params.seqlen_offset, params.lengths_per_sample = offset, lengths
+        before = contents(params)
+        with pytest.raises(ValueError, match=message):
+            m(tokens(2, 4), inference_params=params)
+    assert same(contents(params), before)

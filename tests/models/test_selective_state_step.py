@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssm import ops
 from ssm.ops.compiled import selective_state_step as compiled
@@ -151,6 +152,18 @@ def test_compile():
     got = run(function, arguments)
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[1], want[1])
+
+
+def test_results_without_data_have_the_strides_of_real_ones():
+    def strides(x, state):
+        A, B = x.new_ones(4, 2), x.new_ones(3, 2)
+        none = (None,) * 4
+        return torch.ops.ssm.selective_state_step(state, x, x, A, B, B, *none, True).stride()
+
+    x, state = torch.randn(4, 3).t(), torch.zeros(3, 4, 2)
+    with FakeTensorMode() as mode:
+        fake = strides(mode.from_tensor(x), mode.from_tensor(state))
+    assert fake == strides(x, state)
 
 
 @pytest.mark.parametrize("name", ["odd", "heads", "tokens", "heads_untied"])

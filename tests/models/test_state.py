@@ -189,6 +189,15 @@ def test_lengths_of_the_protocol_go_with_their_rows():
     assert state.to(torch.bfloat16).lengths_per_sample.dtype == torch.int64
 
 
+def test_lengths_of_the_protocol_are_no_tokens_of_a_cache():
+    """Numbers beyond the limit, which only the caller reads, are put in like any."""
+    state, other = counted(2), counted(1)
+    for one in (state, other):
+        one.lengths_per_sample = torch.full((len(one),), 100)
+    with torch.no_grad():
+        assert state.update([1], other).lengths_per_sample.tolist() == [100, 100]
+
+
 def test_casts_leave_integers_exact():
     state = State({0: (torch.ones(2, 3), torch.tensor([1001, 1003]))}, 2).to(torch.bfloat16)
     assert state.key_value_memory_dict[0][0].dtype == torch.bfloat16

@@ -124,6 +124,10 @@ def test_resume_refuses_another_run(tmp_path):
     resume(eval_every=3, checkpoint_every=1)
     with pytest.raises(ValueError, match=r"lr must be 0\.01 to resume .*, got 0\.1"):
         resume(lr=0.1)
+    other = {"steps": 7, "batch": 5, "seqlen": 5, "warmup": 1, "seed": 9}
+    for name, value in {**other, "weight_decay": 0.5, "grad_clip": 0.5}.items():
+        with pytest.raises(ValueError, match=f"{name} must be .* to resume .*, got {value}"):
+            resume(**{name: value})
     with pytest.raises(ValueError, match="text must be that of"):
         resume(text=TEXT[1:])
     with pytest.raises(ValueError, match="model must have the shape of"):
@@ -145,6 +149,13 @@ def test_evaluate_carries_the_state(chunk):
     # The logits are rounded to float32 before the loss.
     assert evaluate(m, TEXT, chunk=chunk) == pytest.approx(want, rel=1e-6)
     assert m.training
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_evaluate_restores_the_mode(mode):
+    m = model().train(mode)
+    evaluate(m, TEXT)
+    assert m.training is mode
 
 
 def test_what_decays():

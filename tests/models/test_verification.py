@@ -230,6 +230,25 @@ def test_keep_refuses_a_state_that_changed(model, change, k):
             assert got.dtype == want.dtype
 
 
+@pytest.mark.parametrize("k", [2, DRAFT])
+def test_keep_refuses_tensors_that_were_replaced(model, k):
+    state = model.allocate_state(BATCH)
+    verification = model.verify(tokens(), state)
+    # With gradients enabled rows are replaced, not overwritten: nothing wrote to the new tensors.
+    state.update([0], model.allocate_state(1))
+    with pytest.raises(ValueError, match="state must stay as verify found it until keep"):
+        verification.keep(k)
+
+
+def test_keep_does_not_overwrite_what_a_graph_holds(model):
+    state = model.allocate_state(BATCH)
+    model(tokens(length=SEEN), state=state)
+    loss = sum(t.square().sum() for t in tensors(state) if t.requires_grad)
+    with torch.no_grad():
+        model.verify(tokens(), state).keep(DRAFT)
+    loss.backward()
+
+
 @pytest.mark.parametrize(
     ("k", "error", "message"),
     [

@@ -90,10 +90,15 @@ class MixerModel(nn.Module):
         )
         self.norm_f = norm_class(config, **factory)(config.d_model)
         if self.sequence_parallel:
-            # The norms see this rank's tokens only, so their gradients are parts of a sum.
-            norms = [self.norm_f, *(norm for layer in self.layers for norm in layer.norms())]
-            for parameter in [p for norm in norms for p in norm.parameters()]:
-                parameter.register_hook(partial(summed, group=self.process_group))
+            self._sum_gradients_of_norms()
+
+    def _sum_gradients_of_norms(self) -> None:
+        """The norms see this rank's tokens only, so their gradients are parts of a sum."""
+        for norm in [self.norm_f, *(norm for layer in self.layers for norm in layer.norms())]:
+            for parameter in norm.parameters():
+                if parameter.requires_grad and not hasattr(parameter, "_sums_gradient"):
+                    parameter.register_hook(partial(summed, group=self.process_group))
+                    parameter._sums_gradient = True
 
     def forward(
         self, input_ids: Tensor, inference_params=None, seq_meta: SeqMeta | None = None, **kwargs
@@ -124,6 +129,8 @@ class MixerModel(nn.Module):
         if self.embedding_multiplier != 1:
             hidden_states = hidden_states * self.embedding_multiplier
         if self.sequence_parallel:
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                self._sum_gradients_of_norms()  # loading may have put others in their place
             ranks = self.process_group.size()
             if input_ids.numel() % ranks:
                 raise ValueError(
