@@ -221,7 +221,7 @@ def test_gradients_match_judge(case, dtype, layout):
     ],
     ids=str,
 )
-def test_judge_gradients_match_finite_differences(case):
+def test_gradient_judge_matches_finite_differences(case):
     arguments = make(case)
     given = with_gradients(arguments)
 

@@ -1,8 +1,6 @@
 """ssm_kernels.fused_layer_norm_fwd and _bwd.  Judge: float64 NumPy, the backward by hand."""
 
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -140,23 +138,8 @@ def test_grad_from_the_sum_equals_grad_from_its_terms():
         np.testing.assert_array_equal(got, want[name], err_msg=name)
 
 
-@pytest.mark.parametrize("isa", ssm_kernels.available_isas())
-def test_every_isa(isa):
-    if os.environ.get("SSM_ISA"):
-        pytest.skip("SSM_ISA is already forced")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-p", "no:cacheprovider"]
-    environment = {
-        **os.environ,
-        "SSM_ISA": isa,
-        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-    }
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-
-
-@pytest.mark.skipif(not os.environ.get("SSM_ISA"), reason="SSM_ISA is not forced")
-def test_isa_forced_is_isa_used():
-    assert ssm_kernels.active_isa() == os.environ["SSM_ISA"]
+def test_every_isa(on_other_isas):
+    on_other_isas(__file__)
 
 
 @pytest.mark.parametrize("dim", [*range(1, 20), 31, 32, 33, 63, 64, 65, 79, 80, 127, 129, 1000])

@@ -104,10 +104,17 @@ def test_generate_ends_with_what_is_left_of_a_character(checkpoint, capsys, monk
     assert json.loads(capsys.readouterr().out)["text"] == "a\ufffd"
 
 
-def test_greedy_in_every_dtype(checkpoint, capsys):
+def test_greedy_in_every_dtype(checkpoint, capsys, monkeypatch):
+    used, stream = [], MambaLMHeadModel.stream
+    monkeypatch.setattr(
+        MambaLMHeadModel,
+        "stream",
+        lambda model, *a, **k: used.append(model.lm_head.weight.dtype) or stream(model, *a, **k),
+    )
     for dtype in ("auto", "float64", "bfloat16"):
         options = ["--temperature", 0, "--max-new-tokens", 3, "--dtype", dtype]
         assert run("generate", "--model", checkpoint, *options) == 0
+    assert used == [torch.float32, torch.float64, torch.bfloat16]
     assert capsys.readouterr().err == ""
 
 

@@ -187,6 +187,9 @@ def test_rejects_with_the_sentences_of_the_reference():
             wrong += [{key: value.to(torch.int32)}, {key: value[..., None]}]
             if key != "x":
                 wrong.append({key: value[..., :-1]})
+    # More axes than kernels take are merged: as many rows of another shape are wrong still.
+    deep = {n: arguments[n].expand(1, 1, 1, 1, 2, *arguments[n].shape) for n in ("x", "z")}
+    wrong.append({**deep, "z": deep["z"].movedim(3, 4)})
     for change in wrong:
         sentences = []
         for function in (reference.gated_norm, compiled.gated_norm):

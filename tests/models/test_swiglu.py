@@ -164,6 +164,9 @@ def test_rejects_with_the_sentences_of_the_reference():
     for key, value in arguments.items():
         wrong += [{**arguments, key: value.int()}, {**arguments, key: value[..., None]}]
         wrong += [{**arguments, key: value[..., :-1]}]
+        # More axes than kernels take are merged: as many rows of another shape are wrong still.
+        many = {n: t.expand(1, 1, 1, 1, 2, *t.shape) for n, t in arguments.items()}
+        wrong += [{**many, key: many[key].movedim(3, 4)}]
     for values in wrong:
         sentences = []
         for function in (reference.swiglu, compiled.swiglu):

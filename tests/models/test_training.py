@@ -128,8 +128,9 @@ def test_resume_refuses_another_run(tmp_path):
     for name, value in {**other, "weight_decay": 0.5, "grad_clip": 0.5}.items():
         with pytest.raises(ValueError, match=f"{name} must be .* to resume .*, got {value}"):
             resume(**{name: value})
-    with pytest.raises(ValueError, match="text must be that of"):
-        resume(text=TEXT[1:])
+    for text in (TEXT[1:], torch.cat([TEXT[:-1], TEXT[-1:] ^ 1])):
+        with pytest.raises(ValueError, match="text must be that of"):
+            resume(text=text)
     with pytest.raises(ValueError, match="model must have the shape of"):
         resume(m=MambaLMHeadModel(MambaConfig(d_model=16, n_layer=1, vocab_size=256)))
     (tmp_path / "training.pt").write_bytes(b"PK")

@@ -6,6 +6,7 @@ Judges: the backward of autograd, itself judged elsewhere, through the identity 
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 
@@ -129,6 +130,24 @@ def test_forward_mode(op, forwards):
     got = dot(weights, forwards(call, inputs, tangents))
     assert abs(float(want)) > 1e-3
     assert_close("w J v", got, want, CLOSE)
+
+
+@parametrize_calls
+@pytest.mark.parametrize("axes", [(0, -1), (0, 1), (-2, -1)], ids=str)
+def test_fake_results_lie_in_memory_as_real_ones(op, axes):
+    """torch.compile plans with the strides of fakes: for inputs that are dense in another order."""
+    call, inputs = draw(op)
+    lies = [t.transpose(*axes).contiguous().transpose(*axes) if t.dim() > 1 else t for t in inputs]
+
+    def strides(given):
+        leaves = [t.detach().requires_grad_() for t in given]
+        outputs = call(*leaves)
+        gradients = torch.autograd.grad(sum(y.sum() for y in outputs), leaves)
+        return [(t.dtype, t.shape, t.stride()) for t in (*outputs, *gradients)]
+
+    want = strides(lies)
+    with FakeTensorMode() as mode:
+        assert strides([mode.from_tensor(t) for t in lies]) == want
 
 
 @parametrize_calls

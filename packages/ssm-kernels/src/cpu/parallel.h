@@ -75,8 +75,9 @@ static inline void parallel_for(std::int64_t tasks, int threads, const Body& bod
     if (threads > tasks) threads = static_cast<int>(tasks);
     if (threads > kMostThreads) threads = kMostThreads;
 #if defined(_OPENMP)
-    if (threads > 1 && when_done == WhenDone::help) return share_out(tasks, threads, body);
-    if (threads > 1) return keep_apart(tasks, threads, body);
+    if (threads > 1)
+        return when_done == WhenDone::help ? share_out(tasks, threads, body)
+                                           : keep_apart(tasks, threads, body);
 #endif
     for (std::int64_t task = 0; task < tasks; ++task) body(task, 0);
 }
