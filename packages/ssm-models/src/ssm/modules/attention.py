@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 
@@ -330,7 +332,7 @@ class MHA(nn.Module):
         parameters = [*self.out_proj.parameters(), *self.parameters()]
         if dtype is None:
             found = (p.dtype for p in parameters if p.is_floating_point())
-            dtype = next(found, torch.get_default_dtype())
+            dtype = next(chain(found, [torch.get_default_dtype()]))  # as in check_shapes
         device = parameters[0].device if parameters else None
         check_int("MHA", "batch_size", batch_size, 0)
         if max_seqlen is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -158,7 +159,7 @@ def check_shapes(layer: nn.Module, states: LayerState, rows: int) -> None:
             f"{owner}: state must have shapes {text}, got {', '.join(map(str, shapes))}"
         )
     # A quantised layer may have no parameter: its states need only be together then.
-    device = next(layer.parameters(), states[0]).device
+    device = next(chain(layer.parameters(), states)).device  # torch 2.8 compiles no default of next
     for state in states:
         if state.is_floating_point() != (state.dim() > 1) or state.is_complex():
             kind = "a floating point" if state.dim() > 1 else "an integer"
