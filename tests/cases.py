@@ -408,7 +408,7 @@ def _make_scan(case: ScanCase, rng) -> dict:
         "grouped": (batch, case.ngroups, dstate, seqlen),
     }
     seq_meta, nstates = _seq_meta(case, rng)
-    return {
+    arguments = {
         "u": rng.standard_normal((batch, dim, seqlen)),
         "delta": _step_size(rng, (batch, dim, seqlen), case.softplus),
         "A": -np.exp(rng.uniform(-1.0, 2.0, (dim, dstate))),
@@ -425,6 +425,9 @@ def _make_scan(case: ScanCase, rng) -> dict:
         "softplus": case.softplus,
         "seq_meta": seq_meta,
     }
+    if not case.softplus and arguments["dt_bias"] is not None:
+        arguments["dt_bias"] = abs(arguments["dt_bias"])  # under negative steps states would grow
+    return arguments
 
 
 def _indices(case, rng) -> np.ndarray | None:

@@ -27,9 +27,13 @@ INPUTS = {
 BLOCKS = {
     "ssd_chunk_cumsum": StageCase("ssd_chunk_cumsum", "blocks", 1, 205, 35, 1, 1, 130),
     "ssd_chunk_state": StageCase("ssd_chunk_state", "blocks", 1, 205, 2, 67, 131, 150),
-    "ssd_state_passing": StageCase("ssd_state_passing", "blocks", 1, 9, 1, 3, 4103, 4),
+    "ssd_state_passing": StageCase(
+        "ssd_state_passing", "blocks", 1, 17, 1, 3, 4103, 4, layout="seq_idx"
+    ),
     "ssd_bmm_chunk": StageCase("ssd_bmm_chunk", "blocks", 1, 205, 1, 1, 133, 150),
-    "ssd_chunk_output": StageCase("ssd_chunk_output", "blocks", 1, 205, 1, 131, 133, 150),
+    "ssd_chunk_output": StageCase(
+        "ssd_chunk_output", "blocks", 1, 205, 1, 131, 133, 150, skip="channel"
+    ),
 }
 
 

@@ -28,7 +28,7 @@ def scan_inputs(batch: int, dim: int, dstate: int, seqlen: int) -> dict:
         "B": make((batch, dstate, seqlen)),
         "C": make((batch, 1, dstate, seqlen)),
         "D": make(dim),
-        "z": make((batch, dim, seqlen)),
+        "z": make((batch, seqlen, dim)).swapaxes(1, 2),  # in a layout of its own
         "dt_bias": make(dim),
     }
 

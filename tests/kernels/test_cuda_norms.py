@@ -94,6 +94,21 @@ def test_fused_layouts_give_the_same_bits(dim, dtype, side):
         np.testing.assert_array_equal(value, want[name], err_msg=name)
 
 
+def test_packs_along_another_axis_are_not_of_columns():
+    arguments, _, _ = draw(32, 64, "float32", "float32")
+    want = fused.forward(arguments)
+
+    def across(array: np.ndarray) -> np.ndarray:
+        cube = array.reshape(4, 8, 64)
+        return np.ascontiguousarray(cube.swapaxes(1, 2)).swapaxes(1, 2)
+
+    out = {n: across(np.full_like(want[n], np.nan)) for n in ("y", "residual_out")}
+    placed = {n: across(arguments[n]) for n in ("x", "residual")}
+    ssm_kernels.fused_layer_norm_fwd(**{**arguments, **placed}, **out)
+    for name, value in out.items():
+        np.testing.assert_array_equal(value.reshape(32, 64), want[name], err_msg=name)
+
+
 @pytest.mark.parametrize("name", ["weight", "bias"])
 def test_a_vector_may_begin_anywhere(name):
     arguments, dy, ds = draw(5, 64, "float16", "float32")

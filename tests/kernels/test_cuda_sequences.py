@@ -37,9 +37,11 @@ OVER_TIME = ("u", "delta", "B", "C", "X", "dt", "x")
 
 @pytest.mark.parametrize("seqlen", [8, 600])
 @pytest.mark.parametrize("op", OPERATORS)
-def test_a_row_without_a_step_has_no_state(op, seqlen):
+def test_a_row_without_a_step_has_no_state(op, seqlen, guarded):
     inputs_of, name, shape = OPERATORS[op]
-    inputs = inputs_of(2, seqlen)
+    # The row of the other number would find its state behind the only one there is.
+    state = {f"initial_{name.split('_')[1]}": guarded(draw(1, *shape))}
+    inputs = inputs_of(2, seqlen) | state
     fwd = getattr(ssm_kernels, f"{op}_fwd")
     ids = np.repeat([[-1], [0]], seqlen, axis=1).astype(np.int32)
     around = np.full((3, *shape), 7, "f")  # the one state lies between others
@@ -52,6 +54,29 @@ def test_a_row_without_a_step_has_no_state(op, seqlen):
     np.testing.assert_allclose(around[1:2], want, 1e-5, 1e-5)
     np.testing.assert_allclose(y[1:], want_y, 1e-5, 1e-5)
     assert not y[0].any()
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_no_sequence_at_all(op):
+    inputs_of, name, shape = OPERATORS[op]
+    inputs, ids = inputs_of(2, 8), np.full((2, 8), -1, np.int32)
+    y, none = np.full_like(next(iter(inputs.values())), np.nan), np.empty((0, *shape), "f")
+    states = {name: none, name.replace(name.split("_")[0], "initial"): none.copy()}
+    packing = {"seq_idx": ids, "state_per_sequence": True}
+    getattr(ssm_kernels, f"{op}_fwd")(**inputs, **packing, **states, y=y)
+    assert not y.any()
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_without_states_a_sequence_has_any_number(op):
+    inputs_of, name, shape = OPERATORS[op]
+    inputs, fwd = inputs_of(1, 8), getattr(ssm_kernels, f"{op}_fwd")
+    ids = np.repeat([[0, 5]], 4, axis=1).astype(np.int32)
+    packing = {"seq_idx": ids, "state_per_sequence": True}
+    y, want = (np.full_like(next(iter(inputs.values())), np.nan) for _ in range(2))
+    fwd(**inputs, **packing, y=y)
+    fwd(**inputs, **packing, y=want, **{name: np.empty((6, *shape), "f")})
+    np.testing.assert_array_equal(y, want)
 
 
 def test_the_gradient_of_the_first_of_the_last_states():
@@ -81,3 +106,33 @@ def test_the_gradient_of_the_first_of_the_last_states():
     for name in ("u", "delta"):
         np.testing.assert_allclose(got[name][..., :cut], want[name], 1e-5, 1e-5, err_msg=name)
     np.testing.assert_allclose(got["initial_state"][:1], want["initial_state"], 1e-5, 1e-5)
+
+
+def test_gradients_where_every_step_is_a_sequence():
+    """More sequences in a tile than there could be, were one step more in it."""
+    inputs, count = scan_inputs(1, 70), 70
+    initial, dlast, dy = draw(count, 3, 4), draw(count, 3, 4) + 1, draw(1, 3, count)
+
+    def as_rows(array: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(np.moveaxis(array, -1, 0)[:, 0, ..., None])
+
+    def gradients(given: dict, dy: np.ndarray, **packing) -> dict:
+        given = given | packing | {"initial_state": initial}
+        batch, _, seqlen = dy.shape
+        checkpoints = np.full((batch, -(-seqlen // 32), 4, 3), np.nan, "f")
+        y = np.empty_like(dy)
+        ssm_kernels.selective_scan_fwd(**given, y=y, checkpoints=checkpoints)
+        names = ("u", "delta", "A", "B", "C", "initial_state")
+        out = {n: np.full_like(given[n], np.nan) for n in names}
+        grads = {f"d{n}": gradient for n, gradient in out.items()}
+        given |= {"checkpoints": checkpoints, "dy": dy, "dlast_state": dlast}
+        ssm_kernels.selective_scan_bwd(**given, **grads)
+        return {"y": y, **out}
+
+    ids = np.arange(count, dtype=np.int32)[None]
+    got = gradients(inputs, dy, seq_idx=ids, state_per_sequence=True)
+    alone = {n: as_rows(v) if n in OVER_TIME else v for n, v in inputs.items()}
+    want = gradients(alone, as_rows(dy))
+    for name, gradient in got.items():
+        value = as_rows(gradient) if name in ("y", *OVER_TIME) else gradient
+        np.testing.assert_allclose(value, want[name], 1e-5, 1e-5, err_msg=name)

@@ -67,7 +67,7 @@ def meta(kind: str, batch: int, seqlen: int) -> dict | None:
     mask[:, seqlen // 2 : seqlen // 2 + 3] = False
     mask[0, :2] = False
     mask[-1, seqlen // 3 - 1 :: 7] = False
-    lengths = [1, seqlen // 3, 0, seqlen // 4, 1, 5]
+    lengths = [3, seqlen // 3, 0, seqlen // 4, 1, 5]
     lengths.append(seqlen - sum(lengths))
     if kind == "packed":
         return {"cu_seqlens": np.cumsum([0, *lengths * batch]), "mask": mask}
@@ -90,6 +90,7 @@ def with_states(arguments: dict, seq_meta) -> dict:
         (2, 64, 16, 1200, (1, 2)),  # segments
         (6, 5, 3, 700, (2, 3)),
         (1, 130, 64, 130, (1, 1)),  # slabs of channels
+        (1, 66, 3, 520, (1, 1)),  # and segments
         (1, 8, 128, 65, (1, 1)),
         (1, 3, 200, 200, (1, 1)),  # slabs of states
     ],
@@ -255,12 +256,16 @@ def test_states_that_nobody_asks_for(dtype):
     seq_meta = meta("packed", 2, 150)
     arguments = with_states(inputs(2, 150, 4, 5, 4, dtype=dtype), seq_meta)
     arguments["initial_states"][...] = 0
-    want = run(arguments, seq_meta)[0]
-    y = np.full_like(want, np.nan)
+    want, want_states = run(arguments, seq_meta)
+    y, states = np.full_like(want, np.nan), np.full_like(want_states, np.nan)
     ids = judge.positions(seq_meta, 2, 150)[0]
     how = {"seq_idx": ids, "state_per_sequence": True, "softplus": True}
-    ssm_kernels.ssd_chunk_scan_fwd(**{**arguments, "initial_states": None}, **how, y=y)
+    given = {**arguments, "initial_states": None, **how}
+    ssm_kernels.ssd_chunk_scan_fwd(**given, y=y)
     np.testing.assert_array_equal(y, want)
+    # Also the states of sequences without steps are there: zeros.
+    ssm_kernels.ssd_chunk_scan_fwd(**given, y=y, final_states=states)
+    np.testing.assert_array_equal(states, want_states)
 
 
 @pytest.mark.parametrize("sequences", ["rows", "packed"])

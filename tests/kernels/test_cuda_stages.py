@@ -79,7 +79,12 @@ def test_sequences_in_tiles(stage, kind, dtype):
 
 @pytest.mark.parametrize(
     ("seqlen", "heads", "headdim", "dstate", "chunk", "groups"),
-    [(64, 2, 64, 64, 64, (1, 2)), (129, 6, 65, 3, 128, (2, 3)), (70, 1, 2, 130, 70, (1, 1))],
+    [
+        (64, 2, 64, 64, 64, (1, 2)),
+        (129, 6, 65, 3, 128, (2, 3)),
+        (70, 1, 2, 130, 70, (1, 1)),
+        (70, 2, 2, 3, 200, (2, 1)),  # tiles of a chunk without a step
+    ],
 )
 @pytest.mark.parametrize("stage", STAGES)
 def test_whole_and_broken_tiles(stage, seqlen, heads, headdim, dstate, chunk, groups):

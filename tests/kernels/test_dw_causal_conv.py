@@ -25,6 +25,8 @@ LONG = (
     ConvCase("long_channels", 2, 70, 1200, layout="seq_idx mask"),
     ConvCase("long_plain", 1, 20, 2100, 5),
     ConvCase("long_wide", 1, 2, 2100, 300, layout="seq_idx"),
+    # States of more than one line, of sequences without steps as well.
+    ConvCase("wide_packed", 1, 300, 20, layout="cu_seqlens"),
 )
 ALL = (*CASES[OP], *LONG)
 
@@ -211,6 +213,23 @@ def test_gradients_match_judge(case, dtype, layout):
         assert_close(f"d{name}", gradient, want[name] / by, TOLERANCES[f"{OP}_bwd", dtype])
 
 
+# Tasks of either layout begin at step 2048: a hole around it, the end of the last sequence behind
+# it with a hole between, and a sequence that begins one step before it.
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("hole", "second"), [((2045, 2050), 0), ((2049, 2051), 0), ((0, 1), 2047)])
+def test_gradients_around_a_cut(hole, second, layout):
+    arguments = typed(make(ConvCase("cut", 1, 20, 2053, 8)), "float32")
+    ids = np.zeros((1, 2053), np.int32)
+    ids[:, second:] += 1
+    ids[:, slice(*hole)] = -1
+    arguments["seq_meta"] = {"seq_idx": ids}
+    given = with_gradients(arguments)
+    want = judge_gradients(arguments, given)
+    found = run_backward(arguments, given, layout)
+    for name in ("x", "initial_state"):
+        assert_close(f"d{name}", found[name], want[name], TOLERANCES[f"{OP}_bwd", "float32"])
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -343,7 +362,7 @@ def test_weight_with_a_middle_axis():
     arguments = typed(make(case_named("odd")), "float32")
     given = with_gradients(arguments)
     want, want_gradients = run(arguments), run_backward(arguments, given)
-    arguments["weight"] = arguments["weight"][:, None]
+    arguments["weight"] = arguments["weight"].repeat(2, 1)[:, None, ::2]
     for got, value in zip(run(arguments), want, strict=True):
         np.testing.assert_array_equal(got, value)
     dweight = run_backward(arguments, given)["weight"]

@@ -22,7 +22,7 @@ MORE = (
     ConvStepCase("long_memory", 1, 9, 40, ntokens=11),
 )
 ALL = (*CASES[OP], *MORE)
-LAYOUTS = ("as_is", "reversed_axes", "padded", "apart", "unaligned")
+LAYOUTS = ("as_is", "reversed_axes", "padded", "apart", "lines_inside", "backwards", "unaligned")
 
 
 def case_named(name: str) -> ConvStepCase:
@@ -41,10 +41,16 @@ def spread(array: np.ndarray | None, kind: str) -> np.ndarray | None:
         return None if array is None else array.copy()
     if kind == "reversed_axes":
         return np.array(array, order="F")
-    gap = np.nan if array.dtype.kind == "f" else 7
+    if kind == "backwards":  # every stride negative
+        return np.flip(np.flip(array).copy())
+    gap = np.nan if array.dtype.kind == "f" else -7
     if kind == "apart":  # elements of the last axis adjacent, lines apart
         wide = np.full((*array.shape[:-1], array.shape[-1] + 1), gap, array.dtype)
         view = wide[..., :-1]
+    elif kind == "lines_inside":  # lines as far apart as adjacent lines, their elements farther
+        size = max(array.shape[-1], 1) if array.ndim > 1 else 1
+        wide = np.full((array.shape[-1], *array.shape[:-1], size), gap, array.dtype)
+        view = np.moveaxis(wide[..., 0], 0, -1)
     elif kind == "padded":
         wide = np.full([2 * n + 1 for n in array.shape], gap, array.dtype)
         view = wide[tuple(slice(1, 2 * n + 1, 2) for n in array.shape)]
@@ -98,6 +104,15 @@ def test_odd_sizes(width):
                 # Twice the four products of the tolerance.
                 assert_close(f"y {dim}", y / 2, want_y / 2, TOLERANCES[OP, "float32"])
                 np.testing.assert_array_equal(state, want_state)
+
+
+def test_weight_with_a_middle_axis():
+    arguments = typed(make(case_named("tokens")), "float32")
+    want = run(arguments)
+    arguments["weight"] = arguments["weight"][:, None]
+    for layout in ("as_is", "padded"):
+        for got, value in zip(run(arguments, layout), want, strict=True):
+            np.testing.assert_array_equal(got, value)
 
 
 def test_positions_beyond_int32():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import ssm_kernels
 
-from tests.bfloat16 import Bfloat16
+from tests.bfloat16 import Bfloat16, argument, stored
 from tests.ssd_rounding import bfloat16_bits
 
 EVERY_WORD = np.arange(1 << 16, dtype=np.uint16)
@@ -77,6 +77,19 @@ def test_bfloat16_is_rounded_to_nearest_even(layout):
     converted(as_laid_out(x, layout), y)
     want = (bfloat16_bits(x).astype("u4") << 16).view("f4")
     np.testing.assert_array_equal(y.numpy(), np.where(np.isnan(x), x, want))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_norms_round_to_nearest_even(dtype):
+    """A norm of ones writes its weights, two vectors of bfloat16 in one store."""
+    weight = floats().reshape(-1)
+    x, y = (stored(np.full((1, weight.size), value, "f4"), dtype) for value in (1, 7))
+    ssm_kernels.fused_layer_norm_fwd(argument(x), weight, y=argument(y), eps=1e-30, is_rms=True)
+    if dtype == "float16":
+        np.testing.assert_array_equal(y[0], weight.astype("f2"))
+        return
+    got, want = ((bits.astype("u4") << 16).view("f4") for bits in (y[0], bfloat16_bits(weight)))
+    np.testing.assert_array_equal(got, np.where(np.isnan(weight), weight, want))
 
 
 def test_every_isa(on_other_isas):

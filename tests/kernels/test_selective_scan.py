@@ -17,8 +17,8 @@ GRADIENTS = ("u", "delta", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
 MORE = (
     # B and C with unlike group counts, both ways round, and every pair of forms.
     ScanCase("two_groupings", 2, 24, 35, 5, "grouped", "grouped", 4),
-    ScanCase("constant_shared", 2, 33, 34, 17, "constant", "shared"),
-    ScanCase("shared_constant", 1, 40, 33, 4, "shared", "constant"),
+    ScanCase("constant_shared", 2, 33, 34, 17, "constant", "shared", softplus=False),
+    ScanCase("shared_constant", 2, 40, 33, 4, "shared", "constant"),
     # More channels and steps than one tile has, for every part of the work to be cut.
     ScanCase("tiles", 3, 150, 70, 16, "grouped", "shared", 2),
     ScanCase("tiles_packed", 2, 70, 130, 6, layout="cu_seqlens mask"),

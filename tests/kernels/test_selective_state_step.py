@@ -92,7 +92,7 @@ def spread(array: np.ndarray, kind: str) -> np.ndarray:
 
 MORE = (
     # More channels than one task has, and idle rows among them.
-    StepCase("wide_indices", 4, 150, 0, 16, ntokens=2, nrows=6),
+    StepCase("wide_indices", 4, 300, 0, 16, ntokens=2, nrows=6),
     StepCase("heads_of_vectors", 2, 2, 32, 32, ngroups=1, tied=False),
 )
 
@@ -252,8 +252,9 @@ def test_rows_are_independent():
     np.testing.assert_array_equal(state[5:7], want_state)
 
 
-def test_skipped_rows_change_nothing():
-    case = next(c for c in CASES[OP] if c.name == "heads_indices")
+@pytest.mark.parametrize("name", ["heads_indices", "wide_indices"])
+def test_skipped_rows_change_nothing(name):
+    case = next(c for c in (*CASES[OP], *MORE) if c.name == name)
     arguments = typed(make(case), "float32")
     indices = arguments["state_indices"]
     skipped = indices == -1

@@ -32,6 +32,8 @@ MORE = (
     # Whole vectors with something between them: skipped steps, another group.
     SsdCase("exact_holes", 2, 70, 2, 32, 16, 1, layout="cu_seqlens mask"),
     SsdCase("exact_groups", 1, 70, 4, 32, 16, 1, 2, 2),
+    # The same, and a last chunk of more steps than a vector has lanes, but not of two vectors.
+    SsdCase("exact_short", 1, 60, 2, 32, 16, 1),
     SsdCase("no_state", 2, 40, 2, 3, 0, 1),
     SsdCase("no_channels", 2, 40, 2, 0, 3, 1),
     SsdCase("no_heads", 2, 40, 0, 3, 4, 1),
@@ -154,6 +156,18 @@ def test_gradients_match_judge(case, dtype):
         assert_close(f"d{name}", gradient, want[name], TOLERANCES[f"{OP}_bwd", str(gradient.dtype)])
 
 
+def test_gradients_across_a_chunk_without_steps():
+    """The states of all heads of a block, here two, pass over a chunk of skipped steps."""
+    arguments = arguments_of(SsdCase("hole", 1, 90, 16, 3, 4, 1))
+    ids = np.zeros((1, 90), np.int32)
+    ids[:, 30:66] = -1
+    arguments["seq_meta"] = {"seq_idx": ids}
+    given = output_gradients(arguments)
+    want = gradient_judge.ssd_chunk_scan(**given, **arguments)
+    for name, gradient in backward(arguments, given).items():
+        assert_close(f"d{name}", gradient, want[name], TOLERANCES[f"{OP}_bwd", "float64"])
+
+
 @pytest.mark.parametrize("name", ["bare", "tiny", "groups", "packed_holes", "padded", "seq_idx"])
 @pytest.mark.parametrize("limit", LIMITS[:2], ids=str)
 def test_gradient_judge_matches_finite_differences(name, limit):
@@ -227,11 +241,15 @@ def test_every_size(dtype):
 
 def test_mixed_dtypes():
     dtypes = {"dt": "f4", "A": "f8", "B": "f4", "C": "f2", "D": "f8", "z": "f2", "dt_bias": "f4"}
-    for X_dtype in JUDGED:
-        arguments = arguments_of(named("groups"), X_dtype)
+    # Also where all layouts are those of packs: values of another type are still no copies.
+    packs = SsdCase("packs", 1, 70, 4, 32, 16, 1, 2, 2, given="D dt_bias initial_states")
+    for case, X_dtype in itertools.product((named("groups"), packs), JUDGED):
+        arguments = arguments_of(case, X_dtype)
         for name, dtype in {**dtypes, "initial_states": "f2"}.items():
-            arguments[name] = arguments[name].astype(dtype)
+            if arguments[name] is not None:
+                arguments[name] = arguments[name].astype(dtype)
         got, given = forward(arguments), output_gradients(arguments)
+        given["dy"] = given["dy"].astype("f2")
         y, states = judge.ssd_chunk_scan(**arguments)
         assert_close("y", got["y"], y, TOLERANCES[OP, X_dtype])
         assert_close("state", got["final_states"], states, TOLERANCES[OP, str(acc(X_dtype))])
@@ -326,6 +344,12 @@ def test_nan_in_skipped_steps_changes_nothing(case):
     assert_equal(got, want)
     assert_equal(gradients, want_gradients)
     assert not got["y"][skipped].any()
+    for n in OVER_TIME:
+        assert not gradients[n][skipped].any(), n
+    # Nor have they a gradient where nothing else is a number.
+    everywhere = {n: np.full_like(v, np.nan) for n, v in given.items()}
+    bad |= {n: np.full_like(bad[n], np.nan) for n in OVER_TIME}
+    gradients = backward(bad, everywhere)
     for n in OVER_TIME:
         assert not gradients[n][skipped].any(), n
 

@@ -99,12 +99,14 @@ def test_stride_zero_inputs():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("name", ["two_groupings", "seq_idx_holes", "exact_tiles", "wide", "one"])
+@pytest.mark.parametrize(
+    "name", "two_groupings seq_idx_holes packed_holes exact_tiles exact_short wide one".split()
+)
 def test_reads_and_writes_in_bounds(name, dtype, guarded):
     arguments = arguments_of(named(name), dtype)
     given = output_gradients(arguments)
     walled = {n: guarded(v) if isinstance(v, np.ndarray) else v for n, v in arguments.items()}
-    if arguments["seq_meta"]:
+    if "seq_idx" in (arguments["seq_meta"] or {}):
         inputs, _ = kernel_inputs(arguments)
         walled["seq_meta"] = {"seq_idx": guarded(inputs["seq_idx"])}
     assert_equal(forward(walled, wrap=guarded), forward(arguments))
@@ -119,11 +121,12 @@ def test_large_offsets(axis, sparse):
     arguments = arguments_of(case, "float32")
     given = output_gradients(arguments)
     stride = 2**31 // 2 + 11
-    names = ("X", "z", "B", "C", "initial_states")
+    names = ("X", "z", "B", "C", "initial_states", *(["dt"] if axis < 3 else []))
+    far = (3,) * 4, (3,) * (4 if axis == 3 else 3)  # shapes of the tensors that have this axis
     spread = {**arguments, **{n: sparse(arguments[n], axis, stride) for n in names}}
     assert max(spread["X"].strides) // 4 * 2 > 2**31
     want, want_gradients = forward(arguments), backward(arguments, given)
-    wrap = lambda a: sparse(a, axis, stride) if a.shape == (3, 3, 3, 3) else a  # noqa: E731
+    wrap = lambda a: sparse(a, axis, stride) if a.shape in far else a  # noqa: E731
     assert_equal(forward(spread, wrap=wrap), want)
     given["dy"] = sparse(given["dy"], axis, stride)
     assert_equal(backward(spread, given, wrap=wrap), want_gradients)
@@ -140,18 +143,21 @@ def plain(seqlen: int, dtype="float32", **changed) -> dict:
     return arguments | {n: np.asarray(v, dtype) for n, v in changed.items()}
 
 
+@pytest.mark.parametrize("brought", [1.0, 0.0])
 @pytest.mark.parametrize("large", [1e3, 1e6])
-def test_small_decays_behind_a_large_one(large):
+def test_small_decays_behind_a_large_one(large, brought):
     """A difference of cumulative sums would lose the small decays behind a large one."""
     random = np.random.default_rng(0)
     dt = np.full((1, 64, 1), 1e-3, "f4")
     dt[0, ::20] = large
     arguments = plain(64, dt=dt, X=random.standard_normal((1, 64, 1, 1)))
+    # What the large steps bring would hide most of what comes of the small ones.
+    arguments["X"][0, ::20] *= brought
     y, states = judge.ssd_chunk_scan(**arguments)
     got = forward(arguments)
     assert_close("y", got["y"], y, TOLERANCES["selective_scan", "float32"])
     assert_close("states", got["final_states"], states, TOLERANCES["selective_scan", "float32"])
-    given = {"dy": np.ones_like(arguments["X"]), "dfinal_states": None}
+    given = {"dy": np.ones_like(arguments["X"]), "dfinal_states": np.ones_like(states, "f4")}
     want = gradient_judge.ssd_chunk_scan(**given, **arguments)
     gradients = backward(arguments, given)
     for name in ("X", "B", "C"):
@@ -209,12 +215,14 @@ def test_adversarial_values_stay_finite(dtype):
         )
 
 
-def test_decay_of_minus_infinity_forgets():
-    """The product dt A overflows to -inf: the state before is forgotten, nothing becomes NaN."""
-    arguments = plain(3, dt=[[[1.0], [1e30], [1.0]]], A=[-1e10], C=np.full((1, 3, 1, 1), 1e-30))
+@pytest.mark.parametrize("A", [-1e10, -np.inf])
+def test_decay_of_minus_infinity_forgets(A):
+    """The product dt A is -inf: the state before is forgotten, nothing becomes NaN."""
+    arguments = plain(3, dt=[[[1.0], [1e30], [1.0]]], A=[A], C=np.full((1, 3, 1, 1), 1e-30))
     arguments["initial_states"] = np.full((1, 1, 1, 1), 1e3, "f4")
-    got = forward(arguments)["y"]
-    np.testing.assert_allclose(got.ravel(), [1e-30, 1.0, 1e-30], rtol=1e-6)
+    got = forward(arguments)
+    np.testing.assert_allclose(got["y"].ravel(), [1e-30, 1.0, 1e-30], rtol=1e-6)
+    assert got["final_states"] == 1.0
 
 
 def test_growing_states_are_followed():

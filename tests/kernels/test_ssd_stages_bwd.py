@@ -472,9 +472,10 @@ def test_what_is_after_a_step_is_not_read():
 
 
 def test_what_another_sequence_leaves_does_not_come_back():
-    """A gradient, or a state, that is not a number stays in its sequence."""
+    """A gradient, a state or a decay that is not a number stays in its sequence."""
     ids, stage = np.array([[0, 0, 1, 1, 1, 1]], np.int32), "ssd_state_passing"
     states, decay = np.ones((1, 3, 1, 1, 1)), np.zeros((1, 1, 3, 2))
+    decay[..., 1, 1] = np.nan  # of the chunk in which the second sequence begins
     arguments = {"states": states, "dA_cumsum": decay, "seq_idx": ids}
     arguments["initial_states"] = np.ones((1, 1, 1, 1))
     given = {"states_in": np.ones(states.shape), "final_states": np.full((1, 1, 1, 1), np.nan)}

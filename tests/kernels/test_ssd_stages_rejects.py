@@ -332,3 +332,15 @@ def test_rejects_gradients_that_share_memory(stage):
             out[name] = np.lib.stride_tricks.as_strided(value, strides=(0,) * value.ndim)
             with pytest.raises(ValueError, match=f"^{stage}: d{name} must"):
                 backward(stage, arguments, given, out=out)
+
+
+@pytest.mark.parametrize("stage", [s for s in STAGES if s != "ssd_bmm_chunk"])
+def test_rejects_ids_backward(stage):
+    arguments = typed(make(named(stage, "seq_idx")), "float32")
+    call = kernel_inputs(stage, arguments)
+    call["seq_idx"] = np.full_like(call["seq_idx"], -2)
+    for values in (output_gradients(stage, arguments), poisoned(stage, arguments)):
+        call |= {f"d{name}": value for name, value in values.items()}
+    message = "seq_idx must be -1 or a sequence number, got -2"
+    with pytest.raises(ValueError, match=f"^{stage}: {message}$"):
+        getattr(ssm_kernels, f"{stage}_bwd")(**call)

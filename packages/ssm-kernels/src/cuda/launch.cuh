@@ -130,8 +130,10 @@ void launch(const char* op, const Kernel& kernel, std::int64_t count, const Devi
             const Exec&) {
     if (count == 0) return;
     check_room<Real>(op, kernel, device);
-    // From the last to the first, unlike a GPU: what depends on the order of blocks is a fault.
-    for (std::int64_t index = count; index-- > 0;) {
+    // From both ends to the middle, unlike a GPU: what depends on the order of blocks is a fault,
+    // whether the first or the last of them has to come last.
+    for (std::int64_t turn = 0; turn < count; ++turn) {
+        const std::int64_t index = turn % 2 == 0 ? count - 1 - turn / 2 : turn / 2;
         auto block = std::make_unique<Block<Kernel, Real>>(kernel);
         kernel(*block, index);
         host_warpgroup_blocks += kHasProducts<Kernel>;

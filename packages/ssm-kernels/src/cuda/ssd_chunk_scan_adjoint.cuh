@@ -312,19 +312,22 @@ SSM_DEVICE std::int64_t share_row(const SsdGradients<Real>& out, const SsdShare&
            window * out.window_steps();
 }
 
-/// Stores accumulators whose first row and column are (row, state) in rows of dB or dC.
+/// Stores accumulators whose first row and column are (row, state) in rows of dB or dC; 0 where a
+/// step is skipped, whatever its products with states are.
 template <class Real, int kCount>
 SSM_DEVICE void put_share(const SsdInputs& in, const SsdPiece& piece, Real* to, int row,
                           std::int64_t state, const Real (&values)[kCount][4]) {
     SSM_UNROLL
     for (int half = 0; half < 2; ++half) {
         if (row + half * 8 >= piece.steps) continue;
+        const bool valid = piece.has(row + half * 8);
         Real* const own = to + (row + half * 8) * in.dstate + state;
         SSM_UNROLL
         for (int n = 0; n < kCount; ++n) {
             SSM_UNROLL
             for (int i = 0; i < 2; ++i)
-                if (state + n * 8 + i < in.dstate) own[n * 8 + i] = values[n][2 * half + i];
+                if (state + n * 8 + i < in.dstate)
+                    own[n * 8 + i] = valid ? values[n][2 * half + i] : Real(0);
         }
     }
 }
