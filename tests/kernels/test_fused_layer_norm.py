@@ -225,6 +225,18 @@ def test_mixed_axis_orders_and_stride_zero():
     np.testing.assert_array_equal(got["residual_out"], want["residual_out"])
 
 
+def test_statistics_of_equal_rows_may_be_one():
+    arguments = typed(make(BY_NAME["odd"]), "float32")
+    for name in ("x", "residual"):
+        arguments[name][...] = arguments[name][(0,) * (arguments[name].ndim - 1)]
+    saved, (dy, ds) = forward(arguments), upstream(arguments)
+    want = backward(arguments, saved, dy, ds)
+    for name in ("mean", "rstd"):
+        saved[name] = np.broadcast_to(saved[name].reshape(-1)[0], saved[name].shape)
+    for name, got in backward(arguments, saved, dy, ds).items():
+        np.testing.assert_array_equal(got, want[name], err_msg=name)
+
+
 @pytest.mark.parametrize("main", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize(
     "name",
