@@ -76,6 +76,7 @@ HELPERS = {
     },
     f"{KERNELS}/src/cpu": {
         "ceiling",
+        "element",
         "gate",
         "gemm",
         "kernels",
@@ -86,6 +87,7 @@ HELPERS = {
         "simd",
         "step_size",
         "tile",
+        "transpose",
         "vmath",
     },
     f"{KERNELS}/src/cuda": {

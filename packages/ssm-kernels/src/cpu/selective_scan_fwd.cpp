@@ -9,6 +9,10 @@ namespace ssm::cpu::SSM_ISA {
 
 namespace {
 
+// Between rows of a tile of [step][channel] and of one of [channel][step].
+constexpr std::int64_t kTilePitch = kScanChannels;
+static_assert(kScanChannels == kScanSteps);
+
 // Advances kStates states of one vector of channels over the steps [begin, end) of a tile and adds
 // their part of the output.
 template <class T, int kStates, bool kConstB, bool kConstC, bool kInRange>
@@ -72,28 +76,40 @@ auto scan_of(const SelectiveScanArgs& args) {
     });
 }
 
-// Multiplies by silu(z); the result goes to `out`, which may be the tile itself.
+// out = y silu(z), in whole vectors of each row.
 template <class T>
-void gate(const SelectiveScanArgs& args, const ScanTile<T>& tile, const ScanBlock& block,
-          std::int64_t t0, std::int64_t steps, const Rows<T>& out) {
-    const Rows<const T> z =
-        rows_of(sequence_plane(args.z, block, t0), tile.z, kScanChannels, steps, block.width);
-    const auto gate_steps = [&]<int kCount>(std::int64_t t,
-                                            std::int64_t lane) __attribute__((always_inline)) {
+void gate(const Rows<const T>& y, const Rows<const T>& z, const Rows<T>& out, std::int64_t rows,
+          std::int64_t columns) {
+    const auto gate_rows = [&]<int kCount>(std::int64_t row,
+                                           std::int64_t c) __attribute__((always_inline)) {
         Vec<T> x[kCount], weight[kCount];
         for (int i = 0; i < kCount; ++i)
-            x[i] = weight[i] = load<T>(z.data + (t + i) * z.pitch + lane);
+            x[i] = weight[i] = load<T>(z.data + (row + i) * z.pitch + c);
         sigmoid<T, kCount>(weight);
-        for (int i = 0; i < kCount; ++i) {
-            const Vec<T> y = load<T>(tile.y + (t + i) * kScanChannels + lane);
-            store<T>(out.data + (t + i) * out.pitch + lane, y * (x[i] * weight[i]));
-        }
+        for (int i = 0; i < kCount; ++i)
+            store<T>(out.data + (row + i) * out.pitch + c,
+                     load<T>(y.data + (row + i) * y.pitch + c) * (x[i] * weight[i]));
     };
-    for (std::int64_t lane = 0; lane < block.padded_width; lane += kLanes<T>) {
-        std::int64_t t = 0;
-        for (; t + 4 <= steps; t += 4) gate_steps.template operator()<4>(t, lane);
-        for (; t < steps; ++t) gate_steps.template operator()<1>(t, lane);
+    for (std::int64_t c = 0; c < columns; c += kLanes<T>) {
+        std::int64_t row = 0;
+        for (; row + 4 <= rows; row += 4) gate_rows.template operator()<4>(row, c);
+        for (; row < rows; ++row) gate_rows.template operator()<1>(row, c);
     }
+}
+
+// y = tile silu(z), where the rows of the planes are those of the tile. `spare` is another tile.
+template <class T>
+void store_gated(const Plane& y, const Plane& z, T* tile, T* spare, std::int64_t rows,
+                 std::int64_t columns) {
+    const bool direct = is_dense<T>(y, columns);
+    gate<T>({tile, kTilePitch}, rows_of(z, spare, kTilePitch, rows, columns),
+            direct ? Rows<T>{static_cast<T*>(y.data), y.row_stride} : Rows<T>{tile, kTilePitch},
+            rows, columns);
+    if (!direct) store_tile(y, tile, kTilePitch, rows, columns);
+}
+
+SSM_INLINE Plane transposed(const Plane& plane) {
+    return {plane.data, plane.dtype, plane.column_stride, plane.row_stride};
 }
 
 // Skipped steps give 0, whatever their inputs hold.
@@ -135,13 +151,18 @@ void scan_tile(const SelectiveScanArgs& args, const Runs& runs, const ScanShape&
                        kScanChannels, shape.dstate, block.width);
     }
     const Plane y = sequence_plane(args.y, block, t0);
-    // The gate's last store may be that of the whole tile.
-    const bool direct = args.z.ndim >= 0 && runs.covers_all && is_dense<T>(y, block.width);
-    if (args.z.ndim >= 0)
-        gate(args, tile, block, t0, steps,
-             direct ? Rows<T>{static_cast<T*>(y.data), y.row_stride}
-                    : Rows<T>{tile.y, kScanChannels});
-    if (direct) return;
+    const bool gated = args.z.ndim >= 0;
+    const Plane z = gated ? sequence_plane(args.z, block, t0) : y;
+    if (gated && runs.covers_all) {
+        if (y.row_stride != 1 || z.row_stride != 1)
+            return store_gated(y, z, tile.y, tile.z, steps, block.width);
+        // Where steps are adjacent in memory, y is transposed before its gate: then z need not be.
+        store_columns(tile.z, kTilePitch, tile.y, kScanChannels, steps, block.width);
+        return store_gated(transposed(y), transposed(z), tile.z, tile.y, block.width, steps);
+    }
+    if (gated)
+        gate<T>({tile.y, kScanChannels}, rows_of(z, tile.z, kScanChannels, steps, block.width),
+                {tile.y, kScanChannels}, steps, block.width);
     if (!runs.covers_all) clear_gaps(tile, first_run, end_run, t0, steps);
     store_tile(y, tile.y, kScanChannels, steps, block.width);
 }

@@ -86,14 +86,15 @@ SSM_INLINE Vec<T> select(Mask mask, Vec<T> yes, Vec<T> no) {
     return mask ? yes : no;
 }
 
-/// Lanes of two vectors: indices count through `a`, then through `b`.
-template <class T, int... kIndex>
-SSM_INLINE Vec<T> shuffle(Vec<T> a, Vec<T> b) {
+/// Lanes of two vectors of T, of any length: indices count through `a`, then through `b`.
+template <class T, int... kIndex, class V>
+SSM_INLINE V shuffle(V a, V b) {
 #if defined(__clang__)
     return __builtin_shufflevector(a, b, kIndex...);
 #else  // GCC 11 knows no other
     using Index = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
-    return __builtin_shuffle(a, b, Vec<Index>{kIndex...});
+    typedef Index Places __attribute__((vector_size(sizeof(V))));
+    return __builtin_shuffle(a, b, Places{kIndex...});
 #endif
 }
 

@@ -7,9 +7,9 @@
 #include <ssm/tensor.h>
 
 #include <type_traits>
-#include <utility>
 
-#include "simd.h"
+#include "element.h"
+#include "transpose.h"
 
 namespace ssm::cpu::SSM_ISA {
 
@@ -61,73 +61,6 @@ SSM_INLINE Plane plane_at(const TensorView& view, std::int64_t offset, std::int6
             row_stride, column_stride};
 }
 
-// Element types as stored. Each knows how to become float and how to be rounded from it.
-struct BFloat16 {
-    std::uint16_t bits;
-};
-struct Float16 {
-    std::uint16_t bits;
-};
-
-SSM_INLINE float bits_to_float(std::uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-SSM_INLINE std::uint32_t float_to_bits(float value) {
-    std::uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-SSM_INLINE double widen(double value) { return value; }
-SSM_INLINE float widen(float value) { return value; }
-SSM_INLINE float widen(BFloat16 value) {
-    return bits_to_float(static_cast<std::uint32_t>(value.bits) << 16);
-}
-SSM_INLINE float widen(Float16 value) {
-#if defined(__F16C__)
-    return _cvtsh_ss(value.bits);
-#else
-    const std::uint32_t sign = (value.bits & 0x8000u) << 16;
-    const std::uint32_t rest = value.bits & 0x7fffu;
-    if (rest >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (rest << 13));  // inf, NaN
-    // A multiplication by 2^112 moves the exponent and normalises subnormal numbers.
-    return bits_to_float(sign | float_to_bits(bits_to_float(rest << 13) * 0x1p112f));
-#endif
-}
-
-SSM_INLINE void narrow(double* to, double value) { *to = value; }
-SSM_INLINE void narrow(float* to, double value) { *to = static_cast<float>(value); }
-SSM_INLINE void narrow(BFloat16* to, double value) {
-    const std::uint32_t bits = float_to_bits(static_cast<float>(value));
-    const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest even
-    const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    to->bits = static_cast<std::uint16_t>(is_nan ? (bits >> 16) | 0x40u : rounded);
-}
-SSM_INLINE void narrow(Float16* to, double value) {
-#if defined(__F16C__)
-    to->bits =
-        static_cast<std::uint16_t>(_cvtss_sh(static_cast<float>(value), _MM_FROUND_TO_NEAREST_INT));
-#else
-    const std::uint32_t bits = float_to_bits(static_cast<float>(value));
-    const std::uint32_t sign = (bits >> 16) & 0x8000u;
-    const std::uint32_t rest = bits & 0x7fffffffu;
-    std::uint32_t half;
-    if (rest > 0x7f800000u) {
-        half = 0x7e00u;  // NaN
-    } else if (rest >= 0x477ff000u) {
-        half = 0x7c00u;  // rounds beyond the largest half: infinity
-    } else if (rest < 0x38800000u) {
-        // Subnormal: adding 0.5 aligns the bits and rounds to nearest even.
-        half = float_to_bits(bits_to_float(rest) + 0.5f) - 0x3f000000u;
-    } else {
-        half = (rest - 0x38000000u + 0xfffu + ((rest >> 13) & 1u)) >> 13;
-    }
-    to->bits = static_cast<std::uint16_t>(sign | half);
-#endif
-}
-
 /// Calls visitor(typed pointer) with the stored element type of `plane`.
 template <class Visitor>
 SSM_INLINE void visit_elements(const Plane& plane, const Visitor& visitor) {
@@ -147,263 +80,95 @@ SSM_INLINE void visit_elements(const Plane& plane, const Visitor& visitor) {
     }
 }
 
-// One round of the transpose: exchanges the off-diagonal blocks of kBlock x kBlock elements.
-template <class T, int kBlock, int... kIndex>
-SSM_INLINE void transpose_round(Vec<T>* rows, std::integer_sequence<int, kIndex...>) {
-    constexpr int n = kLanes<T>;
-#pragma GCC unroll 16
-    for (int i = 0; i < n; ++i) {
-        if ((i & kBlock) != 0) continue;
-        const Vec<T> a = rows[i], b = rows[i + kBlock];
-        rows[i] = shuffle<T, ((kIndex & kBlock) ? n + kIndex - kBlock : kIndex)...>(a, b);
-        rows[i + kBlock] = shuffle<T, ((kIndex & kBlock) ? n + kIndex : kIndex + kBlock)...>(a, b);
-    }
-}
+// Lines of another type than the tile's are converted in blocks, as long as a line of cache.
+template <class E>
+constexpr std::int64_t kConvertedRows = 64 / sizeof(E);
+constexpr std::int64_t kConvertedColumns = 16;
 
-/// In-register transpose of a square of vectors.
-template <class T>
-SSM_INLINE void transpose_square(Vec<T>* rows) {
-    constexpr int n = kLanes<T>;
-    const auto lanes = std::make_integer_sequence<int, n>{};
-    transpose_round<T, 1>(rows, lanes);
-    if constexpr (n > 2) transpose_round<T, 2>(rows, lanes);
-    if constexpr (n > 4) transpose_round<T, 4>(rows, lanes);
-    if constexpr (n > 8) transpose_round<T, 8>(rows, lanes);
-}
-
-// One round of the sum below: lanes of a where bit kBlock is 0, of b where it is 1, each plus its
-// partner across that bit. Two blends and one permutation: there are more units for a blend.
-template <class T, int kBlock, int... kIndex>
-SSM_INLINE Vec<T> fold_lanes(Vec<T> a, Vec<T> b, std::integer_sequence<int, kIndex...>) {
-    constexpr int n = kLanes<T>;
-    const Vec<T> own = shuffle<T, ((kIndex & kBlock) ? n + kIndex : kIndex)...>(a, b);
-    const Vec<T> other = shuffle<T, ((kIndex & kBlock) ? kIndex : n + kIndex)...>(a, b);
-    return own + shuffle<T, (kIndex ^ kBlock)...>(other, other);
-}
-
-/// Sums over lanes of kRows rows in one vector: lane i is part of the sum of rows[i % kRows], and
-/// all of it if there are as many rows as lanes. Uses up `rows`. Rows that this has made of kBlock
-/// rows each, in every kBlock-th place, are summed on.
-template <class T, int kRows = kLanes<T>, int kBlock = 1>
-SSM_INLINE Vec<T> sum_lanes(Vec<T>* rows) {
-    if constexpr (kBlock == kRows) {
-        return rows[0];
-    } else {
-#pragma GCC unroll 16
-        for (int i = 0; i < kRows; i += 2 * kBlock)
-            rows[i] = fold_lanes<T, kBlock>(rows[i], rows[i + kBlock],
-                                            std::make_integer_sequence<int, kLanes<T>>{});
-        return sum_lanes<T, kRows, 2 * kBlock>(rows);
-    }
-}
-template <class T>
-SSM_INLINE Vec<T> sum_lanes_of(const T* rows) {
-    Vec<T> square[kLanes<T>];
-    for (int i = 0; i < kLanes<T>; ++i) square[i] = load<T>(rows + i * kLanes<T>);
-    return sum_lanes<T>(square);
-}
-
-template <class T>
-SSM_INLINE void copy_row(T* __restrict to, const T* __restrict from, std::int64_t count) {
-    std::int64_t i = 0;
-    for (; i + kLanes<T> <= count; i += kLanes<T>) store<T>(to + i, load<T>(from + i));
-    for (; i < count; ++i) to[i] = from[i];
-}
-
-typedef std::uint32_t Words __attribute__((vector_size(kVectorBytes)));
-
-// Whether a vector of T is made of adjacent elements of E by widen_lanes(), and back.
+/// load_tile for columns of adjacent elements. One group of columns after the other: where columns
+/// lie pages apart, few of their lines fit side by side in the cache.
 template <class T, class E>
-inline constexpr bool kHasLanes = false;
-
-#if defined(__x86_64__)
-template <>
-inline constexpr bool kHasLanes<float, BFloat16> = true;
-
-#if defined(__AVX512F__)
-typedef __m256i Halves;  // as many 16-bit elements as a vector has lanes
-
-SSM_INLINE Vec<float> widen_halves(Halves halves) {
-    // Word i of the source becomes the upper half of lane i.
-    const __m512i places = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7,
-                                            0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
-    return (Vec<float>)_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, places,
-                                                      _mm512_castsi256_si512(halves));
-}
-/// The upper halves of the lanes of a, then of b.
-SSM_INLINE Words upper_halves(Words a, Words b) {
-    const __m512i places =
-        _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
-                         25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
-    return (Words)_mm512_permutex2var_epi16((__m512i)a, places, (__m512i)b);
-}
-SSM_INLINE bool any_nan(Vec<float> a, Vec<float> b) {
-    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q) != 0;
-}
-#elif defined(__AVX2__)
-typedef __m128i Halves;
-
-SSM_INLINE Vec<float> widen_halves(Halves halves) {
-    return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
-}
-SSM_INLINE Words upper_halves(Words a, Words b) {
-    const __m256i words = _mm256_packus_epi32((__m256i)(a >> 16), (__m256i)(b >> 16));
-    return (Words)_mm256_permute4x64_epi64(words, 0xd8);
-}
-SSM_INLINE bool any_nan(Vec<float> a, Vec<float> b) {
-    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_UNORD_Q)) != 0;
-}
-#else
-typedef double Halves;  // the one type of 8 bytes that lives in a vector register
-
-SSM_INLINE Vec<float> widen_halves(Halves halves) {
-    return (Vec<float>)_mm_unpacklo_epi16(_mm_setzero_si128(),
-                                          _mm_castpd_si128(_mm_set_sd(halves)));
-}
-SSM_INLINE Words upper_halves(Words a, Words b) {
-    return (Words)_mm_packs_epi32(_mm_srai_epi32((__m128i)a, 16), _mm_srai_epi32((__m128i)b, 16));
-}
-SSM_INLINE bool any_nan(Vec<float> a, Vec<float> b) {
-    return _mm_movemask_ps(_mm_cmpunord_ps((__m128)a, (__m128)b)) != 0;
-}
-#endif
-
-SSM_INLINE Vec<float> widen_lanes(const BFloat16* from) {
-    Halves halves;
-    std::memcpy(&halves, from, sizeof halves);
-    return widen_halves(halves);
-}
-/// Two vectors as one of 16-bit elements: for both NaN is looked for once.
-SSM_INLINE Words narrow_pair(Vec<float> a, Vec<float> b) {
-    Words low = (Words)a, high = (Words)b;
-    low += 0x7fffu + (low >> 16 & 1u);  // to nearest even
-    high += 0x7fffu + (high >> 16 & 1u);
-    if (__builtin_expect(any_nan(a, b), 0)) {
-        low = a != a ? (Words)a | 0x400000u : low;
-        high = b != b ? (Words)b | 0x400000u : high;
-    }
-    return upper_halves(low, high);
-}
-SSM_INLINE void narrow_lanes(BFloat16* to, Vec<float> v) {
-    const Words bits = (Words)v, near = bits + (0x7fffu + (bits >> 16 & 1u));
-    const Words word = v != v ? bits | 0x400000u : near;
-    const Words halves = upper_halves(word, word);
-    std::memcpy(to, &halves, sizeof(Halves));
-}
-#endif
-
-#if defined(__AVX2__)
-template <>
-inline constexpr bool kHasLanes<float, Float16> = true;
-
-SSM_INLINE Vec<float> widen_lanes(const Float16* from) {
-    Halves halves;
-    std::memcpy(&halves, from, sizeof halves);
-#if defined(__AVX512F__)
-    return (Vec<float>)_mm512_cvtph_ps(halves);
-#else
-    return (Vec<float>)_mm256_cvtph_ps(halves);
-#endif
-}
-SSM_INLINE void narrow_lanes(Float16* to, Vec<float> v) {
-#if defined(__AVX512F__)
-    const Halves halves = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
-#else
-    const Halves halves = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
-#endif
-    std::memcpy(to, &halves, sizeof halves);
-}
-#endif
-
-/// One vector from adjacent elements.
-template <class T, class E>
-SSM_INLINE Vec<T> widen_vector(const E* from) {
+SSM_INLINE void load_columns(T* tile, std::int64_t pitch, const E* data, std::int64_t column_stride,
+                             std::int64_t rows, std::int64_t columns) {
+    using Unit = Square<T>;
+    const std::int64_t whole_rows = rows / Unit::kElements * Unit::kElements;
+    const std::int64_t whole_columns = columns / Unit::kLines * Unit::kLines;
+    const auto turn = [&](std::int64_t row, std::int64_t column, const T* from,
+                          std::int64_t from_pitch, std::int64_t height, std::int64_t width) {
+        for (std::int64_t c = 0; c < width; c += Unit::kLines)
+            for (std::int64_t r = 0; r < height; r += Unit::kElements)
+                transpose_square(tile + (row + r) * pitch + column + c, pitch,
+                                 from + c * from_pitch + r, from_pitch);
+    };
     if constexpr (std::is_same_v<T, E>) {
-        return load<T>(from);
-    } else if constexpr (kHasLanes<T, E>) {
-        return widen_lanes(from);
+        turn(0, 0, data, column_stride, whole_rows, whole_columns);
     } else {
-        T line[kLanes<T>];
-        for (int i = 0; i < kLanes<T>; ++i) line[i] = static_cast<T>(widen(from[i]));
-        return load<T>(line);
+        constexpr std::int64_t kRows = kConvertedRows<E>;
+        T block[kConvertedColumns * kRows];
+        for (std::int64_t c = 0; c < whole_columns; c += kConvertedColumns)
+            for (std::int64_t r = 0; r < whole_rows; r += kRows) {
+                const std::int64_t height = min(kRows, whole_rows - r);
+                const std::int64_t width = min(kConvertedColumns, whole_columns - c);
+                for (std::int64_t i = 0; i < width; ++i)
+                    widen_row(block + i * kRows, data + (c + i) * column_stride + r, height);
+                turn(r, c, block, kRows, height, width);
+            }
     }
+    for (std::int64_t r = 0; r < rows; ++r)
+        for (std::int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c)
+            tile[r * pitch + c] = static_cast<T>(widen(data[r + c * column_stride]));
 }
 
-/// As narrow() for every lane.
+/// store_tile for columns of adjacent elements.
 template <class T, class E>
-SSM_INLINE void narrow_vector(E* to, Vec<T> v) {
+SSM_INLINE void store_columns(E* data, std::int64_t column_stride, const T* tile,
+                              std::int64_t pitch, std::int64_t rows, std::int64_t columns) {
+    using Unit = Square<T>;
+    const std::int64_t whole_rows = rows / Unit::kLines * Unit::kLines;
+    const std::int64_t whole_columns = columns / Unit::kElements * Unit::kElements;
+    const auto turn = [&](T* to, std::int64_t to_pitch, std::int64_t row, std::int64_t column,
+                          std::int64_t height, std::int64_t width) {
+        for (std::int64_t c = 0; c < width; c += Unit::kElements)
+            for (std::int64_t r = 0; r < height; r += Unit::kLines)
+                transpose_square(to + c * to_pitch + r, to_pitch,
+                                 tile + (row + r) * pitch + column + c, pitch);
+    };
     if constexpr (std::is_same_v<T, E>) {
-        store<T>(to, v);
-    } else if constexpr (kHasLanes<T, E>) {
-        narrow_lanes(to, v);
+        turn(data, column_stride, 0, 0, whole_rows, whole_columns);
     } else {
-        T line[kLanes<T>];
-        store<T>(line, v);
-        for (int i = 0; i < kLanes<T>; ++i) narrow(to + i, line[i]);
+        constexpr std::int64_t kRows = kConvertedRows<E>;
+        T block[kConvertedColumns * kRows];
+        for (std::int64_t c = 0; c < whole_columns; c += kConvertedColumns)
+            for (std::int64_t r = 0; r < whole_rows; r += kRows) {
+                const std::int64_t height = min(kRows, whole_rows - r);
+                const std::int64_t width = min(kConvertedColumns, whole_columns - c);
+                turn(block, kRows, r, c, height, width);
+                for (std::int64_t i = 0; i < width; ++i)
+                    narrow_row(data + (c + i) * column_stride + r, block + i * kRows, height);
+            }
     }
-}
-
-/// Converts `count` adjacent elements.
-template <class T, class E>
-SSM_INLINE void widen_row(T* __restrict to, const E* __restrict from, std::int64_t count) {
-    if constexpr (std::is_same_v<T, E>) return copy_row(to, from, count);
-    std::int64_t i = 0;
-    if constexpr (kHasLanes<T, E>)
-        for (; i + kLanes<T> <= count; i += kLanes<T>) store<T>(to + i, widen_lanes(from + i));
-    for (; i < count; ++i) to[i] = static_cast<T>(widen(from[i]));
-}
-template <class T, class E>
-SSM_INLINE void narrow_row(E* __restrict to, const T* __restrict from, std::int64_t count) {
-    if constexpr (std::is_same_v<T, E>) return copy_row(to, from, count);
-    std::int64_t i = 0;
-    if constexpr (kHasLanes<T, E>)
-        for (; i + kLanes<T> <= count; i += kLanes<T>) narrow_lanes(to + i, load<T>(from + i));
-    for (; i < count; ++i) narrow(to + i, from[i]);
-}
-
-/// Calls square(row, column) for every square of vectors of a rectangle whose rows are adjacent
-/// elements of type E, and returns how many rows these cover. A line of cache is done with before
-/// the next one comes: where columns lie pages apart, few of their lines fit side by side.
-template <class T, class E, class Square>
-SSM_INLINE std::int64_t for_squares(std::int64_t rows, std::int64_t columns, Square&& square) {
-    constexpr std::int64_t n = kLanes<T>, kLine = 64 / sizeof(E) > n ? 64 / sizeof(E) : n;
-    const std::int64_t end = rows / n * n;
-    for (std::int64_t line = 0; line < end; line += kLine)
-        for (std::int64_t c = 0; c + n <= columns; c += n)
-            for (std::int64_t r = line; r < min(line + kLine, end); r += n) square(r, c);
-    return end;
+    for (std::int64_t r = 0; r < rows; ++r)
+        for (std::int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c)
+            narrow(data + r + c * column_stride, tile[r * pitch + c]);
 }
 
 /// tile[row * pitch + column] = plane(row, column), as T.
 template <class T>
 static inline void load_tile(T* tile, std::int64_t pitch, const Plane& plane, std::int64_t rows,
                              std::int64_t columns) {
-    constexpr int n = kLanes<T>;
     visit_elements(plane, [&](const auto* data) {
         const std::int64_t row_stride = plane.row_stride, column_stride = plane.column_stride;
         if (column_stride == 1) {
             for (std::int64_t r = 0; r < rows; ++r)
                 widen_row(tile + r * pitch, data + r * row_stride, columns);
-            return;
+        } else if (row_stride == 1) {
+            load_columns(tile, pitch, data, column_stride, rows, columns);
+        } else {
+            for (std::int64_t r = 0; r < rows; ++r)
+                for (std::int64_t c = 0; c < columns; ++c)
+                    tile[r * pitch + c] =
+                        static_cast<T>(widen(data[r * row_stride + c * column_stride]));
         }
-        std::int64_t done = 0;
-        if (row_stride == 1) {
-            using Element = std::remove_cvref_t<decltype(*data)>;
-            done = for_squares<T, Element>(rows, columns, [&](std::int64_t row, std::int64_t c) {
-                Vec<T> square[n];
-                for (int i = 0; i < n; ++i)
-                    square[i] = widen_vector<T>(data + row + (c + i) * column_stride);
-                transpose_square<T>(square);
-                for (int r = 0; r < n; ++r) store<T>(tile + (row + r) * pitch + c, square[r]);
-            });
-            for (std::int64_t c = columns / n * n; c < columns; ++c)
-                for (std::int64_t r = 0; r < done; ++r)
-                    tile[r * pitch + c] = static_cast<T>(widen(data[r + c * column_stride]));
-        }
-        for (std::int64_t r = done; r < rows; ++r)
-            for (std::int64_t c = 0; c < columns; ++c)
-                tile[r * pitch + c] =
-                    static_cast<T>(widen(data[r * row_stride + c * column_stride]));
     });
 }
 
@@ -434,31 +199,18 @@ static inline Rows<const T> rows_of(const Plane& plane, T* tile, std::int64_t pi
 template <class T>
 static inline void store_tile(const Plane& plane, const T* tile, std::int64_t pitch,
                               std::int64_t rows, std::int64_t columns) {
-    constexpr int n = kLanes<T>;
     visit_elements(plane, [&](auto* data) {
         const std::int64_t row_stride = plane.row_stride, column_stride = plane.column_stride;
         if (column_stride == 1) {
             for (std::int64_t r = 0; r < rows; ++r)
                 narrow_row(data + r * row_stride, tile + r * pitch, columns);
-            return;
+        } else if (row_stride == 1) {
+            store_columns(data, column_stride, tile, pitch, rows, columns);
+        } else {
+            for (std::int64_t r = 0; r < rows; ++r)
+                for (std::int64_t c = 0; c < columns; ++c)
+                    narrow(data + r * row_stride + c * column_stride, tile[r * pitch + c]);
         }
-        std::int64_t done = 0;
-        if (row_stride == 1) {
-            using Element = std::remove_cvref_t<decltype(*data)>;
-            done = for_squares<T, Element>(rows, columns, [&](std::int64_t row, std::int64_t c) {
-                Vec<T> square[n];
-                for (int r = 0; r < n; ++r) square[r] = load<T>(tile + (row + r) * pitch + c);
-                transpose_square<T>(square);
-                for (int i = 0; i < n; ++i)
-                    narrow_vector<T>(data + row + (c + i) * column_stride, square[i]);
-            });
-            for (std::int64_t c = columns / n * n; c < columns; ++c)
-                for (std::int64_t r = 0; r < done; ++r)
-                    narrow(data + r + c * column_stride, tile[r * pitch + c]);
-        }
-        for (std::int64_t r = done; r < rows; ++r)
-            for (std::int64_t c = 0; c < columns; ++c)
-                narrow(data + r * row_stride + c * column_stride, tile[r * pitch + c]);
     });
 }
 
