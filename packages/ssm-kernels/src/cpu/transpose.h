@@ -8,9 +8,8 @@
 namespace ssm::cpu::SSM_ISA {
 
 // The unit of a transpose: pieces of 16 bytes, from as many lines as two of them have elements
-// where a register holds two, else as one has. Their second half is loaded from where it belongs,
-// so that what is left are exchanges within 16 bytes. Not in registers of 64 bytes: those have one
-// unit for such exchanges where shorter ones have two.
+// where a register holds two, else as one has. The second piece is loaded to where it belongs, so
+// that what is left are exchanges within 16 bytes. Registers of 64 bytes were slower (Zen 4).
 template <class T>
 struct Square {
     static constexpr int kPieces = kVectorBytes < 32 ? 1 : 2;
