@@ -80,39 +80,38 @@ SSM_INLINE void visit_elements(const Plane& plane, const Visitor& visitor) {
     }
 }
 
-// Lines of another type than the tile's are converted in blocks, as long as a line of cache.
+// Columns of another type than the tile's are converted in blocks: convert(row, column, height,
+// width) for each, no higher than a line of cache and no wider than kBlockWidth.
 template <class E>
-constexpr std::int64_t kConvertedRows = 64 / sizeof(E);
-constexpr std::int64_t kConvertedColumns = 16;
+constexpr std::int64_t kBlockHeight = 64 / sizeof(E);
+constexpr std::int64_t kBlockWidth = 16;
 
-/// load_tile for columns of adjacent elements. One group of columns after the other: where columns
-/// lie pages apart, few of their lines fit side by side in the cache.
+template <class E, class Convert>
+SSM_INLINE void for_converted_blocks(std::int64_t rows, std::int64_t columns,
+                                     const Convert& convert) {
+    for (std::int64_t c = 0; c < columns; c += kBlockWidth)
+        for (std::int64_t r = 0; r < rows; r += kBlockHeight<E>)
+            convert(r, c, min(kBlockHeight<E>, rows - r), min(kBlockWidth, columns - c));
+}
+
+/// load_tile for columns of adjacent elements.
 template <class T, class E>
 SSM_INLINE void load_columns(T* tile, std::int64_t pitch, const E* data, std::int64_t column_stride,
                              std::int64_t rows, std::int64_t columns) {
-    using Unit = Square<T>;
-    const std::int64_t whole_rows = rows / Unit::kElements * Unit::kElements;
-    const std::int64_t whole_columns = columns / Unit::kLines * Unit::kLines;
-    const auto turn = [&](std::int64_t row, std::int64_t column, const T* from,
-                          std::int64_t from_pitch, std::int64_t height, std::int64_t width) {
-        for (std::int64_t c = 0; c < width; c += Unit::kLines)
-            for (std::int64_t r = 0; r < height; r += Unit::kElements)
-                transpose_square(tile + (row + r) * pitch + column + c, pitch,
-                                 from + c * from_pitch + r, from_pitch);
-    };
+    const std::int64_t whole_rows = rows / Square<T>::kElements * Square<T>::kElements;
+    const std::int64_t whole_columns = columns / Square<T>::kLines * Square<T>::kLines;
     if constexpr (std::is_same_v<T, E>) {
-        turn(0, 0, data, column_stride, whole_rows, whole_columns);
+        transpose(tile, pitch, data, column_stride, whole_columns, whole_rows);
     } else {
-        constexpr std::int64_t kRows = kConvertedRows<E>;
-        T block[kConvertedColumns * kRows];
-        for (std::int64_t c = 0; c < whole_columns; c += kConvertedColumns)
-            for (std::int64_t r = 0; r < whole_rows; r += kRows) {
-                const std::int64_t height = min(kRows, whole_rows - r);
-                const std::int64_t width = min(kConvertedColumns, whole_columns - c);
+        constexpr std::int64_t kPitch = kBlockHeight<E>;
+        T block[kBlockWidth * kPitch];
+        for_converted_blocks<E>(
+            whole_rows, whole_columns,
+            [&](std::int64_t r, std::int64_t c, std::int64_t height, std::int64_t width) {
                 for (std::int64_t i = 0; i < width; ++i)
-                    widen_row(block + i * kRows, data + (c + i) * column_stride + r, height);
-                turn(r, c, block, kRows, height, width);
-            }
+                    widen_row(block + i * kPitch, data + (c + i) * column_stride + r, height);
+                transpose(tile + r * pitch + c, pitch, block, kPitch, width, height);
+            });
     }
     for (std::int64_t r = 0; r < rows; ++r)
         for (std::int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c)
@@ -123,29 +122,20 @@ SSM_INLINE void load_columns(T* tile, std::int64_t pitch, const E* data, std::in
 template <class T, class E>
 SSM_INLINE void store_columns(E* data, std::int64_t column_stride, const T* tile,
                               std::int64_t pitch, std::int64_t rows, std::int64_t columns) {
-    using Unit = Square<T>;
-    const std::int64_t whole_rows = rows / Unit::kLines * Unit::kLines;
-    const std::int64_t whole_columns = columns / Unit::kElements * Unit::kElements;
-    const auto turn = [&](T* to, std::int64_t to_pitch, std::int64_t row, std::int64_t column,
-                          std::int64_t height, std::int64_t width) {
-        for (std::int64_t c = 0; c < width; c += Unit::kElements)
-            for (std::int64_t r = 0; r < height; r += Unit::kLines)
-                transpose_square(to + c * to_pitch + r, to_pitch,
-                                 tile + (row + r) * pitch + column + c, pitch);
-    };
+    const std::int64_t whole_rows = rows / Square<T>::kLines * Square<T>::kLines;
+    const std::int64_t whole_columns = columns / Square<T>::kElements * Square<T>::kElements;
     if constexpr (std::is_same_v<T, E>) {
-        turn(data, column_stride, 0, 0, whole_rows, whole_columns);
+        transpose(data, column_stride, tile, pitch, whole_rows, whole_columns);
     } else {
-        constexpr std::int64_t kRows = kConvertedRows<E>;
-        T block[kConvertedColumns * kRows];
-        for (std::int64_t c = 0; c < whole_columns; c += kConvertedColumns)
-            for (std::int64_t r = 0; r < whole_rows; r += kRows) {
-                const std::int64_t height = min(kRows, whole_rows - r);
-                const std::int64_t width = min(kConvertedColumns, whole_columns - c);
-                turn(block, kRows, r, c, height, width);
+        constexpr std::int64_t kPitch = kBlockHeight<E>;
+        T block[kBlockWidth * kPitch];
+        for_converted_blocks<E>(
+            whole_rows, whole_columns,
+            [&](std::int64_t r, std::int64_t c, std::int64_t height, std::int64_t width) {
+                transpose(block, kPitch, tile + r * pitch + c, pitch, height, width);
                 for (std::int64_t i = 0; i < width; ++i)
-                    narrow_row(data + (c + i) * column_stride + r, block + i * kRows, height);
-            }
+                    narrow_row(data + (c + i) * column_stride + r, block + i * kPitch, height);
+            });
     }
     for (std::int64_t r = 0; r < rows; ++r)
         for (std::int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c)

@@ -68,6 +68,24 @@ SSM_INLINE void transpose_square(T* to, std::int64_t to_pitch, const T* from,
     for (int i = 0; i < n; ++i) std::memcpy(to + i * to_pitch, &lines[i], sizeof lines[i]);
 }
 
+/// The same for any number of whole squares. Of the two sides, the one whose lines are farther
+/// apart is walked line by line: where they lie pages apart, few of them fit side by side in the
+/// cache.
+template <class T>
+static inline void transpose(T* to, std::int64_t to_pitch, const T* from, std::int64_t from_pitch,
+                             std::int64_t lines, std::int64_t elements) {
+    constexpr std::int64_t kLines = Square<T>::kLines, kElements = Square<T>::kElements;
+    const auto square = [&](std::int64_t l, std::int64_t e) __attribute__((always_inline)) {
+        transpose_square(to + e * to_pitch + l, to_pitch, from + l * from_pitch + e, from_pitch);
+    };
+    if (from_pitch >= to_pitch)
+        for (std::int64_t l = 0; l < lines; l += kLines)
+            for (std::int64_t e = 0; e < elements; e += kElements) square(l, e);
+    else
+        for (std::int64_t e = 0; e < elements; e += kElements)
+            for (std::int64_t l = 0; l < lines; l += kLines) square(l, e);
+}
+
 // One round of the sum below: lanes of a where bit kBlock is 0, of b where it is 1, each plus its
 // partner across that bit. Two blends and one permutation: there are more units for a blend.
 template <class T, int kBlock, int... kIndex>
