@@ -11,7 +11,7 @@ A backward runs exp2 and the state again (8 per state element) and then needs, p
 nine for dh, dB, dC and what flows into dt, dt u and A; per (B, D, L) again softplus and SiLU.
 """
 
-from tools.workload import Case, Draw, Problem, Work, channel_last, nbytes
+from tools.workload import Case, Draw, Problem, Work, channel_last, nbytes, off_line
 
 CASES = (
     Case("prefill_2k_d512", {"batch": 1, "dim": 512, "seqlen": 2048, "dstate": 16}),
@@ -19,6 +19,11 @@ CASES = (
         "prefill_2k_d512_channel_last",
         {"batch": 1, "dim": 512, "seqlen": 2048, "dstate": 16},
         {"channel_last": True},
+    ),
+    Case(
+        "prefill_2k_d512_off_line",
+        {"batch": 1, "dim": 512, "seqlen": 2048, "dstate": 16},
+        {"off_line": True},
     ),
     Case("prefill_2k_d1536", {"batch": 1, "dim": 1536, "seqlen": 2048, "dstate": 16}),
     Case("train_b4_l512_d1536", {"batch": 4, "dim": 1536, "seqlen": 512, "dstate": 16}),
@@ -33,7 +38,8 @@ def setup(case, device) -> Problem:
     """Return the tensors and the work of a case."""
     batch, dim, seqlen, dstate = (case.sizes[n] for n in ("batch", "dim", "seqlen", "dstate"))
     draw = Draw(device)
-    lay = channel_last if case.options.get("channel_last") else lambda tensor: tensor
+    layouts = {"channel_last": channel_last, "off_line": off_line}
+    lay = next((layouts[name] for name in case.options), lambda tensor: tensor)
     u, z = (lay(draw.normal(batch, dim, seqlen)) for _ in range(2))
     delta = lay(draw.normal(batch, dim, seqlen, std=0.5))
     B, C = (lay(draw.normal(batch, dstate, seqlen)) for _ in range(2))

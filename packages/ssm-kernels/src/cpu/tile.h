@@ -226,8 +226,12 @@ struct Stripes {
 /// nothing but prefetches for one without effects.)
 SSM_INLINE void request_stripe(const Stripes& stripes, std::int64_t index) {
     if (index >= stripes.count) return;
-    const char* const line = stripes.data + index * stripes.pitch;
-    for (std::int64_t at = 0; at < stripes.bytes; at += 64) __builtin_prefetch(line + at, 0, 2);
+    const char* const begin = stripes.data + index * stripes.pitch;
+    const char* const end = begin + stripes.bytes;
+    // From the begin of its first line of cache: NumPy's large arrays start 16 bytes into one.
+    for (const char* line = begin - reinterpret_cast<std::uintptr_t>(begin) % 64; line < end;
+         line += 64)
+        __builtin_prefetch(line, 0, 2);
 }
 
 }  // namespace ssm::cpu::SSM_ISA
