@@ -38,8 +38,10 @@ def setup(case, device) -> Problem:
     """Return the tensors and the work of a case."""
     batch, dim, seqlen, dstate = (case.sizes[n] for n in ("batch", "dim", "seqlen", "dstate"))
     draw = Draw(device)
-    layouts = {"channel_last": channel_last, "off_line": off_line}
-    lay = next((layouts[name] for name in case.options), lambda tensor: tensor)
+    if case.options.get("channel_last"):
+        lay = channel_last
+    else:
+        lay = off_line if case.options.get("off_line") else lambda tensor: tensor
     u, z = (lay(draw.normal(batch, dim, seqlen)) for _ in range(2))
     delta = lay(draw.normal(batch, dim, seqlen, std=0.5))
     B, C = (lay(draw.normal(batch, dstate, seqlen)) for _ in range(2))

@@ -228,7 +228,7 @@ SSM_INLINE void request_stripe(const Stripes& stripes, std::int64_t index) {
     if (index >= stripes.count) return;
     const char* const begin = stripes.data + index * stripes.pitch;
     const char* const end = begin + stripes.bytes;
-    // From the begin of its first line of cache: NumPy's large arrays start 16 bytes into one.
+    // From the start of its first line of cache: NumPy's large arrays begin 16 bytes into one.
     for (const char* line = begin - reinterpret_cast<std::uintptr_t>(begin) % 64; line < end;
          line += 64)
         __builtin_prefetch(line, 0, 2);
