@@ -114,6 +114,43 @@ def test_lazily_negated_views(backend):
 
 
 @BACKENDS
+def test_lazily_negated_view_by_name(backend):
+    numbers = torch.arange(1.0, 7.0).view(1, 3, 2)
+    view = torch.complex(numbers, -numbers).conj().imag
+    assert view.is_neg()
+    x, rates = torch.ones(1, 3, 4), -torch.ones(3, 2)
+    B = torch.ones(1, 2, 4)
+    arguments = (x, x, rates, B, B)
+    with use_backend(backend):
+        y = ops.selective_scan(*arguments, initial_state=view)
+        gated = ops.swiglu(view, numbers)
+    torch.testing.assert_close(y, reference.selective_scan(*arguments, initial_state=numbers))
+    torch.testing.assert_close(gated, reference.swiglu(numbers, numbers))
+
+
+def test_kernels_refuse_lazily_negated_views():
+    kernels = pytest.importorskip("ssm_kernels")
+    # The last is one number; the others differ in the axis whose stride tells.
+    for shape in ((3, 5), (1, 5), (3, 1), (1, 1)):
+        numbers = torch.arange(1.0, 1 + shape[0] * shape[1]).view(shape)
+        view = torch.complex(numbers, -numbers).conj().imag
+        assert view.is_neg()
+        for name, kind in (("gate", "an"), ("up", "an"), ("y", "a writable")):
+            arguments = dict.fromkeys(("gate", "up"), numbers) | {"y": torch.empty(shape)}
+            with pytest.raises(TypeError) as caught:
+                kernels.swiglu_fwd(**{**arguments, name: view})
+            assert str(caught.value) == (
+                f"swiglu: {name} must be {kind} array or tensor with DLPack and at most 6 axes, "
+                "got Tensor: a lazily negated view, without resolve_neg()"
+            )
+        # Other views of complex numbers have such strides too.
+        y = torch.complex(numbers, numbers).imag
+        kernels.swiglu_fwd(numbers, torch.complex(numbers, numbers).real, y=y)
+        want = numbers * numbers * torch.sigmoid(numbers)
+        torch.testing.assert_close(y, want)
+
+
+@BACKENDS
 def test_numbers_beyond_64_bits(backend):
     x, weight, rate = torch.ones(1, 3, 2, 2), torch.ones(2), -torch.ones(2)
     dt, B = torch.ones(1, 3, 2), torch.ones(1, 3, 1, 4)

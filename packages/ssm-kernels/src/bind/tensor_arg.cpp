@@ -93,6 +93,19 @@ bool borrow_ndarray(nb::handle object, TensorArg& arg, Array& held) {
     return true;
 }
 
+// torch negates some views only when they are read, which its DLPack interfaces do not tell. It
+// makes such views of the imaginary parts of complex numbers, so all their strides are even; to ask
+// every tensor would cost as much as a small kernel.
+bool is_lazily_negated(nb::handle object, const TensorView& view) {
+    for (int i = 0; i < view.ndim; ++i)
+        if (view.shape[i] > 1 && view.stride[i] % 2 != 0) return false;
+    PyObject* answer = PyObject_CallMethod(object.ptr(), "is_neg", nullptr);
+    const bool negated = answer == Py_True;
+    Py_XDECREF(answer);
+    PyErr_Clear();  // other arrays have no such method
+    return negated;
+}
+
 void prefer_huge_pages(const TensorView& view) {
     std::int64_t count = 1, span = 1;
     for (int i = 0; i < view.ndim; ++i) {
@@ -112,14 +125,16 @@ bool borrow(nb::handle object, TensorArg& arg, bool writable) noexcept {
     if (const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(object.ptr()))) {
         dlpack::Tensor tensor{};
         if (api->borrow_from_object(object.ptr(), &tensor) == 0 && fill(arg.view, tensor)) {
+            arg.is_tensor = !is_lazily_negated(object, arg.view);
             if (writable) prefer_huge_pages(arg.view);
-            return true;
+            return arg.is_tensor;
         }
         PyErr_Clear();
     }
     try {
-        arg.is_tensor = writable ? borrow_ndarray(object, arg, arg.held_output)
-                                 : borrow_ndarray(object, arg, arg.held_input);
+        arg.is_tensor = (writable ? borrow_ndarray(object, arg, arg.held_output)
+                                  : borrow_ndarray(object, arg, arg.held_input)) &&
+                        !is_lazily_negated(object, arg.view);
     } catch (...) {
         PyErr_Clear();
         arg.is_tensor = false;
@@ -141,8 +156,9 @@ Exec settings(const char* op, int num_threads, std::intptr_t stream, const Outpu
 
 /// What an array says when it is asked for its memory; nothing if it gives it, or is no array. A
 /// demand to stop, or the lack of memory, stays what it is.
-static std::string refusal_of(nb::handle object) {
+static std::string refusal_of(nb::handle object, const TensorView& view) {
     if (!nb::hasattr(object, "__dlpack__")) return "";
+    if (is_lazily_negated(object, view)) return ": a lazily negated view, without resolve_neg()";
     try {
         object.attr("__dlpack__")();
     } catch (const nb::python_error& error) {
@@ -152,12 +168,13 @@ static std::string refusal_of(nb::handle object) {
     return "";
 }
 
-void fail_type(const char* op, const char* name, nb::handle object, bool writable) {
+void fail_type(const char* op, const char* name, const TensorArg& arg, bool writable) {
     const nb::gil_scoped_acquire locked;  // settings() is called without
-    const std::string type = nb::str(object.type().attr("__name__")).c_str();
+    const std::string type = nb::str(arg.object.type().attr("__name__")).c_str();
     throw nb::type_error((std::string(op) + ": " + name + " must be " +
                           (writable ? "a writable array or tensor" : "an array or tensor") +
-                          " with DLPack and at most 6 axes, got " + type + refusal_of(object))
+                          " with DLPack and at most 6 axes, got " + type +
+                          refusal_of(arg.object, arg.view))
                              .c_str());
 }
 

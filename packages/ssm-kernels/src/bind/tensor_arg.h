@@ -18,25 +18,25 @@ struct TensorArg {
     nb::handle object{};
     nb::ndarray<nb::ro> held_input{};
     nb::ndarray<> held_output{};
-    bool is_tensor = false;  // false: `object` is not an array (None counts as an absent one)
+    bool is_tensor = false;  // false: `object` gives no memory (None counts as an absent array)
 };
 
 /// Inputs may be read-only arrays, outputs may not.
 struct Input : TensorArg {};
 struct Output : TensorArg {};
 
-/// Fills `arg` from `object`; false when it is neither None nor an array with DLPack.
+/// Fills `arg` from `object`; false when it is neither None nor an array whose memory DLPack gives.
 bool borrow(nb::handle object, TensorArg& arg, bool writable) noexcept;
 
-[[noreturn]] void fail_type(const char* op, const char* name, nb::handle object, bool writable);
+[[noreturn]] void fail_type(const char* op, const char* name, const TensorArg& arg, bool writable);
 
 /// The view of an argument, or TypeError `<op>: <name> must be ..., got <type>`.
 inline TensorView view(const char* op, const char* name, const Input& arg) {
-    if (!arg.is_tensor) fail_type(op, name, arg.object, false);
+    if (!arg.is_tensor) fail_type(op, name, arg, false);
     return arg.view;
 }
 inline TensorView view(const char* op, const char* name, const Output& arg) {
-    if (!arg.is_tensor) fail_type(op, name, arg.object, true);
+    if (!arg.is_tensor) fail_type(op, name, arg, true);
     return arg.view;
 }
 

@@ -208,15 +208,17 @@ def load_cpu_kernels() -> None:
 def _call_steps() -> None:
     """Call the steps of decoding once, on one thread.
 
-    They take microseconds, and what the first call in a process has to find, pages of the library
-    and tables of torch, takes ten times as long.
+    They take microseconds, and what the first call in a process has to find, pages of the library,
+    tables of torch and the way through here, takes ten times as long. The choices of later calls
+    are still to be made: ``SSM_BACKEND`` may be set until then.
     """
     zeros = functools.partial(torch.zeros, dtype=torch.float32, device="cpu")
-    with contextlib.suppress(Exception), torch.no_grad():  # whoever calls next will hear of a fault
+    # Whoever calls next will hear of a fault.
+    with contextlib.suppress(Exception), torch.no_grad(), _forcing("cpu"):
         lines, states = zeros(1, 64), zeros(64, 16)
         row, matrix = lines[0], states[:1]
-        _load("dw_causal_conv_step", "cpu")(lines, zeros(1, 64, 4), states[:, :4], row)
-        _load("selective_state_step", "cpu")(
+        implementation("dw_causal_conv_step", lines)(lines, zeros(1, 64, 4), states[:, :4], row)
+        implementation("selective_state_step", lines)(
             zeros(1, 64, 16), lines, lines, states, matrix, matrix, row, lines, row
         )
 

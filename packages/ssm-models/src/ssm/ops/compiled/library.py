@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch.autograd import forward_ad as _forward_ad
 
+from ssm.ops.python import reference
+
 # One library object per process: torch removes the operators when it is collected.
 _LIBRARY = torch.library.Library("ssm", "FRAGMENT")
 
@@ -21,7 +23,7 @@ _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _unwrapped = torch._C._functorch.get_unwrapped
 _is_grad_enabled = torch.is_grad_enabled
 num_threads = torch.get_num_threads
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
 def is_eager(*tensors: torch.Tensor | None) -> bool:
@@ -31,9 +33,8 @@ def is_eager(*tensors: torch.Tensor | None) -> bool:
         tensors: all tensor arguments of an operator.
 
     Returns:
-        False if a gradient is wanted, while torch traces, transforms or intercepts operators, if
-        one is of a tensor subclass or a lazily negated view: then the call must
-        go through the registered operator.
+        False if a gradient is wanted, while torch traces, transforms or intercepts operators, or if
+        one is of a tensor subclass: then the call must go through the registered operator.
 
     Raises:
         TypeError: an argument is no tensor.
@@ -51,17 +52,11 @@ def is_eager(*tensors: torch.Tensor | None) -> bool:
         if len({getattr(t, "device", None) for t in tensors if t is not None}) > 1:
             raise ValueError("tensors must be on one device, got several")
         return False
-    eager = True
-    for t in tensors:  # a generator here costs as much as a small kernel
-        if t is None:
-            continue
-        if type(t) in _PLAIN:
-            eager = eager and not t.is_neg()
-        elif isinstance(t, torch.Tensor):  # a subclass has rules of its own
-            eager = False
-        else:  # kernels would take the arrays of other libraries
-            raise TypeError("tensors must be torch.Tensor, got something else")
-    return eager
+    if _PLAIN.issuperset(map(type, tensors)):  # a loop here costs as much as a small kernel
+        return True
+    if all(t is None or isinstance(t, torch.Tensor) for t in tensors):
+        return False  # a subclass has rules of its own
+    raise TypeError("tensors must be torch.Tensor, got something else")  # kernels would take them
 
 
 def wants_gradient(*tensors: torch.Tensor | None) -> bool:
@@ -111,7 +106,8 @@ def refuse_as(check: Callable) -> Callable:
     """Make an operator refuse what is wrong with the sentences of its reference.
 
     Nothing is checked beforehand: kernels, allocations and torch's dispatcher refuse in words of
-    their own, and only then ``check`` is asked for the sentence.
+    their own, and only then ``check`` is asked for the sentence. Views that torch negates when they
+    are read are right, but kernels refuse them; the reference serves.
 
     Args:
         check: of ``ssm.ops.python.check``. Its parameters are named as those of the operator.
@@ -140,6 +136,9 @@ def refuse_as(check: Callable) -> Callable:
                     check(*(given.arguments[name] for name in names))
                 except (TypeError, ValueError) as error:
                     raise error from None
+                tensors = (t for t in given.arguments.values() if isinstance(t, torch.Tensor))
+                if any(t.is_neg() for t in tensors):
+                    return getattr(reference, function.__name__)(*given.args, **given.kwargs)
                 raise
 
         return served
