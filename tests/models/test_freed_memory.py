@@ -52,18 +52,17 @@ def faults():
         layer()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-faults()
 print(faults())
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_pages_of_a_layer_serve_the_next_one():
-    # A process in five keeps its pages anyway: something small lies behind them.
-    for _ in range(3):
-        child = subprocess.run([sys.executable, "-c", LAYERS], capture_output=True, text=True)
-        assert child.returncode == 0, child.stderr
-        assert int(child.stdout) < 1000
+    child = subprocess.run([sys.executable, "-c", LAYERS], capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    # The first layer has to take its pages, and a few blocks may find no room between others. By
+    # default the second takes as many again, and where nothing lies behind them, so do all.
+    assert int(child.stdout) < 2 * 9216
 
 
 def test_elsewhere_nothing_happens(monkeypatch):
