@@ -23,14 +23,15 @@ JUDGES = {
     "sigmoid": sigmoid,
     "silu": lambda x: x * sigmoid(x),
 }
-# Where the functions promise a relative error. Below, softplus and sigmoid stay at e^-87.
+# Where the functions promise a relative error. Below, softplus and sigmoid stay at e^-87, and the
+# error of silu grows.
 RANGES = {
     "exp2": (-125.0, 128.0),
     "exp_bounded": (-87.0, 88.0),
     "log1p_unit": (0.0, 1.0),
     "softplus": (-87.0, 1e4),
     "sigmoid": (-87.0, 1e4),
-    "silu": (-87.0, 1e4),
+    "silu": (-3.0, 1e4),
 }
 # The largest error found, in units in the last place of the exact result, rounded up:
 # (function, dtype) -> instruction set -> bound.
@@ -40,7 +41,7 @@ BOUNDS = {
     ("log1p_unit", "float32"): {"baseline": 3.5, "avx2": 3.5, "avx512": 3.5},
     ("softplus", "float32"): {"baseline": 4.5, "avx2": 4.5, "avx512": 4.5},
     ("sigmoid", "float32"): {"baseline": 3.5, "avx2": 3.5, "avx512": 3.5},
-    ("silu", "float32"): {"baseline": 4.0, "avx2": 4.0, "avx512": 4.0},
+    ("silu", "float32"): {"baseline": 3.5, "avx2": 3.5, "avx512": 3.5},
     # libm, and what is added to it.
     ("exp2", "float64"): {"baseline": 0.6, "avx2": 0.6, "avx512": 0.6},
     ("exp_bounded", "float64"): {"baseline": 0.6, "avx2": 0.6, "avx512": 0.6},
@@ -110,12 +111,18 @@ def test_special_values(dtype):
         assert close.all(), (function, got, want)
 
 
+def test_error_of_a_gate_grows_slowly():
+    x = np.linspace(-88.0, -3.0, 500_001).astype("f4")
+    want = JUDGES["silu"](x.astype("f8"))
+    error = np.abs(apply("silu", x) - want) / np.spacing(np.abs(want).astype("f4"))
+    assert (error <= 4.0 + np.abs(x) / 4).all()
+
+
 def test_values_below_the_range_stay_small_and_finite():
     for function in ("exp2", "softplus", "sigmoid", "silu"):
         x = -np.geomspace(125.0, 3e38, 10_000).astype("f4")
         exact = JUDGES[function](np.maximum(x.astype("f8"), -700.0))
-        bound = TINY * np.abs(x) if function == "silu" else TINY
-        assert (np.abs(apply(function, x) - exact) <= bound).all(), function
+        assert (np.abs(apply(function, x) - exact) <= TINY).all(), function
 
 
 def test_zero_keeps_its_sign():

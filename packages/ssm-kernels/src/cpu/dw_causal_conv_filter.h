@@ -2,59 +2,9 @@
 #pragma once
 
 #include "dw_causal_conv_tile.h"
+#include "gate.h"
 
 namespace ssm::cpu::SSM_ISA {
-
-/// x between two bounds; NaN may become a bound.
-SSM_INLINE Vec<float> clamp(Vec<float> x, float low, float high) {
-#if defined(__AVX512F__)
-    return (Vec<float>)_mm512_max_ps(_mm512_min_ps((__m512)x, _mm512_set1_ps(high)),
-                                     _mm512_set1_ps(low));
-#elif defined(__AVX2__)
-    return (Vec<float>)_mm256_max_ps(_mm256_min_ps((__m256)x, _mm256_set1_ps(high)),
-                                     _mm256_set1_ps(low));
-#elif defined(__SSE2__)
-    return (Vec<float>)_mm_max_ps(_mm_min_ps((__m128)x, _mm_set1_ps(high)), _mm_set1_ps(low));
-#else
-    x = x > high ? broadcast(high) : x;
-    return x < low ? broadcast(low) : x;
-#endif
-}
-
-/// 1 + e^-x, infinite where that overflows: then a quotient by it is 0, as it should be. For
-/// several vectors at once, one stage after the other: in a single chain of operations each would
-/// wait for the one before, and the processor does not look far enough ahead to fill the gaps.
-template <int kCount>
-SSM_INLINE void one_plus_exp_minus(const Vec<float>* x, Vec<float>* result) {
-    typedef std::int32_t Bits __attribute__((vector_size(kVectorBytes)));
-    // 1.5 * 2^23 + 127: a sum with it is rounded to an integer and holds n + 127, the exponent of
-    // 2^n, in its low bits. Exponents -126 .. 128 have bits, the last one those of infinity.
-    constexpr float kMagic = 12582912.0f + 127.0f;
-    Vec<float> s[kCount], sum[kCount], f[kCount], p[kCount];
-#pragma GCC unroll 4
-    for (int i = 0; i < kCount; ++i) s[i] = clamp(x[i], -88.75f, 87.0f);
-#pragma GCC unroll 4
-    for (int i = 0; i < kCount; ++i) sum[i] = s[i] * -kLog2e<float> + kMagic;
-#pragma GCC unroll 4
-    for (int i = 0; i < kCount; ++i) f[i] = rest_of_exponent(-s[i], sum[i] - kMagic);
-#pragma GCC unroll 4
-    for (int i = 0; i < kCount; ++i) p[i] = exp2_fraction(f[i]);
-#pragma GCC unroll 4
-    for (int i = 0; i < kCount; ++i) result[i] = p[i] * (Vec<float>)((Bits)sum[i] << 23) + 1.0f;
-}
-template <int kCount>
-SSM_INLINE void one_plus_exp_minus(const Vec<double>* x, Vec<double>* result) {
-    for (int i = 0; i < kCount; ++i) result[i] = per_lane<::exp>(-x[i]) + 1.0;
-}
-
-template <bool kSilu, class T, int kCount>
-SSM_INLINE void activate(Vec<T>* x) {
-    if constexpr (!kSilu) return;
-    Vec<T> divisor[kCount];
-    one_plus_exp_minus<kCount>(x, divisor);
-#pragma GCC unroll 4
-    for (int i = 0; i < kCount; ++i) x[i] = x[i] / divisor[i];
-}
 
 /// Up to a vector's worth of elements, zero in the other lanes.
 template <class T>
@@ -103,24 +53,20 @@ static void filter_channels(const Lines<T>& lines, const Taps<T>& taps) {
         const T* const weight = taps.weight + c * taps.pitch;
         const Vec<T> bias = broadcast(taps.bias[c]);
         const auto at = [&]<int kCount>(std::int64_t t) __attribute__((always_inline)) {
-            Vec<T> sum[kCount];
-#pragma GCC unroll 4
-            for (int i = 0; i < kCount; ++i) sum[i] = bias;
+            Pack<T, kCount> sum;
+            SSM_EACH(i) sum.v[i] = bias;
 #pragma GCC unroll 4
             for (std::int64_t k = 0; k < width; ++k)
-#pragma GCC unroll 4
-                for (int i = 0; i < kCount; ++i)
-                    sum[i] += load<T>(in + t + i * n + k) * broadcast(weight[k]);
-            activate<kSilu, T, kCount>(sum);
-#pragma GCC unroll 4
-            for (int i = 0; i < kCount; ++i) store<T>(out + t + i * n, sum[i]);
+                SSM_EACH(i) sum.v[i] += load<T>(in + t + i * n + k) * broadcast(weight[k]);
+            if constexpr (kSilu) sum = silu(sum);
+            SSM_EACH(i) store<T>(out + t + i * n, sum.v[i]);
         };
         if (steps < n) {
-            Vec<T> sum = bias;
+            Pack<T, 1> sum{{bias}};
             for (std::int64_t k = 0; k < width; ++k)
-                sum += load_part<T>(in + k, steps) * broadcast(weight[k]);
-            activate<kSilu, T, 1>(&sum);
-            store_part<T>(out, sum, steps);
+                sum.v[0] += load_part<T>(in + k, steps) * broadcast(weight[k]);
+            if constexpr (kSilu) sum = silu(sum);
+            store_part<T>(out, sum.v[0], steps);
             continue;
         }
         std::int64_t t = 0;
@@ -143,9 +89,9 @@ static void filter_steps(const Lines<T>& lines, const Taps<T>& taps) {
         T* const out = lines.out + t * lines.out_pitch;
         for (std::int64_t column = 0; column < lines.channels; column += n) {
             const std::int64_t c = min(column, last);
-            Vec<T> sum[kRows];
+            Pack<T, kRows> sum;
 #pragma GCC unroll 4
-            for (int i = 0; i < kRows; ++i) sum[i] = load<T>(taps.bias + c);
+            for (int i = 0; i < kRows; ++i) sum.v[i] = load<T>(taps.bias + c);
             if constexpr (kWidth > 0) {
                 // Input step s meets tap s - i of output step i; taps in rising order for each i.
 #pragma GCC unroll 8
@@ -154,19 +100,19 @@ static void filter_steps(const Lines<T>& lines, const Taps<T>& taps) {
 #pragma GCC unroll 4
                     for (int i = 0; i < kRows; ++i)
                         if (s >= i && s - i < kWidth)
-                            sum[i] += x * load<T>(taps.weight + (s - i) * taps.pitch + c);
+                            sum.v[i] += x * load<T>(taps.weight + (s - i) * taps.pitch + c);
                 }
             } else {
                 for (std::int64_t k = 0; k < width; ++k) {
                     const Vec<T> weight = load<T>(taps.weight + k * taps.pitch + c);
 #pragma GCC unroll 4
                     for (int i = 0; i < kRows; ++i)
-                        sum[i] += load<T>(in + (i + k) * lines.in_pitch + c) * weight;
+                        sum.v[i] += load<T>(in + (i + k) * lines.in_pitch + c) * weight;
                 }
             }
-            activate<kSilu, T, kRows>(sum);
+            if constexpr (kSilu) sum = silu(sum);
 #pragma GCC unroll 4
-            for (int i = 0; i < kRows; ++i) store<T>(out + i * lines.out_pitch + c, sum[i]);
+            for (int i = 0; i < kRows; ++i) store<T>(out + i * lines.out_pitch + c, sum.v[i]);
         }
     };
     std::int64_t t = 0;

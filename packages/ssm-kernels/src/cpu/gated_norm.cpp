@@ -32,8 +32,7 @@ template <class T, class E>
 T gate_values(const E* x, const E* z, T* line, std::int64_t size, bool squares) {
     Sums<T, kGates> sums;
     sweep<T, kGates>(size, [&](std::int64_t i, auto piece) __attribute__((always_inline)) {
-        const auto v = take<T>(z + i, piece);
-        const auto s = take<T>(x + i, piece) * (v * sigmoid_factor(v));
+        const auto s = take<T>(x + i, piece) * silu(take<T>(z + i, piece));
         put<T>(line + i, s, piece);
         sums.add(squares ? s * s : s);
     });
@@ -86,10 +85,7 @@ void scale_group(const S* s, const Statistics<T>& of, const T* weight, const T* 
         next_z.template fetch<T>(i, piece);
         auto v = (take<T>(s + i, piece) - of.mean) * of.rstd * take<T>(weight + i, piece);
         if (bias != nullptr) v = v + take<T>(bias + i, piece);
-        if constexpr (kGate) {
-            const auto gate = take<T>(z + i, piece);
-            v = v * (gate * sigmoid_factor(gate));
-        }
+        if constexpr (kGate) v = v * silu(take<T>(z + i, piece));
         put_past<T>(y + i, v, piece, past_caches);
     });
 }

@@ -6,8 +6,7 @@
 
 #include <utility>
 
-#include "tile.h"
-#include "vmath.h"
+#include "gate.h"
 
 namespace ssm::cpu::SSM_ISA {
 
@@ -110,9 +109,10 @@ struct Block {
 
     /// Row r times silu of row r of `z`.
     SSM_INLINE void gate(Block& block, const T* z, std::int64_t pitch) {
-        for (int r = 0; r < R; ++r)
-            for (int half = 0; half < 2; ++half)
-                block.rows[r][half] *= silu<T>(load<T>(z + r * pitch + half * kLanes<T>));
+        for (int r = 0; r < R; ++r) {
+            const Pack<T, 2> weight = silu(take<T>(z + r * pitch, Whole<2>{}));
+            for (int half = 0; half < 2; ++half) block.rows[r][half] *= weight.v[half];
+        }
     }
 
     /// The panel `sums` += the sum over rows of `block` times `from`.

@@ -2,6 +2,7 @@
 // its checkpoint, then the adjoint runs back over them. docs/ops/selective_scan.md#backward
 #pragma once
 
+#include "gate.h"
 #include "selective_scan_tile.h"
 
 namespace ssm::cpu::SSM_ISA {
@@ -210,15 +211,14 @@ void load_output_gradient(const SelectiveScanArgs& args, const SelectiveScanGrad
         rows_of(sequence_plane(args.z, block, t0), tile.z, kScanChannels, steps, block.width);
     const auto at = [&]<int kCount>(std::int64_t t,
                                     std::int64_t lane) __attribute__((always_inline)) {
-        Vec<T> x[kCount], gate[kCount];
-        for (int i = 0; i < kCount; ++i)
-            gate[i] = x[i] = load<T>(z.data + (t + i) * z.pitch + lane);
-        sigmoid<T, kCount>(gate);
-        for (int i = 0; i < kCount; ++i) {
+        Pack<T, kCount> x;
+        SSM_EACH(i) x.v[i] = load<T>(z.data + (t + i) * z.pitch + lane);
+        const Pack<T, kCount> gate = sigmoid_factor(x);
+        SSM_EACH(i) {
             const std::int64_t to = (t + i) * kScanChannels + lane;
-            const Vec<T> dy = load<T>(grad.dy + to) * gate[i];
-            store<T>(grad.dz + to, dy * (T(1) + x[i] * (T(1) - gate[i])));  // times y later
-            store<T>(grad.dy + to, dy * x[i]);
+            const Vec<T> dy = load<T>(grad.dy + to) * gate.v[i];
+            store<T>(grad.dz + to, dy * (T(1) + x.v[i] * (T(1) - gate.v[i])));  // times y later
+            store<T>(grad.dy + to, dy * x.v[i]);
         }
     };
     for (std::int64_t lane = 0; lane < block.padded_width; lane += kLanes<T>) {

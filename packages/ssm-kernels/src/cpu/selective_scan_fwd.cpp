@@ -2,6 +2,7 @@
 // channels, so a state element of all lanes is one vector and no sum crosses lanes.
 // docs/ops/selective_scan.md#algorithm
 #include "../op/scratch.h"
+#include "gate.h"
 #include "parallel.h"
 #include "selective_scan_tile.h"
 
@@ -82,13 +83,13 @@ void gate(const Rows<const T>& y, const Rows<const T>& z, const Rows<T>& out, st
           std::int64_t columns) {
     const auto gate_rows = [&]<int kCount>(std::int64_t row,
                                            std::int64_t c) __attribute__((always_inline)) {
-        Vec<T> x[kCount], weight[kCount];
-        for (int i = 0; i < kCount; ++i)
-            x[i] = weight[i] = load<T>(z.data + (row + i) * z.pitch + c);
-        sigmoid<T, kCount>(weight);
-        for (int i = 0; i < kCount; ++i)
+        Pack<T, kCount> weight;
+        SSM_EACH(i) weight.v[i] = load<T>(z.data + (row + i) * z.pitch + c);
+        weight = silu(weight);
+        SSM_EACH(i) {
             store<T>(out.data + (row + i) * out.pitch + c,
-                     load<T>(y.data + (row + i) * y.pitch + c) * (x[i] * weight[i]));
+                     load<T>(y.data + (row + i) * y.pitch + c) * weight.v[i]);
+        }
     };
     for (std::int64_t c = 0; c < columns; c += kLanes<T>) {
         std::int64_t row = 0;

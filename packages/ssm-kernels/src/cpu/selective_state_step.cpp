@@ -4,9 +4,8 @@
 #include <ssm/selective_state_step.h>
 
 #include "../op/scratch.h"
+#include "gate.h"
 #include "parallel.h"
-#include "tile.h"
-#include "vmath.h"
 
 namespace ssm::cpu::SSM_ISA {
 
@@ -279,10 +278,10 @@ template <class T>
 void gate(T* weight, const T* z, std::int64_t width) {
     constexpr std::int64_t n = kLanes<T>;
     for_vectors<T>(width, [&]<int kCount>(std::int64_t at) __attribute__((always_inline)) {
-        Vec<T> x[kCount], s[kCount];
-        for (int i = 0; i < kCount; ++i) x[i] = s[i] = load<T>(z + at + i * n);
-        sigmoid<T, kCount>(s);
-        for (int i = 0; i < kCount; ++i) store<T>(weight + at + i * n, x[i] * s[i]);
+        Pack<T, kCount> x;
+        SSM_EACH(i) x.v[i] = load<T>(z + at + i * n);
+        x = silu(x);
+        SSM_EACH(i) store<T>(weight + at + i * n, x.v[i]);
     });
 }
 

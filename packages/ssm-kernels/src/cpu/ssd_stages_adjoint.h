@@ -272,8 +272,8 @@ class OutputAdjoint {
                 std::memcpy(ddecays + i0, ddecay, sizeof(T) * static_cast<std::size_t>(rows));
                 const Factor<T> weights{tile.pairs, 1, kRowBlock};
                 if (i0 == j0)
-                    multiply<T, Part::upper>(tile.dx, tall_, weights, tile.g, tall_, count, rows,
-                                             tall_);
+                    multiply<T, Triangle::upper>(tile.dx, tall_, weights, tile.g, tall_, count,
+                                                 rows, tall_);
                 else
                     multiply<T>(tile.dx, tall_, weights, tile.g, tall_, count, rows, tall_);
             }

@@ -127,8 +127,8 @@ void attend(const SsdChunkOutputArgs& args, const ChunkSteps& steps, const Outpu
     }
     const Factor<T> weights{tile.factor, kRowBlock, 1};
     if (j0 == at.i0)
-        multiply<T, Part::lower>(tile.y, pitch, weights, tile.operand, pitch, at.rows, terms.count,
-                                 pitch);
+        multiply<T, Triangle::lower>(tile.y, pitch, weights, tile.operand, pitch, at.rows,
+                                     terms.count, pitch);
     else
         multiply<T>(tile.y, pitch, weights, tile.operand, pitch, at.rows, terms.count, pitch);
 }

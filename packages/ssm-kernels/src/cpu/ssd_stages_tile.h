@@ -45,10 +45,10 @@ struct Factor {
 };
 
 /// Which a(r, k) are read: all, those with k <= r, or those with k >= r.
-enum class Part { whole, lower, upper };
+enum class Triangle { whole, lower, upper };
 
 /// out[r, c] += sum over k of a(r, k) b[k, c] for c < width, a multiple of the panel.
-template <class T, Part part = Part::whole>
+template <class T, Triangle triangle = Triangle::whole>
 static void multiply(T* out, std::int64_t out_pitch, const Factor<T>& a, const T* b,
                      std::int64_t b_pitch, std::int64_t rows, std::int64_t depth,
                      std::int64_t width) {
@@ -59,9 +59,9 @@ static void multiply(T* out, std::int64_t out_pitch, const Factor<T>& a, const T
             T* const place = out + r * out_pitch + c;
             Block<T, R> sums;
             Block<T, R>::load_from(sums, place, out_pitch);
-            if constexpr (part == Part::whole) {
+            if constexpr (triangle == Triangle::whole) {
                 Block<T, R>::multiply_add(sums, factors, row, step, b + c, b_pitch, depth);
-            } else if constexpr (part == Part::lower) {
+            } else if constexpr (triangle == Triangle::lower) {
                 Block<T, R>::multiply_add(sums, factors, row, step, b + c, b_pitch, r);
                 Block<T, R>::multiply_add_lower(sums, factors + r * step, row, step,
                                                 b + r * b_pitch + c, b_pitch);

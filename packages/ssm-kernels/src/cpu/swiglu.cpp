@@ -45,8 +45,7 @@ struct Cut {
 template <class T, class E>
 void gate_row(const E* gate, const E* up, E* y, std::int64_t dim, bool past_caches) {
     sweep<T, kGates>(dim, [&](std::int64_t i, auto piece) __attribute__((always_inline)) {
-        const auto g = take<T>(gate + i, piece);
-        const auto v = g * take<T>(up + i, piece) * sigmoid_factor(g);
+        const auto v = silu(take<T>(gate + i, piece)) * take<T>(up + i, piece);
         put_past<T>(y + i, v, piece, past_caches);
     });
 }

@@ -1,7 +1,8 @@
-// Applies the functions of vmath.h to whole arrays, so that tests can measure their error.
-#include "vmath.h"
-
+// Applies the functions of vmath.h and gate.h to whole arrays, so that tests can measure their
+// error.
 #include <ssm/tensor.h>
+
+#include "gate.h"
 
 namespace ssm::cpu::SSM_ISA {
 

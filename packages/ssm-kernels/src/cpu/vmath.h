@@ -276,9 +276,5 @@ SSM_INLINE Vec<T> sigmoid(Vec<T> x) {
     sigmoid<T, 1>(&x);
     return x;
 }
-template <class T>
-SSM_INLINE Vec<T> silu(Vec<T> x) {
-    return x * sigmoid<T>(x);
-}
 
 }  // namespace ssm::cpu::SSM_ISA
