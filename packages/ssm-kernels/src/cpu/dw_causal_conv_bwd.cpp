@@ -64,7 +64,7 @@ struct GradTile {
     }
     std::int64_t history() const { return width - 1; }
     std::int64_t at(std::int64_t channel, std::int64_t step) const {
-        return channel * channel_pitch<axis>(pitch) + step * step_pitch<axis>(pitch);
+        return offset<axis>(pitch, channel, step);
     }
     Vec<T> weight_vector(std::int64_t channel, std::int64_t k) const {
         return C::kTime ? broadcast(weight[channel * width + k])
@@ -101,15 +101,58 @@ struct GradTile {
     }
 };
 
+// Where the loops find a segment: in the tensors where these hold whole vectors of T, else in the
+// tile. Those of x begin W - 1 steps before it. Types that are converted always take the tile,
+// whose one pitch saves addresses.
+template <LaneAxis axis, class T, bool kDirect>
+struct Places {
+    // The segment before this one is next. Its lines lie pages apart, which the processor does not
+    // foresee: they are asked for while this segment is at work, into the second-level cache.
+    struct Line {
+        const T* data;
+        std::int64_t channel_stride, step_stride;
+    };
+    const T* x;
+    const T* dy;
+    T* dx;
+    std::int64_t x_pitch, dy_pitch, dx_pitch;
+    Line next[3];
+    bool is_requested = false;
+
+    explicit Places(const GradTile<axis, T>& tile)
+        : x(tile.x),
+          dy(tile.g),
+          dx(tile.dx),
+          x_pitch(tile.pitch),
+          dy_pitch(tile.pitch),
+          dx_pitch(tile.pitch) {}
+};
+
+// Asks for the lines that begin at a vector; called for every vector.
+template <LaneAxis axis, class T, bool kDirect>
+SSM_INLINE void request(const Places<axis, T, kDirect>& places, std::int64_t channel,
+                        std::int64_t step) {
+    constexpr std::int64_t kLine = 64 / sizeof(T);
+    const std::int64_t lane = axis == LaneAxis::time ? step : channel;
+    if (!kDirect || !places.is_requested || lane % kLine != 0) return;
+    for (const auto& line : places.next)
+        __builtin_prefetch(line.data + channel * line.channel_stride + step * line.step_stride, 0,
+                           2);
+}
+
 // g = dy act'(bias + sum_k weight_k x_k) over the first `steps` of a tile.
-template <LaneAxis axis, class T, int kWidth, bool kSilu>
-void differentiate(const GradTile<axis, T>& tile, std::int64_t channels, std::int64_t steps) {
+template <LaneAxis axis, class T, bool kDirect, int kWidth, bool kSilu>
+void differentiate(const GradTile<axis, T>& tile, const Places<axis, T, kDirect>& places,
+                   std::int64_t channels, std::int64_t steps) {
     if constexpr (!kSilu) return;
     constexpr std::int64_t step = GradTile<axis, T>::kStep, group = GradTile<axis, T>::kGroup;
+    const std::int64_t x_pitch = kDirect ? places.x_pitch : tile.pitch;
+    const std::int64_t dy_pitch = kDirect ? places.dy_pitch : tile.pitch;
     const std::int64_t width = kWidth > 0 ? kWidth : tile.width;
     for (std::int64_t c = 0; c < channels; c += group) {
         const Vec<T> bias = tile.bias_vector(c);
-        const T* const x = tile.x + tile.at(c, 0);
+        const T* const x = places.x + offset<axis>(x_pitch, c, 0);
+        const T* const dy = places.dy + offset<axis>(dy_pitch, c, 0);
         T* const g = tile.g + tile.at(c, 0);
         // Leaves the gradients of kCount vectors from step t on in `a`.
         const auto at = [&]<int kCount>(std::int64_t t, Vec<T>* a) __attribute__((always_inline)) {
@@ -121,13 +164,14 @@ void differentiate(const GradTile<axis, T>& tile, std::int64_t channels, std::in
                 const Vec<T> weight = tile.weight_vector(c, k);
 #pragma GCC unroll 4
                 for (int i = 0; i < kCount; ++i)
-                    a[i] += load<T>(x + tile.at(0, t + i * step + k)) * weight;
+                    a[i] += load<T>(x + offset<axis>(x_pitch, 0, t + i * step + k)) * weight;
             }
             one_plus_exp_minus<kCount>(a, divisor);
 #pragma GCC unroll 4
             for (int i = 0; i < kCount; ++i) {
                 const Vec<T> s = T(1) / divisor[i];
-                a[i] = load<T>(g + tile.at(0, t + i * step)) * (s * (T(1) + a[i] * (T(1) - s)));
+                a[i] = load<T>(dy + offset<axis>(dy_pitch, 0, t + i * step)) *
+                       (s * (T(1) + a[i] * (T(1) - s)));
             }
         };
         std::int64_t t = 0;
@@ -149,12 +193,15 @@ void differentiate(const GradTile<axis, T>& tile, std::int64_t channels, std::in
 
 // dx of a segment, and its part of the sums for dweight and dbias: summed by itself and then added,
 // so that the error grows more slowly than in one long sum.
-template <LaneAxis axis, class T, int kWidth>
-void accumulate(const GradTile<axis, T>& tile, std::int64_t channels, std::int64_t steps) {
+template <LaneAxis axis, class T, bool kDirect, int kWidth>
+void accumulate(const GradTile<axis, T>& tile, const Places<axis, T, kDirect>& places,
+                std::int64_t channels, std::int64_t steps) {
     constexpr std::int64_t step = GradTile<axis, T>::kStep, group = GradTile<axis, T>::kGroup;
     constexpr std::int64_t n = kLanes<T>;
     const std::int64_t width = kWidth > 0 ? kWidth : tile.width,
                        next = step_pitch<axis>(tile.pitch);
+    const std::int64_t x_pitch = kDirect ? places.x_pitch : tile.pitch;
+    const std::int64_t dx_pitch = kDirect ? places.dx_pitch : tile.pitch;
     const std::int64_t whole = steps / step * step;
     for (std::int64_t c = 0; c < channels; c += group) {
         T* const sums = tile.sums + c / group * (width + 1) * n;
@@ -164,17 +211,19 @@ void accumulate(const GradTile<axis, T>& tile, std::int64_t channels, std::int64
             const int taps = kWidth > 0 ? kWidth : static_cast<int>(min(kTaps, width - first));
             Vec<T> sum[kTaps];
             for (int k = 0; k < kTaps; ++k) sum[k] = zero<T>();
-            const T* const x = tile.x + tile.at(c, first);
+            const T* const x = places.x + offset<axis>(x_pitch, c, first);
             const T* const g = tile.g + tile.at(c, 0);
             for (std::int64_t t = 0; t < whole; t += step) {
                 const Vec<T> gradient = load<T>(g + tile.at(0, t));
 #pragma GCC unroll 4
-                for (int k = 0; k < taps; ++k) sum[k] += gradient * load<T>(x + tile.at(0, t + k));
+                for (int k = 0; k < taps; ++k)
+                    sum[k] += gradient * load<T>(x + offset<axis>(x_pitch, 0, t + k));
             }
             if (whole < steps) {
                 const Vec<T> gradient = load_part<T>(g + tile.at(0, whole), steps - whole);
                 for (int k = 0; k < taps; ++k)
-                    sum[k] += gradient * load_part<T>(x + tile.at(0, whole + k), steps - whole);
+                    sum[k] += gradient *
+                              load_part<T>(x + offset<axis>(x_pitch, 0, whole + k), steps - whole);
             }
             for (int k = 0; k < taps; ++k) {
                 T* const to = sums + (first + k) * n;
@@ -184,33 +233,43 @@ void accumulate(const GradTile<axis, T>& tile, std::int64_t channels, std::int64
         Vec<T> total = zero<T>();
         for (std::int64_t t = 0; t < steps; t += step) {
             const T* const g = tile.g + tile.at(c, t);
+            request(places, c, t);
             total += t < whole ? load<T>(g) : load_part<T>(g, steps - t);
             Vec<T> dx = zero<T>();
 #pragma GCC unroll 4
             for (std::int64_t k = 0; k < width; ++k)
                 dx += load<T>(g + (width - 1 - k) * next) * tile.weight_vector(c, k);
-            store<T>(tile.dx + tile.at(c, t), dx);
+            store<T>(places.dx + offset<axis>(dx_pitch, c, t), dx);
         }
         store<T>(sums + width * n, load<T>(sums + width * n) + total);
     }
 }
 
-template <LaneAxis axis, class T>
+template <LaneAxis axis, class T, bool kDirect>
 struct Backward {
     using C = Cut<axis>;
-    using Loop = void (*)(const GradTile<axis, T>&, std::int64_t, std::int64_t);
+    using Loop = void (*)(const GradTile<axis, T>&, const Places<axis, T, kDirect>&, std::int64_t,
+                          std::int64_t);
     const DwCausalConvArgs& args;
     const DwCausalConvGrads& grads;
     const Runs& runs;
     Loop differentiate_loop, accumulate_loop;
+    bool asks_ahead;  // pays for data beyond the caches, costs time in them
 
     Backward(const DwCausalConvArgs& inputs, const DwCausalConvGrads& outputs, const Runs& all)
         : args(inputs), grads(outputs), runs(all) {
         const bool four = args.weight.shape[1] == 4 && sizeof(T) == sizeof(float);
-        differentiate_loop =
-            args.silu ? (four ? &differentiate<axis, T, 4, true> : &differentiate<axis, T, 0, true>)
-                      : &differentiate<axis, T, 0, false>;
-        accumulate_loop = four ? &accumulate<axis, T, 4> : &accumulate<axis, T, 0>;
+        differentiate_loop = args.silu ? (four ? &differentiate<axis, T, kDirect, 4, true>
+                                               : &differentiate<axis, T, kDirect, 0, true>)
+                                       : &differentiate<axis, T, kDirect, 0, false>;
+        constexpr std::int64_t kFarBytes = 4 << 20;
+        asks_ahead = kDirect && is_direct<axis, T>(args.x) && is_direct<axis, T>(grads.dy) &&
+                     is_direct<axis, T>(grads.dx) &&
+                     static_cast<std::int64_t>(sizeof(T)) * args.x.shape[0] * args.x.shape[1] *
+                             args.x.shape[2] >=
+                         kFarBytes;
+        accumulate_loop =
+            four ? &accumulate<axis, T, kDirect, 4> : &accumulate<axis, T, kDirect, 0>;
     }
 
     // What comes after a segment in its sequence.
@@ -253,7 +312,7 @@ struct Backward {
             following.state = run->state_out;
             if (++run == end_run || run->state_in != Run::kContinue) break;
         }
-        differentiate_loop(tile, channels.count, following.count);
+        differentiate_loop(tile, Places<axis, T, kDirect>(tile), channels.count, following.count);
         return following;
     }
 
@@ -286,19 +345,48 @@ struct Backward {
                       const Channels& channels, std::int64_t t, std::int64_t steps,
                       const Following& following) const {
         const std::int64_t history = tile.history();
-        tile.shift_gradients(channels.count, steps, following.count);
-        load_x(tile, row, run, channels, t, steps);
-        load_steps<axis>(tile.g, tile.pitch, grads.dy, row, channels, t, steps);
-        differentiate_loop(tile, channels.count, steps);
-        accumulate_loop(tile, channels.count, steps);
         const bool reaches_end = following.count < history && following.state != Run::kNone &&
                                  grads.dfinal_state.ndim >= 0;
+        // Vectors that the tensors hold whole need no copy.
+        const bool is_whole = kDirect && (C::kTime ? steps : channels.count) % kLanes<T> == 0;
+        const bool reads_x = is_whole && t - run->begin >= history && is_direct<axis, T>(args.x);
+        const bool reads_dy = is_whole && args.silu && is_direct<axis, T>(grads.dy);
+        const bool writes_dx = is_whole && !reaches_end && is_direct<axis, T>(grads.dx);
+        Places<axis, T, kDirect> places(tile);
+        const auto place = [&](const TensorView& view, std::int64_t step, auto*& at,
+                               std::int64_t& pitch) {
+            at = static_cast<T*>(steps_plane<axis>(view, row, channels.first, step).data);
+            pitch = line_stride<axis>(view);
+        };
+        places.is_requested = asks_ahead;
+        if (asks_ahead) {
+            const TensorView* const views[] = {&args.x, &grads.dy, &grads.dx};
+            for (int i = 0; i < 3; ++i) {
+                const TensorView& view = *views[i];
+                const Plane plane =
+                    steps_plane<axis>(view, row, channels.first, max(t - C::kTileSteps, 0));
+                places.next[i] = {static_cast<const T*>(plane.data), view.stride[1],
+                                  view.stride[2]};
+            }
+        }
+        tile.shift_gradients(channels.count, steps, following.count);
+        if (reads_x)
+            place(args.x, t - history, places.x, places.x_pitch);
+        else
+            load_x(tile, row, run, channels, t, steps);
+        if (reads_dy)
+            place(grads.dy, t, places.dy, places.dy_pitch);
+        else
+            load_steps<axis>(tile.g, tile.pitch, grads.dy, row, channels, t, steps);
+        if (writes_dx) place(grads.dx, t, places.dx, places.dx_pitch);
+        differentiate_loop(tile, places, channels.count, steps);
+        accumulate_loop(tile, places, channels.count, steps);
         if (reaches_end) {
             load_steps<axis>(tile.edge, tile.pitch, grads.dfinal_state, following.state, channels,
                              0, history);
             add_final_state(tile, channels, steps, following);
         }
-        store_steps<axis>(grads.dx, row, channels, t, tile.dx, tile.pitch, steps);
+        if (!writes_dx) store_steps<axis>(grads.dx, row, channels, t, tile.dx, tile.pitch, steps);
         if (t == run->begin && run->state_in >= 0 && grads.dinitial_state.ndim >= 0) {
             find_initial_state(tile, channels, steps + following.count, reaches_end);
             store_steps<axis>(grads.dinitial_state, run->state_in, channels, 0, tile.x, tile.pitch,
@@ -377,7 +465,7 @@ void add_parts(const DwCausalConvGrads& grads, const T* parts, std::int64_t coun
     });
 }
 
-template <LaneAxis axis, class T>
+template <LaneAxis axis, class T, bool kDirect>
 void differentiate_rows(const DwCausalConvArgs& args, const DwCausalConvGrads& grads,
                         const Runs& runs, int threads) {
     using C = Cut<axis>;
@@ -388,7 +476,7 @@ void differentiate_rows(const DwCausalConvArgs& args, const DwCausalConvGrads& g
     // Short rows share a task: else their partial sums would outweigh them.
     const std::int64_t rows = max(1, C::kSteps / max(seqlen, 1));
     const std::int64_t parts = (batch + rows - 1) / rows * steps_parts;
-    const Backward<axis, T> backward(args, grads, runs);
+    const Backward<axis, T, kDirect> backward(args, grads, runs);
     const std::int64_t elements = (GradTile<axis, T>::elements(width) + 15) / 16 * 16;
     const std::int64_t sums = parts * dim * (width + 1);
     const Scratch scratch(sizeof(T) * static_cast<std::size_t>(elements * threads + sums));
@@ -412,16 +500,16 @@ void differentiate_rows(const DwCausalConvArgs& args, const DwCausalConvGrads& g
     add_parts(grads, partial, parts, threads);
 }
 
-template <class T>
+template <class T, bool kDirect>
 void differentiate_all(const DwCausalConvArgs& args, const DwCausalConvGrads& grads,
                        const Runs& runs, int threads) {
     // A sequence without steps hands its state on unchanged.
     if (grads.dinitial_state.ndim >= 0 && (args.x.shape[2] == 0 || !runs.covers_all))
         copy_conv_states<T>(grads.dfinal_state, grads.dinitial_state, threads);
     if (lane_axis<T>(args.x) == LaneAxis::time)
-        differentiate_rows<LaneAxis::time, T>(args, grads, runs, threads);
+        differentiate_rows<LaneAxis::time, T, kDirect>(args, grads, runs, threads);
     else
-        differentiate_rows<LaneAxis::channel, T>(args, grads, runs, threads);
+        differentiate_rows<LaneAxis::channel, T, kDirect>(args, grads, runs, threads);
 }
 
 }  // namespace
@@ -429,9 +517,11 @@ void differentiate_all(const DwCausalConvArgs& args, const DwCausalConvGrads& gr
 void dw_causal_conv_bwd(const DwCausalConvArgs& args, const DwCausalConvGrads& grads,
                         const Runs& runs, int threads) {
     if (args.x.dtype == DType::f64)
-        differentiate_all<double>(args, grads, runs, threads);
+        differentiate_all<double, true>(args, grads, runs, threads);
+    else if (args.x.dtype == DType::f32)
+        differentiate_all<float, true>(args, grads, runs, threads);
     else
-        differentiate_all<float>(args, grads, runs, threads);
+        differentiate_all<float, false>(args, grads, runs, threads);
 }
 
 }  // namespace ssm::cpu::SSM_ISA

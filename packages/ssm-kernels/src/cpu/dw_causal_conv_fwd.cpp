@@ -49,15 +49,6 @@ struct ConvTile {
     }
 };
 
-// Whether the loops may read or write the tensor itself: the compute type along the lane axis, and
-// lines long enough for a vector.
-template <LaneAxis axis, class T>
-bool is_direct(const TensorView& view, const Channels& channels) {
-    const bool same_type = view.dtype == (sizeof(T) == sizeof(double) ? DType::f64 : DType::f32);
-    return same_type && lane_stride<axis>(view) == 1 &&
-           (axis == LaneAxis::time || channels.count >= kLanes<T>);
-}
-
 template <LaneAxis axis, class T>
 void convolve_block(const DwCausalConvArgs& args, const Runs& runs, std::int64_t row,
                     const Channels& channels, std::int64_t first, std::int64_t last, T* memory) {
@@ -75,8 +66,10 @@ void convolve_block(const DwCausalConvArgs& args, const Runs& runs, std::int64_t
                   1, channels.count);
     const Filter<T> filter = choose_filter<axis, T>(width, args.silu);
     const Taps<T> taps{tile.weight, tile.taps_pitch, tile.bias, width};
-    const bool reads_x = is_direct<axis, T>(args.x, channels);
-    const bool writes_y = is_direct<axis, T>(args.y, channels);
+    // The loops work on a tensor itself where its lines are long enough for a vector.
+    const bool is_long = axis == LaneAxis::time || channels.count >= kLanes<T>;
+    const bool reads_x = is_long && is_direct<axis, T>(args.x);
+    const bool writes_y = is_long && is_direct<axis, T>(args.y);
     constexpr std::int64_t kZeros = C::kTime ? C::kTileSteps : C::kSteps;
     const auto window = [&](const Run* run, std::int64_t t) {
         load_window<axis>(tile.in, tile.in_pitch, args.x, args.initial_state, row, run, channels, t,

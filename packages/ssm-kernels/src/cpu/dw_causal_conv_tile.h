@@ -46,6 +46,19 @@ SSM_INLINE std::int64_t channel_pitch(std::int64_t pitch) {
     return axis == LaneAxis::time ? pitch : 1;
 }
 
+/// Where a step of a channel lies in a tile, or in a tensor whose lines are `pitch` apart.
+template <LaneAxis axis>
+SSM_INLINE std::int64_t offset(std::int64_t pitch, std::int64_t channel, std::int64_t step) {
+    return channel * channel_pitch<axis>(pitch) + step * step_pitch<axis>(pitch);
+}
+
+/// Whether lines of the tensor are arrays of T.
+template <LaneAxis axis, class T>
+SSM_INLINE bool is_direct(const TensorView& view) {
+    const bool same_type = view.dtype == (sizeof(T) == sizeof(double) ? DType::f64 : DType::f32);
+    return same_type && lane_stride<axis>(view) == 1;
+}
+
 /// (B, D, L), or states (S, D, W - 1), from step t of a row on.
 template <LaneAxis axis>
 SSM_INLINE Plane steps_plane(const TensorView& view, std::int64_t row, std::int64_t channel,
