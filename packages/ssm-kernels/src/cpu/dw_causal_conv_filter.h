@@ -32,11 +32,11 @@ struct Taps {
 
 /// Lines of input and output. Input step i is `width - 1` steps before output step i, so that tap k
 /// of output step i meets input step i + k.
-template <class T>
+template <class E>
 struct Lines {
-    const T* in;
+    const E* in;
     std::int64_t in_pitch;
-    T* out;
+    E* out;
     std::int64_t out_pitch;
     std::int64_t channels;
     std::int64_t steps;
@@ -77,16 +77,31 @@ static void filter_channels(const Lines<T>& lines, const Taps<T>& taps) {
     }
 }
 
+/// The same channels of several steps, `pitch` apart.
+template <class T, class E, int kCount>
+SSM_INLINE void put_steps(E* to, std::int64_t pitch, const Pack<T, kCount>& p) {
+    if constexpr (kPairs<T, E, kCount>) {
+        constexpr std::size_t bytes = sizeof(E) * kLanes<T>;
+        for (int i = 0; i < kCount; i += 2) {
+            const Words pair = narrow_pair(p.v[i], p.v[i + 1]);
+            std::memcpy(to + i * pitch, &pair, bytes);
+            std::memcpy(to + (i + 1) * pitch, reinterpret_cast<const char*>(&pair) + bytes, bytes);
+        }
+    } else {
+        SSM_EACH(i) narrow_vector<T>(to + i * pitch, p.v[i]);
+    }
+}
+
 /// Lanes of channels: a few steps at a time, so that an input is loaded once for its taps.
 /// Lines shorter than a vector must have room for one.
-template <class T, int kWidth, bool kSilu>
-static void filter_steps(const Lines<T>& lines, const Taps<T>& taps) {
+template <class T, class E, int kWidth, bool kSilu>
+static void filter_steps(const Lines<E>& lines, const Taps<T>& taps) {
     constexpr std::int64_t n = kLanes<T>;
     const std::int64_t width = kWidth > 0 ? kWidth : taps.width;
     const std::int64_t last = max(lines.channels - n, 0);
     const auto rows = [&]<int kRows>(std::int64_t t) __attribute__((always_inline)) {
-        const T* const in = lines.in + t * lines.in_pitch;
-        T* const out = lines.out + t * lines.out_pitch;
+        const E* const in = lines.in + t * lines.in_pitch;
+        E* const out = lines.out + t * lines.out_pitch;
         for (std::int64_t column = 0; column < lines.channels; column += n) {
             const std::int64_t c = min(column, last);
             Pack<T, kRows> sum;
@@ -96,7 +111,7 @@ static void filter_steps(const Lines<T>& lines, const Taps<T>& taps) {
                 // Input step s meets tap s - i of output step i; taps in rising order for each i.
 #pragma GCC unroll 8
                 for (int s = 0; s < kWidth + kRows - 1; ++s) {
-                    const Vec<T> x = load<T>(in + s * lines.in_pitch + c);
+                    const Vec<T> x = widen_vector<T>(in + s * lines.in_pitch + c);
 #pragma GCC unroll 4
                     for (int i = 0; i < kRows; ++i)
                         if (s >= i && s - i < kWidth)
@@ -107,12 +122,11 @@ static void filter_steps(const Lines<T>& lines, const Taps<T>& taps) {
                     const Vec<T> weight = load<T>(taps.weight + k * taps.pitch + c);
 #pragma GCC unroll 4
                     for (int i = 0; i < kRows; ++i)
-                        sum.v[i] += load<T>(in + (i + k) * lines.in_pitch + c) * weight;
+                        sum.v[i] += widen_vector<T>(in + (i + k) * lines.in_pitch + c) * weight;
                 }
             }
             if constexpr (kSilu) sum = silu(sum);
-#pragma GCC unroll 4
-            for (int i = 0; i < kRows; ++i) store<T>(out + i * lines.out_pitch + c, sum.v[i]);
+            put_steps<T>(out + c, lines.out_pitch, sum);
         }
     };
     std::int64_t t = 0;
@@ -120,20 +134,29 @@ static void filter_steps(const Lines<T>& lines, const Taps<T>& taps) {
     for (; t < lines.steps; ++t) rows.template operator()<1>(t);
 }
 
-template <class T>
-using Filter = void (*)(const Lines<T>&, const Taps<T>&);
+/// Elements of E are converted on their way, where lanes are channels.
+template <LaneAxis axis, class T, class E, int kWidth, bool kSilu>
+static void filter(const Lines<E>& lines, const Taps<T>& taps) {
+    if constexpr (axis == LaneAxis::time)
+        filter_channels<T, kWidth, kSilu>(lines, taps);
+    else
+        filter_steps<T, E, kWidth, kSilu>(lines, taps);
+}
+
+template <class T, class E>
+using Filter = void (*)(const Lines<E>&, const Taps<T>&);
 
 /// The loop for a width; float has its own for the widths in use.
-template <LaneAxis axis, class T>
-SSM_INLINE Filter<T> choose_filter(std::int64_t width, bool silu) {
-#define SSM_FILTER(kWidth, kSilu) \
-    (axis == LaneAxis::time ? &filter_channels<T, kWidth, kSilu> : &filter_steps<T, kWidth, kSilu>)
+template <LaneAxis axis, class T, class E>
+SSM_INLINE Filter<T, E> choose_filter(std::int64_t width, bool silu) {
+#define SSM_FILTER(kWidth) \
+    (silu ? &filter<axis, T, E, kWidth, true> : &filter<axis, T, E, kWidth, false>)
     if constexpr (sizeof(T) == sizeof(float)) {
-        if (width == 2) return silu ? SSM_FILTER(2, true) : SSM_FILTER(2, false);
-        if (width == 3) return silu ? SSM_FILTER(3, true) : SSM_FILTER(3, false);
-        if (width == 4) return silu ? SSM_FILTER(4, true) : SSM_FILTER(4, false);
+        if (width == 2) return SSM_FILTER(2);
+        if (width == 3) return SSM_FILTER(3);
+        if (width == 4) return SSM_FILTER(4);
     }
-    return silu ? SSM_FILTER(0, true) : SSM_FILTER(0, false);
+    return SSM_FILTER(0);
 #undef SSM_FILTER
 }
 

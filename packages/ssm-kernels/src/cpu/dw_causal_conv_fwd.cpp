@@ -49,7 +49,8 @@ struct ConvTile {
     }
 };
 
-template <LaneAxis axis, class T>
+// E is the type of x and y where the filter reads and writes them itself, converting on its way.
+template <LaneAxis axis, class T, class E>
 void convolve_block(const DwCausalConvArgs& args, const Runs& runs, std::int64_t row,
                     const Channels& channels, std::int64_t first, std::int64_t last, T* memory) {
     using C = Cut<axis>;
@@ -64,12 +65,12 @@ void convolve_block(const DwCausalConvArgs& args, const Runs& runs, std::int64_t
         load_tile(tile.bias, 0,
                   plane_at(args.bias, channels.first * args.bias.stride[0], 0, args.bias.stride[0]),
                   1, channels.count);
-    const Filter<T> filter = choose_filter<axis, T>(width, args.silu);
     const Taps<T> taps{tile.weight, tile.taps_pitch, tile.bias, width};
-    // The loops work on a tensor itself where its lines are long enough for a vector.
+    const auto filter_tile = choose_filter<axis, T, T>(width, args.silu);
+    const auto filter_tensor = choose_filter<axis, T, E>(width, args.silu);
+    // Lines long enough for a vector need no tile.
     const bool is_long = axis == LaneAxis::time || channels.count >= kLanes<T>;
-    const bool reads_x = is_long && is_direct<axis, T>(args.x);
-    const bool writes_y = is_long && is_direct<axis, T>(args.y);
+    const bool needs_no_tile = is_long && is_direct<axis, E>(args.x) && is_direct<axis, E>(args.y);
     constexpr std::int64_t kZeros = C::kTime ? C::kTileSteps : C::kSteps;
     const auto window = [&](const Run* run, std::int64_t t) {
         load_window<axis>(tile.in, tile.in_pitch, args.x, args.initial_state, row, run, channels, t,
@@ -86,32 +87,35 @@ void convolve_block(const DwCausalConvArgs& args, const Runs& runs, std::int64_t
         while (t < end) {
             // Only the first steps of a run reach back into what lies before it.
             const bool inside = t - run->begin >= history;
-            Lines<T> lines{tile.in,        tile.in_pitch,  tile.out,
-                           tile.out_pitch, channels.count, min(C::kTileSteps, end - t)};
-            if (inside && reads_x) {
-                lines.in = static_cast<const T*>(
-                    steps_plane<axis>(args.x, row, channels.first, t - history).data);
-                lines.in_pitch = line_stride<axis>(args.x);
-                if (writes_y) lines.steps = end - t;
-            } else {
-                if (reads_x) lines.steps = min(lines.steps, history);
-                if (inside) {
-                    load_steps<axis>(tile.in, tile.in_pitch, args.x, row, channels, t - history,
-                                     history + lines.steps);
-                } else {
-                    window(run, t);
-                    load_steps<axis>(tile.in + history * step_pitch<axis>(tile.in_pitch),
-                                     tile.in_pitch, args.x, row, channels, t, lines.steps);
-                }
+            if (inside && needs_no_tile) {
+                const Plane x = steps_plane<axis>(args.x, row, channels.first, t - history);
+                const Plane y = steps_plane<axis>(args.y, row, channels.first, t);
+                filter_tensor(
+                    {static_cast<const E*>(x.data), line_stride<axis>(args.x),
+                     static_cast<E*>(y.data), line_stride<axis>(args.y), channels.count, end - t},
+                    taps);
+                break;
             }
+            const std::int64_t steps =
+                min(end - t, needs_no_tile ? min(history, C::kTileSteps) : C::kTileSteps);
+            if (inside) {
+                load_steps<axis>(tile.in, tile.in_pitch, args.x, row, channels, t - history,
+                                 history + steps);
+            } else {
+                window(run, t);
+                load_steps<axis>(tile.in + history * step_pitch<axis>(tile.in_pitch), tile.in_pitch,
+                                 args.x, row, channels, t, steps);
+            }
+            Lines<T> lines{tile.in, tile.in_pitch, tile.out, tile.out_pitch, channels.count, steps};
+            const bool writes_y = std::is_same_v<T, E> && needs_no_tile;
             if (writes_y) {
                 lines.out = static_cast<T*>(steps_plane<axis>(args.y, row, channels.first, t).data);
                 lines.out_pitch = line_stride<axis>(args.y);
             }
-            filter(lines, taps);
+            filter_tile(lines, taps);
             if (!writes_y)
-                store_steps<axis>(args.y, row, channels, t, tile.out, tile.out_pitch, lines.steps);
-            t += lines.steps;
+                store_steps<axis>(args.y, row, channels, t, tile.out, tile.out_pitch, steps);
+            t += steps;
         }
         done = end;
         if (args.final_state.ndim >= 0 && run->state_out != Run::kNone && run->end <= last) {
@@ -123,7 +127,7 @@ void convolve_block(const DwCausalConvArgs& args, const Runs& runs, std::int64_t
     store_zeros<axis>(args.y, row, channels, done, last, tile.zeros, kZeros);
 }
 
-template <LaneAxis axis, class T>
+template <LaneAxis axis, class T, class E>
 void convolve_rows(const DwCausalConvArgs& args, const Runs& runs, int threads) {
     using C = Cut<axis>;
     const std::int64_t dim = args.x.shape[1], seqlen = args.x.shape[2];
@@ -139,30 +143,35 @@ void convolve_rows(const DwCausalConvArgs& args, const Runs& runs, int threads) 
         const std::int64_t part = C::kTime ? rest % parts : rest / blocks;
         const Channels channels{block * C::kChannels,
                                 min(C::kChannels, dim - block * C::kChannels)};
-        convolve_block<axis, T>(args, runs, row, channels, part * C::kSteps,
-                                min((part + 1) * C::kSteps, seqlen),
-                                static_cast<T*>(scratch.data()) + elements * thread);
+        convolve_block<axis, T, E>(args, runs, row, channels, part * C::kSteps,
+                                   min((part + 1) * C::kSteps, seqlen),
+                                   static_cast<T*>(scratch.data()) + elements * thread);
     });
 }
 
-template <class T>
+template <class T, class E>
 void convolve(const DwCausalConvArgs& args, const Runs& runs, int threads) {
     // A sequence without steps hands its state on unchanged.
     if (args.final_state.ndim >= 0 && (args.x.shape[2] == 0 || !runs.covers_all))
         copy_conv_states<T>(args.initial_state, args.final_state, threads);
+    // Lanes of time meet each input once per tap: to convert it before is less work.
     if (lane_axis<T>(args.x) == LaneAxis::time)
-        convolve_rows<LaneAxis::time, T>(args, runs, threads);
+        convolve_rows<LaneAxis::time, T, T>(args, runs, threads);
     else
-        convolve_rows<LaneAxis::channel, T>(args, runs, threads);
+        convolve_rows<LaneAxis::channel, T, E>(args, runs, threads);
 }
 
 }  // namespace
 
 void dw_causal_conv_fwd(const DwCausalConvArgs& args, const Runs& runs, int threads) {
     if (args.x.dtype == DType::f64)
-        convolve<double>(args, runs, threads);
+        convolve<double, double>(args, runs, threads);
+    else if (kHasLanes<float, BFloat16> && args.x.dtype == DType::bf16)
+        convolve<float, BFloat16>(args, runs, threads);
+    else if (kHasLanes<float, Float16> && args.x.dtype == DType::f16)
+        convolve<float, Float16>(args, runs, threads);
     else
-        convolve<float>(args, runs, threads);
+        convolve<float, float>(args, runs, threads);
 }
 
 }  // namespace ssm::cpu::SSM_ISA

@@ -117,11 +117,11 @@ void step_block(const DwCausalConvStepArgs& args, std::int64_t row, std::int64_t
         load_state(line, args.conv_state, slot, channels);
     }
     const Taps<T> taps{weight, kBlock, bias, width};
-    const Filter<T> filter = choose_filter<kAxis, T>(width, args.silu);
+    const auto filter_tile = choose_filter<kAxis, T, T>(width, args.silu);
     for (std::int64_t t = 0; t < tokens; t += kTokens) {
         const std::int64_t count = min(kTokens, tokens - t);
         load_steps<kAxis>(line + history * kBlock, kBlock, args.x, row, channels, t, count);
-        filter(
+        filter_tile(
             {line + (history - (width - 1)) * kBlock, kBlock, out, kBlock, channels.count, count},
             taps);
         store_steps<kAxis>(args.y, row, channels, t, out, kBlock, count);

@@ -52,11 +52,14 @@ SSM_INLINE std::int64_t offset(std::int64_t pitch, std::int64_t channel, std::in
     return channel * channel_pitch<axis>(pitch) + step * step_pitch<axis>(pitch);
 }
 
-/// Whether lines of the tensor are arrays of T.
-template <LaneAxis axis, class T>
+/// Whether lines of the tensor are arrays of E.
+template <LaneAxis axis, class E>
 SSM_INLINE bool is_direct(const TensorView& view) {
-    const bool same_type = view.dtype == (sizeof(T) == sizeof(double) ? DType::f64 : DType::f32);
-    return same_type && lane_stride<axis>(view) == 1;
+    constexpr DType kDType = std::is_same_v<E, double>     ? DType::f64
+                             : std::is_same_v<E, float>    ? DType::f32
+                             : std::is_same_v<E, BFloat16> ? DType::bf16
+                                                           : DType::f16;
+    return view.dtype == kDType && lane_stride<axis>(view) == 1;
 }
 
 /// (B, D, L), or states (S, D, W - 1), from step t of a row on.
